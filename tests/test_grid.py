@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from quantkit.calibration.grid import diagonal_blocks, fit_grid, search_clip, split_groups
+from quantkit.errors import QuantKitError
+from quantkit.packing import SYMMETRIC_ZERO
+from quantkit.scheme import parse_scheme
+
+INT4 = ["w4a16-g32", "w4a16-g128", "w4a16-channel", "w4a16-g32-asym", "w4a16-g128-asym", "w4a16-channel-asym"]
+EIGHT_BIT = ["w8a16", "fp8", "fp8-block"]
+SHAPE = (130, 200)  # rows and columns that neither 32 nor 128 divides
+
+
+def weight(shape=SHAPE, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+def test_rounding_error_is_at_most_half_a_step(name):
+    w, scheme = weight(), parse_scheme(name)
+    grid = fit_grid(w, scheme)
+    scale, _ = grid.expand(w.dtype)
+    error = (w - grid.dequantize(grid.round(w), w.dtype)).abs()
+    if scheme.weight == "int4":
+        # Half a step, and at the ends of the range what the scale lost when it was rounded to bfloat16
+        # (2^-9 of 7.5 or 15 steps); a zero rounded by half a step can push either end out by as much.
+        bound = scale * (0.5 + 2**-9 * 15 + (0 if scheme.symmetric else 0.5))
+    elif scheme.weight == "int8":
+        bound = scale * (0.5 + 127 * 2**-24)
+    else:  # e4m3: 3 bits of mantissa, subnormals in steps of 2^-9
+        bound = torch.maximum(w.abs() * 2**-4, scale * 2**-10) * (1 + 2**-20)
+    assert (error / bound).max().item() <= 1
+
+
+def test_symmetric_formula():
+    grid = fit_grid(weight(), parse_scheme("w4a16-g128"))
+    expected = torch.stack([weight()[:, :128].abs().amax(1), weight()[:, 128:].abs().amax(1)], 1) / 7.5
+    assert torch.equal(grid.scales, expected.bfloat16())
+    assert grid.zeros is None
+
+
+def test_asymmetric_range_includes_zero_and_zeros_are_codes():
+    w = weight().abs() + 1
+    grid = fit_grid(w, parse_scheme("w4a16-channel-asym"))
+    assert torch.equal(grid.scales, (w.amax(1, keepdim=True) / 15).bfloat16())
+    assert grid.zeros.dtype == torch.uint8
+    assert (grid.zeros == 0).all()
+    assert (fit_grid(-w, parse_scheme("w4a16-channel-asym")).zeros == 15).all()
+
+
+def test_block_scales_belong_to_tiles_with_ragged_edges():
+    w = weight()
+    grid = fit_grid(w, parse_scheme("fp8-block"))
+    assert grid.scales.shape == (2, 2)
+    assert grid.scales.dtype == torch.float32
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        tile = w[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+        assert grid.scales[i, j] == (tile.abs().max() / 448).float()
+
+
+@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-30, 1e-5, 1e4, 3e38])
+def test_scales_are_positive_and_finite_for_any_weight(name, scale_dtype, magnitude):
+    w = (weight().clamp(-1, 1) * magnitude).float()
+    w[0] = 0
+    w[1, 0] = 1e4  # an outlier
+    grid = fit_grid(w, parse_scheme(name), scale_dtype)
+    assert torch.isfinite(grid.scales).all()
+    assert (grid.scales > 0).all()
+    dequantized = grid.dequantize(grid.round(w))
+    assert torch.isfinite(dequantized).all()
+    assert (dequantized[0] == 0).all()
+
+
+@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+def test_expanding_chosen_columns_is_choosing_expanded_columns(name):
+    grid = fit_grid(weight(), parse_scheme(name))
+    columns = torch.tensor([199, 3, 128, 3])
+    whole = [torch.as_tensor(t).broadcast_to(SHAPE)[:, columns] for t in grid.expand(torch.float64)]
+    chosen = [torch.as_tensor(t).broadcast_to(SHAPE[0], 4) for t in grid.expand(torch.float64, columns)]
+    assert all(map(torch.equal, whole, chosen))
+
+
+@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("importance", ["none", "diagonal", "full"])
+def test_clip_search_is_never_worse_than_the_full_range(name, importance):
+    scheme = parse_scheme(name)
+    w = weight()
+    x = torch.randn(400, SHAPE[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    H = x.T @ x
+    hessian = {"none": None, "diagonal": H.diagonal(), "full": H}[importance]
+    metric = {"none": torch.eye(len(H), dtype=H.dtype), "diagonal": H.diagonal().diag(), "full": H}[
+        importance
+    ]
+    blocks = diagonal_blocks(metric, scheme.group_size)
+
+    def loss(grid):
+        e = split_groups(w - grid.dequantize(grid.round(w), w.dtype), scheme.group_size)
+        return torch.einsum("ngi,gij,ngj->ng", e, blocks, e)
+
+    searched, full = loss(search_clip(w, scheme, hessian)), loss(fit_grid(w, scheme))
+    assert (searched <= full * (1 + 1e-12)).all()  # the two sums run in another order
+    assert searched.sum() < full.sum()
+
+
+def test_symmetric_zero_is_shared():
+    _, zero = fit_grid(weight(), parse_scheme("w4a16")).expand(torch.float32)
+    assert zero == SYMMETRIC_ZERO
+
+
+def test_damaged_weights_are_refused():
+    w = weight()
+    w[3, 4] = float("nan")
+    with pytest.raises(QuantKitError, match="1 of 26000 weights are NaN or infinite"):
+        fit_grid(w, parse_scheme("w4a16"))
+
+
+def test_scale_dtype_is_checked():
+    with pytest.raises(QuantKitError, match=r"bfloat16 or float16, not torch\.float32"):
+        fit_grid(weight(), parse_scheme("w4a16"), torch.float32)
