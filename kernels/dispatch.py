@@ -1,0 +1,107 @@
+"""Which kernel runs a product: an ordered list per op, the first that supports the problem wins.
+
+A target is 'cpu', 'sm_90' (NVIDIA, compute capability 9.0) or 'gfx942' (AMD). Nothing here imports Triton:
+a kernel's file is imported when it is first run, so a CPU needs neither Triton nor a GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+OLDEST_NVIDIA = 80  # the first with bfloat16 tensor cores
+AMD = ("gfx942",)  # compiled for in the tests
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a kernel may depend on: y [M, N] = x [M, K] times codes [N, K]."""
+
+    target: str
+    M: int
+    N: int
+    K: int
+    x_dtype: torch.dtype
+    codes_dtype: torch.dtype  # int32 (packed int4), int8 or float8_e4m3fn
+    group_size: int = 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an op: the function `name` of the file `module` in kernels/."""
+
+    name: str
+    module: str
+    unsupported: Callable[[Problem], str | None]  # why this kernel cannot run the problem, None when it can
+
+    @property
+    def run(self) -> Callable[..., torch.Tensor]:
+        return _load(self.module, self.name)
+
+
+@cache
+def _load(module: str, name: str) -> Any:
+    return getattr(import_module(f"quantkit.kernels.{module}"), name)
+
+
+def not_cpu(problem: Problem) -> str | None:
+    return None if problem.target == "cpu" else f"runs on the CPU, not on {problem.target}"
+
+
+def native_fp8(target: str) -> bool:
+    """Whether the tensor cores of a target multiply float8_e4m3fn (gfx942 has only the fnuz variant)."""
+    return target.startswith("sm_") and int(target[3:]) >= 89
+
+
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "w4a16": (Kernel("w4a16_dequantize", "cpu", not_cpu),),
+    "w8a16": (Kernel("w8a16_dequantize", "cpu", not_cpu),),
+    "w8a8": (Kernel("w8a8_dequantize", "cpu", not_cpu),),
+    "fp8_block": (Kernel("fp8_block_dequantize", "cpu", not_cpu),),
+}
+
+
+@cache
+def target_of(device: torch.device) -> str:
+    """The target that a device is: 'cpu', 'sm_90', 'gfx942'."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@lru_cache(maxsize=4096)
+def select(op: str, problem: Problem) -> Kernel:
+    """The kernel that runs this problem.
+
+    Raises:
+        ValueError: the op is unknown, or no kernel supports the problem; the message has every kernel's reason.
+    """
+    if op not in KERNELS:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(KERNELS)}")
+    reasons = []
+    for kernel in KERNELS[op]:
+        reason = kernel.unsupported(problem)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name} {reason}")
+    raise ValueError(f"no kernel for {op} on {problem.target}: " + "; ".join(reasons))
+
+
+def kernel_name(
+    op: str,
+    target: str,
+    M: int,
+    N: int,
+    K: int,
+    x_dtype: torch.dtype,
+    codes_dtype: torch.dtype,
+    group_size: int = 0,
+) -> str:
+    """The name of the kernel that would run, found without a GPU; see `select` for the errors."""
+    return select(op, Problem(target, M, N, K, x_dtype, codes_dtype, group_size)).name

@@ -1,0 +1,200 @@
+"""The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w8a16, w8a8, fp8_block}`.
+
+Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
+[..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
+
+    w4a16      y = x w^T + bias        w[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]
+    w8a16      y = x w^T + bias        w[n, k] = codes[n, k] * scales[n, 0]
+    w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
+    fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
+
+An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. The fake implementation
+makes the same checks, so a wrong shape is reported while torch.compile traces.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.dispatch import Problem, select, target_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+BLOCK = 128
+CODES_PER_WORD = 8
+INT8_MAX_K = (2**31 - 1) // 127**2  # more columns could overflow the int32 sum
+
+SCHEMAS = {
+    "w4a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
+    "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
+    "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+}
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _expect(
+    op: str, name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], x: Tensor
+):
+    """One tensor's dtype, shape, device and contiguity, or a ValueError that says what was found."""
+    if t.dtype not in dtypes:
+        raise ValueError(
+            f"{op}: {name} is {_names((t.dtype,))}, expected {_names(dtypes)}; convert it once after loading"
+        )
+    if tuple(t.shape) != shape:
+        raise ValueError(
+            f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)} for x {list(x.shape)}; "
+            f"the tensor belongs to another layer or another scheme"
+        )
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} is on {t.device} but x on {x.device}; move both to one device")
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {t.stride()}; call .contiguous() once after loading")
+
+
+def _expect_x(op: str, x: Tensor, codes: Tensor) -> tuple[int, int]:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x is {_names((x.dtype,))}, expected {_names(FLOATS)}; convert x")
+    if x.dim() == 0 or codes.dim() != 2 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)} and codes {list(codes.shape)}, expected [..., K] and [N, columns]; "
+            f"reshape them"
+        )
+    return codes.shape[0], x.shape[-1]
+
+
+def _check_w4a16(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> None:
+    op = "w4a16"
+    N, K = _expect_x(op, x, codes)
+    if group_size < 0:
+        raise ValueError(f"{op}: group_size is {group_size}, expected 32, 64, 128, or 0 for one scale a row")
+    groups = -(-K // group_size) if group_size else 1
+    _expect(op, "codes", codes, (N, -(-K // CODES_PER_WORD)), (torch.int32,), x)
+    _expect(op, "scales", scales, (N, groups), FLOATS, x)
+    if zeros is not None:
+        _expect(op, "zeros", zeros, (N, groups), (torch.uint8,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+
+
+def _check_8bit(
+    op: str, x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> None:
+    N, K = _expect_x(op, x, codes)
+    block = op == "fp8_block"
+    _expect(op, "codes", codes, (N, K), EIGHT_BIT[1:] if block else EIGHT_BIT, x)
+    shape = (-(-N // BLOCK), -(-K // BLOCK)) if block else (N, 1)
+    _expect(op, "scales", scales, shape, (torch.float32,), x)
+    if input_scale is not None:
+        _expect(op, "input_scale", input_scale, (1,), (torch.float32,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+    if op == "w8a8" and codes.dtype == torch.int8 and K > INT8_MAX_K:
+        raise ValueError(f"{op}: K is {K}, expected at most {INT8_MAX_K} for int8 (int32 sums); use w8a16")
+
+
+def _run(op: str, x: Tensor, codes: Tensor, *rest: Tensor | int | None, group_size: int = 0) -> Tensor:
+    """Choose the kernel and run it over the rows of x [..., K]."""
+    N, K = codes.shape[0], x.shape[-1]
+    y_shape = (*x.shape[:-1], N)
+    M = x.numel() // K
+    if M == 0 or N == 0:
+        return x.new_empty(y_shape)
+    kernel = select(op, Problem(target_of(x.device), M, N, K, x.dtype, codes.dtype, group_size))
+    rows = x.reshape(M, K)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return kernel.run(rows, codes, *rest).view(y_shape)
+
+
+def w4a16(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """4-bit weights times floating activations.
+
+    Args:
+        x: float [..., K].
+        codes: int32 [N, ceil(K/8)], eight codes a word, the first in the lowest bits.
+        scales: float [N, ceil(K/group_size)].
+        zeros: uint8 of the same shape, or None: every zero is 8.
+        bias: float [N] or None.
+        group_size: columns that share a scale, 0 for one scale a row; the last group may be shorter.
+
+    Returns:
+        y of x.dtype [..., N].
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
+    """
+    _check_w4a16(x, codes, scales, zeros, bias, group_size)
+    return _run("w4a16", x, codes, scales, zeros, bias, group_size, group_size=group_size)
+
+
+def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """8-bit weights (int8 or float8_e4m3fn [N, K], scales float32 [N, 1]) times floating activations; see `w4a16`."""
+    _check_8bit("w8a16", x, codes, scales, None, bias)
+    return _run("w8a16", x, codes, scales, bias)
+
+
+def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """8-bit weights times activations rounded to the same type.
+
+    Args:
+        x: float [..., K], rounded to the dtype of codes: one scale a row, or `input_scale` for all rows.
+        codes: int8 or float8_e4m3fn [N, K].
+        scales: float32 [N, 1].
+        input_scale: float32 [1], x is divided by it and saturates; None: found from every row of x.
+        bias: float [N] or None.
+
+    Returns and raises as `w4a16`.
+    """
+    _check_8bit("w8a8", x, codes, scales, input_scale, bias)
+    return _run("w8a8", x, codes, scales, input_scale, bias)
+
+
+def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """float8_e4m3fn [N, K] with one scale a 128 x 128 tile, times x rounded to e4m3 per row and 128 columns.
+
+    scales: float32 [ceil(N/128), ceil(K/128)]. The rest as in `w4a16`.
+    """
+    _check_8bit("fp8_block", x, codes, scales, None, bias)
+    return _run("fp8_block", x, codes, scales, bias)
+
+
+def _result(x: Tensor, codes: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _fake_w4a16(x, codes, scales, zeros, bias, group_size):
+    _check_w4a16(x, codes, scales, zeros, bias, group_size)
+    return _result(x, codes)
+
+
+def _fake_w8a16(x, codes, scales, bias):
+    _check_8bit("w8a16", x, codes, scales, None, bias)
+    return _result(x, codes)
+
+
+def _fake_w8a8(x, codes, scales, input_scale, bias):
+    _check_8bit("w8a8", x, codes, scales, input_scale, bias)
+    return _result(x, codes)
+
+
+def _fake_fp8_block(x, codes, scales, bias):
+    _check_8bit("fp8_block", x, codes, scales, None, bias)
+    return _result(x, codes)
+
+
+for _name, _implementation, _fake in (
+    ("w4a16", w4a16, _fake_w4a16),
+    ("w8a16", w8a16, _fake_w8a16),
+    ("w8a8", w8a8, _fake_w8a8),
+    ("fp8_block", fp8_block, _fake_fp8_block),
+):
+    torch.library.define(f"quantkit::{_name}", SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"quantkit::{_name}", ("cpu", "cuda"), _implementation)
+    torch.library.register_fake(f"quantkit::{_name}", _fake)
