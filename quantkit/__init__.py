@@ -1,3 +1,33 @@
-"""QuantKit: INT8, INT4 and FP8 quantization of Hugging Face language models."""
+"""QuantKit: INT8, INT4 and FP8 quantization of Hugging Face language models.
+
+    import quantkit
+    model = AutoModelForCausalLM.from_pretrained("a-quantkit-directory")
+
+The import is what teaches transformers the format.
+"""
 
 __version__ = "0.1.0"
+
+from quantkit.errors import QuantKitError
+from quantkit.hf import QuantKitConfig
+from quantkit.linear import QuantLinear
+from quantkit.load import load
+from quantkit.packing import QuantizedTensor
+from quantkit.quantize import quantize, quantize_checkpoint
+from quantkit.recipe import CalibrationSpec, Recipe, Rule
+from quantkit.scheme import Scheme, parse_scheme
+
+__all__ = [
+    "CalibrationSpec",
+    "QuantKitConfig",
+    "QuantKitError",
+    "QuantLinear",
+    "QuantizedTensor",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "load",
+    "parse_scheme",
+    "quantize",
+    "quantize_checkpoint",
+]

@@ -48,9 +48,9 @@ class QuantLinear(nn.Module):
         scheme: what the tensors mean.
         codes, scales, zeros, input_scale: the neutral layout of `quantkit.packing`; the last two may be None.
         bias: [out_features] in the model's dtype, or None.
-        weight: uint8 [0]. In a checkpoint it stands under the name that a plain model gives its weight, so
-            that a reader that does not know quantkit meets a shape mismatch and stops, where it would
-            otherwise find no weight and start from random numbers.
+        weight: int64 [2], the numbers (N, K). In a checkpoint it stands under the name that a plain model
+            gives its weight, so that a reader that does not know quantkit meets a shape mismatch and stops,
+            where it would otherwise find no weight and start from random numbers.
     """
 
     _hf_quantized_needs_local_tp = True  # transformers hands such a module its local shard
@@ -74,10 +74,12 @@ class QuantLinear(nn.Module):
                 shape, stored = specs[name]
                 tensor = nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False)
             self.register_parameter(name, tensor)
-        self.register_buffer("weight", torch.empty(0, dtype=torch.uint8, device=device))
+        self.register_buffer("weight", torch.tensor([out_features, in_features], device=device))
         self.register_parameter(
             "bias",
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None,
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None,
         )
 
     @classmethod
@@ -87,7 +89,7 @@ class QuantLinear(nn.Module):
         module = cls(quantized.scheme, K, N, device="meta", scale_dtype=quantized.scales.dtype)
         for name, tensor in quantized.tensors().items():
             setattr(module, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
-        module.weight = torch.empty(0, dtype=torch.uint8, device=quantized.codes.device)
+        module.weight = torch.tensor([N, K], device=quantized.codes.device)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
@@ -95,7 +97,12 @@ class QuantLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The packed weight in the neutral layout."""
         return QuantizedTensor(
-            self.scheme, (self.out_features, self.in_features), self.codes, self.scales, self.zeros, self.input_scale
+            self.scheme,
+            (self.out_features, self.in_features),
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.input_scale,
         )
 
     @property

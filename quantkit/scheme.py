@@ -87,7 +87,9 @@ def parse_scheme(text: str) -> Scheme:
     head, *options = text.split("-")
     scheme = PRESETS.get(head)
     if scheme is None or scheme.weight != "int4":
-        raise QuantKitError(f"unknown scheme {text!r}; known: {', '.join(PRESETS)}, and w4a16-g64, w4a16-channel-asym, ...")
+        raise QuantKitError(
+            f"unknown scheme {text!r}; known: {', '.join(PRESETS)}, and w4a16-g64, w4a16-channel-asym, ..."
+        )
     for option in options:
         if option in ("sym", "asym"):
             scheme = replace(scheme, symmetric=option == "sym")
@@ -96,5 +98,7 @@ def parse_scheme(text: str) -> Scheme:
         elif option[0:1] == "g" and option[1:].isdigit():
             scheme = replace(scheme, group_size=int(option[1:]))
         else:
-            raise QuantKitError(f"scheme {text!r}: unknown part {option!r}; parts are g32, g64, g128, channel, sym, asym")
+            raise QuantKitError(
+                f"scheme {text!r}: unknown part {option!r}; parts are g32, g64, g128, channel, sym, asym"
+            )
     return scheme

@@ -1,0 +1,246 @@
+"""Calibration one decoder block at a time: capture what enters a block, pack its linears, run it on.
+
+Each block sees what its already packed predecessors give ('sequential'), so later blocks can make up for
+earlier errors. A block is on the device only while it is worked on; between blocks there are only the
+hidden states of the calibration tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.gptq import HessianError, InputStatistics, gptq, output_error
+from quantkit.calibration.grid import search_clip
+from quantkit.calibration.rtn import rtn
+from quantkit.errors import QuantKitError
+from quantkit.models import Fold
+from quantkit.packing import QuantizedTensor
+from quantkit.recipe import ModulePlan
+
+TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """A packed linear and what packing it cost.
+
+    Attributes:
+        plan: what was asked; `method` and `remark` below say what was done.
+        quantized: the packed weight.
+        error: relative error, the root of tr(E H E^T) / tr(W H W^T) over the calibration tokens where there
+            are any ('output'), else |E| / |W| ('weight'); E = W - dequantized, Frobenius norms.
+    """
+
+    plan: ModulePlan
+    quantized: QuantizedTensor
+    method: str
+    error: float
+    error_of: str
+    remark: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint's config.json keeps of it."""
+        entry = {
+            "scheme": self.plan.scheme.label,
+            "method": self.method,
+            "error": float(f"{self.error:.4g}"),
+            "error_of": self.error_of,
+        }
+        return {**entry, "remark": self.remark} if self.remark else entry
+
+
+class Recorder(nn.Module):
+    """Stands for a decoder block: notes the arguments of a call and hands the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its weights may not be loaded
+        self.hidden: list[torch.Tensor] = []
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)  # models ask a block for its attention type
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.hidden.append(hidden)
+        self.arguments = (args, kwargs)
+        return hidden
+
+
+@dataclass
+class Activations:
+    """What flows between blocks.
+
+    Attributes:
+        hidden: input of the next block, a tensor [batch, seq_len, hidden] a batch, on the CPU.
+        arguments: for each block the rest of its arguments (masks, rotary embeddings), the same for every
+            batch, since all sequences have one length and no padding.
+    """
+
+    hidden: list[torch.Tensor]
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tokens [samples, seq_len] in equal batches of about TOKENS_PER_BATCH tokens."""
+    samples, seq_len = tokens.shape
+    size = max(
+        b for b in range(1, samples + 1) if samples % b == 0 and (b == 1 or b * seq_len <= TOKENS_PER_BATCH)
+    )
+    return tokens.split(size)
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device
+) -> Activations:
+    """Runs the model around its blocks (which need not be loaded) and notes what would enter them.
+
+    Args:
+        tokens: int64 [samples, seq_len].
+    """
+    originals = list(blocks)
+    recorders = [Recorder(block) for block in originals]
+    for i, recorder in enumerate(recorders):
+        blocks[i] = recorder
+    try:
+        for batch in batches(tokens):
+            model(batch.to(device), use_cache=False, logits_to_keep=1)
+            for recorder in recorders[1:]:
+                recorder.hidden.clear()
+            recorders[0].hidden[-1] = recorders[0].hidden[-1].cpu()
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+    return Activations(recorders[0].hidden, [r.arguments for r in recorders if r.arguments is not None])
+
+
+@torch.no_grad()
+def run_block(
+    block: nn.Module, index: int, activations: Activations, device: torch.device
+) -> Iterable[torch.Tensor]:
+    """The block's output for each batch of its input."""
+    args, kwargs = activations.arguments[index]
+    for hidden in activations.hidden:
+        out = block(hidden.to(device), *args, **kwargs)
+        yield (out[0] if isinstance(out, tuple) else out).cpu()
+
+
+def advance(block: nn.Module, index: int, activations: Activations, device: torch.device) -> None:
+    """Makes the block's outputs the next block's inputs."""
+    for i, out in enumerate(run_block(block, index, activations, device)):
+        activations.hidden[i] = out
+
+
+def collect(
+    block: nn.Module, names: Iterable[str], index: int, activations: Activations, device: torch.device
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of the named linears; linears fed by one tensor share one object."""
+    first_fed: dict[int, str] = {}  # id of an input tensor -> the first linear that it reached
+    alive: list[torch.Tensor] = []  # keeps those ids from being used again
+    leader: dict[str, str] = {}
+    statistics: dict[str, InputStatistics] = {}
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if name not in leader:
+                leader[name] = first_fed.setdefault(id(x), name)
+                alive.append(x)
+            if leader[name] == name:
+                statistics.setdefault(name, InputStatistics(x.shape[-1], x.device)).add(x)
+
+        return note
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        for _ in run_block(block, index, activations, device):
+            alive.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: statistics[first] for name, first in leader.items()}
+
+
+def needs_activations(plan: ModulePlan) -> bool:
+    return plan.method in ("gptq", "awq") or plan.scheme.activation_scale == "static"
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    statistics: dict[str, InputStatistics],
+    folds: tuple[Fold, ...] = (),
+    norms_plus_one: bool = False,
+) -> list[ModuleResult]:
+    """Packs the planned linears of a block and leaves their dequantized weights in it.
+
+    Args:
+        plans: by the linear's name inside the block.
+        statistics: of the inputs of those linears, as `collect` gives them; may lack linears whose plan
+            needs none.
+        folds: where AWQ's scales can be put, for this architecture.
+        norms_plus_one: the norms multiply by 1 + weight.
+    """
+    weights = {name: block.get_submodule(name).weight.detach().float() for name in plans}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise QuantKitError(
+                f"{plans[name].name}: {bad} of {weight.numel()} weights are NaN or infinite; mend the source checkpoint"
+            )
+    if any(plan.method == "awq" for plan in plans.values()):
+        statistics = fold_scales(block, plans, weights, statistics, folds, norms_plus_one)
+    results = []
+    for name, plan in plans.items():
+        result = quantize_linear(weights[name], plan, statistics.get(name))
+        linear = block.get_submodule(name)
+        linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
+        results.append(result)
+    return results
+
+
+def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatistics | None) -> ModuleResult:
+    """Packs one weight float32 [N, K] by its plan; falls back to rounding where GPTQ cannot, and says so."""
+    scheme, method, remark = plan.scheme, plan.method, plan.remark
+    if needs_activations(plan) and (inputs is None or inputs.tokens == 0):
+        raise QuantKitError(
+            f"{plan.name}: no calibration token reached it, {plan.method} needs some; use more text"
+        )
+    if method == "gptq" and inputs is not None:
+        try:
+            result = gptq(weight, inputs.hessian, scheme)
+            quantized = result.quantized
+            if result.damp_percent > 0.01:
+                remark = f"{remark}; " * bool(remark) + f"damping raised to {result.damp_percent:g}"
+        except HessianError as error:
+            method, remark, quantized = (
+                "rtn",
+                f"gptq failed, rounded to nearest: {error}",
+                rtn(weight, scheme),
+            )
+    elif method == "awq" and inputs is not None:
+        grid = search_clip(weight, scheme, inputs.hessian)
+        quantized = grid.pack(grid.round(weight))
+    else:
+        quantized = rtn(weight, scheme)
+    if scheme.activation_scale == "static" and inputs is not None:
+        scale = inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny).view(1) / FP8_MAX
+        quantized = replace(quantized, input_scale=scale)
+
+    difference = weight - quantized.dequantize()
+    if inputs is not None and inputs.tokens:
+        signal = output_error(weight, inputs.hessian)
+        error, kind = (
+            (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0,
+            "output",
+        )
+    else:
+        norm = weight.norm().item()
+        error, kind = difference.norm().item() / norm if norm else 0.0, "weight"
+    return ModuleResult(plan, quantized, method, error, kind, remark)

@@ -1,0 +1,353 @@
+"""Checkpoints on disk: reading a source block by block, writing a packed one that appears whole or not at all.
+
+A run writes into OUT.partial, one safetensors file a decoder block as it is finished. At the end the files
+are joined into the shards that `save_pretrained` would have written, config.json and the manifest are added,
+and the folder is renamed to OUT. A killed run leaves OUT.partial alone; the same command continues it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from quantkit.errors import QuantKitError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "quantkit_manifest.json"
+MANIFEST_VERSION = 1
+MAX_SHARD_SIZE = "50GB"  # save_pretrained's default, so that saving again gives the same files
+CHUNK = 1 << 22  # bytes copied at a time
+# The order in which safetensors lays out tensors: its dtypes from the widest alignment down.
+DTYPE_ORDER = (
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, safetensors dtype, shape, and the byte range in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header.
+
+    Raises:
+        QuantKitError: the file is truncated or its header is not that of a safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise QuantKitError(f"{path}: truncated or not a safetensors file ({size} bytes); copy it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            data = 8 + length
+            tensors = {
+                name: StoredTensor(
+                    path, t["dtype"], tuple(t["shape"]), *(data + o for o in t["data_offsets"])
+                )
+                for name, t in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise QuantKitError(
+                f"{path}: damaged safetensors header ({error}); copy the file again"
+            ) from error
+    needed = max((t.stop for t in tensors.values()), default=0)
+    if size < needed:
+        raise QuantKitError(
+            f"{path}: truncated, {size} bytes where its header promises {needed}; copy it again"
+        )
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model directory, by its index where it has one.
+
+    Raises:
+        QuantKitError: there are none, or one that the index names is missing.
+    """
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise QuantKitError(f"{index}: cannot be read ({error}); copy it again") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / WEIGHTS]
+    for file in files:
+        if not file.exists():
+            raise QuantKitError(f"{file}: not found; quantkit reads safetensors weights (not .bin or .gguf)")
+    return files
+
+
+class CheckpointReader:
+    """The tensors of a model directory, read by name; nothing stays in memory that the caller does not hold."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        for path in self.files:
+            self.tensors.update(read_header(path))
+
+    def load(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """Tensors by name, as they are stored.
+
+        Raises:
+            QuantKitError: a name is in none of the files.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise QuantKitError(
+                    f"{self.folder}: tensor {name} is in none of its {len(self.files)} safetensors files; "
+                    "the files don't belong to this config.json, or the architecture stores its weights otherwise"
+                )
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        loaded = {}
+        for path, wanted in by_file.items():
+            try:
+                with safe_open(path, framework="pt", device=str(device)) as file:
+                    # clone: a tensor that views the mapped file would keep its pages counted as ours
+                    loaded.update({name: file.get_tensor(name).clone() for name in wanted})
+            except (SafetensorError, OSError) as error:
+                raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
+        return loaded
+
+
+def join_safetensors(names: list[str], sources: dict[str, StoredTensor], out: Path) -> dict[str, str]:
+    """Copies tensors out of safetensors files into one, in little memory.
+
+    Gives the bytes that `safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})` would: header
+    with the tensors by falling alignment and then by name, padded with blanks to a multiple of 8 bytes.
+
+    Returns:
+        sha256 of each tensor's bytes, by name.
+    """
+    ordered = sorted(names, key=lambda name: (DTYPE_ORDER.index(sources[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in ordered:
+        tensor = sources[name]
+        size = tensor.stop - tensor.start
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sums = {}
+    with out.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            digest = hashlib.sha256()
+            for chunk in tensor_bytes(sources[name]):
+                digest.update(chunk)
+                target.write(chunk)
+            sums[name] = digest.hexdigest()
+        sync(target)
+    return sums
+
+
+def tensor_bytes(tensor: StoredTensor) -> Iterator[bytes]:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.stop - tensor.start
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise QuantKitError(f"{tensor.file}: ended {left} bytes early; copy it again")
+            left -= len(chunk)
+            yield chunk
+
+
+def sha256(tensor: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor_bytes(tensor):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(text.encode())
+        sync(file)
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QuantKitError(f"{path}: not found; is {path.parent} a model directory?") from error
+    except ValueError as error:
+        raise QuantKitError(f"{path}: not valid JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise QuantKitError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content
+
+
+class CheckpointWriter:
+    """Writes OUT by way of OUT.partial; a context manager.
+
+    Args:
+        out: the directory to make; must not exist.
+        job: what makes these bytes (source files, recipe, calibration tokens), as JSON values. A folder
+            OUT.partial that the same job left is continued, one that another job left is cleared.
+
+    Raises:
+        QuantKitError: OUT exists, or another process is writing it.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any]) -> None:
+        if out.exists():
+            raise QuantKitError(f"{out}: exists already; remove it or name another directory")
+        self.out, self.staging, self.job = out, out.with_name(out.name + ".partial"), job
+
+    def __enter__(self) -> "CheckpointWriter":
+        self.staging.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.staging / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.close()
+            raise QuantKitError(
+                f"{self.staging}: another quantkit process is writing it; wait for it"
+            ) from error
+        record, text = self.staging / "job.json", json.dumps(self.job, indent=1, sort_keys=True)
+        if not record.exists() or record.read_text() != text:
+            for path in self.staging.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+            write_text(record, text)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.lock.close()
+
+    def part(self, name: str) -> Path:
+        return self.staging / f"{name}.safetensors"
+
+    def write_part(self, name: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
+        """Stores one part: its tensors, and what there is to say of its modules."""
+        write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
+        draft = self.part(name).with_suffix(".tmp")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+        draft.replace(self.part(name))
+
+    def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
+        """What `write_part` stored under the name, in this run or a killed one before; None if nothing."""
+        path = self.part(name)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        return tensors, json.loads(path.with_suffix(".json").read_text())
+
+    def finish(
+        self, order: dict[str, torch.Tensor], total_parameters: int, add_files: Callable[[Path], None]
+    ) -> None:
+        """Joins the parts into shards, adds the manifest and whatever `add_files` writes, and shows OUT.
+
+        Args:
+            order: every tensor of the checkpoint, on the meta device, in the order of the model's state dict.
+            total_parameters: for the index file of a checkpoint of several shards.
+        """
+        sources: dict[str, StoredTensor] = {}
+        for path in self.staging.glob("*.safetensors"):
+            sources.update(read_header(path))
+        folder = self.staging / "out"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shards = split_torch_state_dict_into_shards(
+            order, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+        )
+        entries = {}
+        for filename, names in shards.filename_to_tensors.items():
+            sums = join_safetensors(names, sources, folder / filename)
+            entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
+        if shards.is_sharded:
+            index = {
+                "metadata": {"total_parameters": total_parameters, **shards.metadata},
+                "weight_map": shards.tensor_to_filename,
+            }
+            write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        add_files(folder)
+        save_manifest(folder, entries)
+        folder.rename(self.out)
+        shutil.rmtree(self.staging)
+
+
+def manifest_entry(tensor: StoredTensor, filename: str, digest: str) -> dict[str, Any]:
+    return {"file": filename, "dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": digest}
+
+
+def save_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    manifest = {"manifest_version": MANIFEST_VERSION, "tensors": entries}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the manifest of the safetensors files that lie in a folder."""
+    tensors = CheckpointReader(folder).tensors
+    save_manifest(folder, {name: manifest_entry(t, t.file.name, sha256(t)) for name, t in tensors.items()})
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the tensors of a checkpoint, judged by its manifest: one line a finding.
+
+    Raises:
+        QuantKitError: the manifest or a safetensors header cannot be read at all.
+    """
+    expected = read_json(folder / MANIFEST)
+    if expected.get("manifest_version") != MANIFEST_VERSION:
+        raise QuantKitError(
+            f"{folder / MANIFEST}: manifest_version {expected.get('manifest_version')}, "
+            f"this quantkit reads {MANIFEST_VERSION}; install a newer quantkit"
+        )
+    found = CheckpointReader(folder).tensors
+    lines = [f"{name}: not in the manifest" for name in found if name not in expected["tensors"]]
+    for name, entry in expected["tensors"].items():
+        tensor = found.get(name)
+        if tensor is None:
+            lines.append(f"{name}: missing, expected in {folder / entry['file']}")
+        elif (tensor.dtype, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
+            lines.append(
+                f"{name}: {tensor.file} holds {tensor.dtype} {list(tensor.shape)}, "
+                f"the manifest says {entry['dtype']} {entry['shape']}"
+            )
+        elif sha256(tensor) != entry["sha256"]:
+            lines.append(
+                f"{name}: {tensor.file} has other bytes than were written (sha256 differs); copy it again"
+            )
+    return lines

@@ -1,0 +1,224 @@
+"""transformers integration: `from_pretrained` and `save_pretrained` of a quantkit checkpoint.
+
+Importing this module registers `quant_method: "quantkit"`. transformers looks for no plug-ins of its own
+accord: without the import it warns 'Unknown quantization type' and then stops at the guard tensors (see
+`QuantLinear.weight`), because their shape is not that of a weight.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.errors import QuantKitError
+from quantkit.linear import QuantLinear, replace_module, tensor_specs
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import Scheme
+
+FORMAT_VERSION = 1
+METHOD = "quantkit"
+SAFETENSORS_DTYPES = {
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+}
+SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # of int4 scales
+
+
+@register_quantization_config(METHOD)
+class QuantKitConfig(QuantizationConfigMixin):
+    """`quantization_config` in config.json; FORMAT.md has every key.
+
+    Args:
+        schemes: label -> the fields of a Scheme.
+        modules: name of each packed linear -> {"scheme": label, "method": ..., "error": ...}.
+        recipe: the recipe that made the checkpoint, whole; for people, not needed to load.
+        calibration: source, shape, seed and hash of the calibration tokens, or None.
+        format_version: of the layout. A newer one than this code knows is refused.
+    """
+
+    def __init__(
+        self,
+        schemes: dict[str, dict[str, Any]],
+        modules: dict[str, dict[str, Any]],
+        recipe: dict[str, Any] | None = None,
+        calibration: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise QuantKitError(
+                f"config.json: quantkit format_version {format_version}, but this quantkit reads up to "
+                f"{FORMAT_VERSION}; install a newer quantkit"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.schemes = schemes
+        self.modules = modules
+        self.recipe = recipe
+        self.calibration = calibration
+
+    def scheme_of(self, module: str) -> Scheme:
+        label = self.modules[module]["scheme"]
+        if label not in self.schemes:
+            raise QuantKitError(
+                f"config.json: module {module} names scheme {label!r}, which 'schemes' does not have"
+            )
+        try:
+            return Scheme(**self.schemes[label])
+        except TypeError as error:
+            raise QuantKitError(f"config.json: scheme {label!r} cannot be read: {error}") from error
+
+
+@register_quantizer(METHOD)
+class QuantKitQuantizer(HfQuantizer):
+    """Puts QuantLinears into the empty model before the weights arrive, and checks that the files hold them."""
+
+    requires_calibration = True
+    quantization_config: QuantKitConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored = stored_tensors(checkpoint_files or [])
+        for name in self.quantization_config.modules:
+            scheme = self.quantization_config.scheme_of(name)
+            linear = linear_called(model, name)
+            check_stored(name, scheme, linear, stored)
+            _, scale_dtype = stored.get(f"{name}.scales", ((), "BF16"))
+            replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype]))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return prepare(model)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        return config
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        return weight_conversions
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                replace_module(model, name, dequantized_twin(module, dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def stored_tensors(files: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors dtype of every tensor in the files, from their headers alone."""
+    found = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    found[name] = (tuple(view.get_shape()), view.get_dtype())
+        except Exception as error:
+            raise QuantKitError(f"{path}: cannot be read as safetensors ({error}); copy it again") from error
+    return found
+
+
+def check_stored(
+    name: str, scheme: Scheme, linear: nn.Linear, stored: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Refuses a packed module whose tensors are absent or of another shape: transformers would only warn."""
+    if not stored:
+        return
+    scale_dtype = SCALE_DTYPES.get(stored.get(f"{name}.scales", ((), ""))[1], torch.bfloat16)
+    for suffix, (shape, dtype) in tensor_specs(
+        scheme, linear.out_features, linear.in_features, scale_dtype
+    ).items():
+        full = f"{name}.{suffix}"
+        if full not in stored:
+            raise QuantKitError(
+                f"{full} is missing from the checkpoint's safetensors; quantize the model again"
+            )
+        expected = SAFETENSORS_DTYPES.get(dtype, stored[full][1])
+        if stored[full] != (shape, expected):
+            raise QuantKitError(
+                f"{full}: found {stored[full][1]} {list(stored[full][0])}, "
+                f"scheme {scheme.label} expects {expected} {list(shape)}"
+            )
+
+
+def linear_called(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise QuantKitError(f"config.json: packed module {name} is not a linear of {type(model).__name__}")
+    return module
+
+
+def packed_twin(linear: nn.Linear, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> QuantLinear:
+    """An empty QuantLinear of the linear's shape, on the meta device."""
+    return QuantLinear(
+        scheme,
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+        scale_dtype=scale_dtype,
+        device="meta",
+    )
+
+
+def dequantized_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """An nn.Linear with the weight that the codes stand for."""
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.quantized().dequantize(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
+    from quantkit.checkpoint import write_manifest
+
+    save = type(model).save_pretrained
+
+    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        save(model, save_directory, *args, **kwargs)
+        write_manifest(Path(save_directory))
+
+    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    return model
+
+
+def install(
+    model: PreTrainedModel, packed: dict[str, QuantizedTensor], config: QuantKitConfig
+) -> PreTrainedModel:
+    """Swaps packed weights into a model in memory and makes it what `from_pretrained` would have given."""
+    for name, quantized in packed.items():
+        linear = linear_called(model, name)
+        replace_module(model, name, QuantLinear.from_quantized(quantized, linear.bias))
+    model.config.quantization_config = config
+    model.hf_quantizer = QuantKitQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    return prepare(model)

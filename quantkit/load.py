@@ -1,0 +1,82 @@
+"""Loading a quantized directory, and checking that it is whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantkit.checkpoint import CheckpointReader, damage, read_json
+from quantkit.errors import QuantKitError
+from quantkit.hf import METHOD, QuantKitConfig
+from quantkit.linear import tensor_specs
+
+
+def read_quantized_config(folder: Path) -> QuantKitConfig:
+    """The `quantization_config` of a quantkit directory.
+
+    Raises:
+        QuantKitError: it is no such directory, or of a newer format.
+    """
+    if not folder.is_dir():
+        raise QuantKitError(f"{folder}: no such directory")
+    content = read_json(folder / "config.json").get("quantization_config") or {}
+    if content.get("quant_method") != METHOD:
+        found = content.get("quant_method", "none")
+        raise QuantKitError(
+            f"{folder}: not a quantkit checkpoint (quant_method: {found}); make one with quantkit quantize"
+        )
+    try:
+        return QuantKitConfig.from_dict(content)
+    except TypeError as error:
+        raise QuantKitError(
+            f"{folder / 'config.json'}: quantization_config cannot be read: {error}"
+        ) from error
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is wrong with a quantkit directory, a line each; an empty list means whole.
+
+    Checks that every packed module has its tensors, and every tensor's presence, shape, dtype and checksum.
+    """
+    config = read_quantized_config(folder)
+    stored = CheckpointReader(folder).tensors
+    lines = damage(folder)
+    for name in config.modules:
+        names = [f"{name}.weight", f"{name}.codes", f"{name}.scales"]
+        absent = [tensor for tensor in names if tensor not in stored]
+        lines += [f"{tensor}: missing, config.json lists the module" for tensor in absent]
+        if absent:
+            continue
+        scheme = config.scheme_of(name)
+        N = stored[f"{name}.codes"].shape[0]
+        shape = CheckpointReader(folder).load([f"{name}.weight"])[f"{name}.weight"].tolist()
+        if len(shape) != 2 or shape[0] != N:
+            lines.append(f"{name}.weight: holds {shape}, expected [N, K] with N = {N} as codes has it")
+            continue
+        for suffix, (expected, _) in tensor_specs(scheme, *shape).items():
+            tensor = stored.get(f"{name}.{suffix}")
+            if tensor is None or tensor.shape != expected:
+                found = "missing" if tensor is None else list(tensor.shape)
+                lines.append(f"{name}.{suffix}: {found}, scheme {scheme.label} expects {list(expected)}")
+    return lines
+
+
+def load(folder: str | Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` of a quantkit directory, with clear errors.
+
+    Args:
+        folder: what `quantkit quantize` wrote.
+        device: where to put it; a GPU if there is one, by default.
+        kwargs: handed to `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+    Raises:
+        QuantKitError: not a quantkit directory, a newer format, a damaged file.
+    """
+    folder = Path(folder)
+    read_quantized_config(folder)
+    CheckpointReader(folder)
+    if device is None and "device_map" not in kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    return model.to(device) if device is not None else model

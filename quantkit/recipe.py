@@ -1,0 +1,199 @@
+"""Recipe: which scheme and method each linear gets, and what it is calibrated on."""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from quantkit.errors import QuantKitError
+from quantkit.models import decoder_blocks, linears
+from quantkit.scheme import GROUP_SIZES, Scheme, parse_scheme
+
+KEEP = "keep"  # in the place of a scheme: leave the module as it is
+METHODS = {"rtn": "round-to-nearest", "gptq": "GPTQ (arXiv:2210.17323)", "awq": "AWQ (arXiv:2306.00978)"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the linears whose name contains a match of the regular expression get; None: the recipe's default."""
+
+    match: str
+    scheme: str | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """The calibration tokens: `samples` sequences of `seq_len` tokens.
+
+    Args:
+        source: 'self' (sampled from the model itself), a text file, or a name for `datasets`.
+        samples, seq_len: how many sequences of how many tokens.
+        seed: of the sampling, or of the choice of windows.
+    """
+
+    source: str = "self"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Scheme, method, exceptions and calibration of one run.
+
+    Args:
+        scheme: a preset or label, see `quantkit.scheme.parse_scheme`.
+        method: 'rtn', 'gptq' or 'awq'; None: gptq for w4a16, else rtn. A linear whose scheme the method
+            does not make (8-bit ones under gptq) is rounded to nearest.
+        rules: exceptions, the first that matches a name decides.
+        calibration: what is fed to the model where the method or the scheme needs activations.
+    """
+
+    scheme: str
+    method: str | None = None
+    rules: tuple[Rule, ...] = ()
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+
+    def __post_init__(self) -> None:
+        for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
+            if scheme not in (None, KEEP):
+                parse_scheme(scheme)
+        for method in (self.method, *(rule.method for rule in self.rules)):
+            if method is not None and method not in METHODS:
+                raise QuantKitError(f"recipe: unknown method {method!r}; known: {', '.join(METHODS)}")
+        for rule in self.rules:
+            try:
+                re.compile(rule.match)
+            except re.error as error:
+                raise QuantKitError(f"recipe: {rule.match!r} is not a regular expression: {error}") from error
+        spec = self.calibration
+        if spec.samples < 1 or spec.seq_len < 2:
+            raise QuantKitError(
+                f"recipe: calibration of {spec.samples} x {spec.seq_len} tokens; needs at least 1 x 2"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a YAML file with the keys of `Recipe`.
+
+    Raises:
+        QuantKitError: the file is absent, is not YAML, or has a key that no recipe has.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise QuantKitError(f"recipe {path}: not found") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise QuantKitError(
+            f"recipe {path}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from error
+    content = checked(content, Recipe, str(path))
+    content["rules"] = tuple(
+        Rule(**checked(rule, Rule, f"{path}, rules")) for rule in content.get("rules") or ()
+    )
+    if "calibration" in content:
+        content["calibration"] = CalibrationSpec(
+            **checked(content["calibration"], CalibrationSpec, f"{path}, calibration")
+        )
+    return Recipe(**content)
+
+
+def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
+    """The mapping, if it has the fields of the dataclass `kind`, no others, and values of their types."""
+    if not isinstance(content, dict):
+        raise QuantKitError(
+            f"recipe {where}: found {type(content).__name__}, expected a mapping of names to values"
+        )
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    for name, value in content.items():
+        if name not in fields:
+            raise QuantKitError(f"recipe {where}: unknown name {name!r}; known: {', '.join(fields)}")
+        if fields[name].type is int and type(value) is not int:
+            raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a whole number")
+        if fields[name].type in (str, str | None) and not isinstance(value, str):
+            raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a word")
+    for name in ("scheme", "match"):
+        if name in fields and kind in (Recipe, Rule) and fields[name].type is str and name not in content:
+            raise QuantKitError(f"recipe {where}: {name} is missing")
+    return dict(content)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What one linear gets, and a remark where that is not what the recipe asked for."""
+
+    name: str
+    scheme: Scheme
+    method: str
+    remark: str = ""
+
+
+def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
+    """The plan of every linear that will be packed, by name.
+
+    Linears outside the decoder blocks (the LM head) are packed only where a rule matches them.
+
+    Raises:
+        QuantKitError: nothing is left to quantize, a rule matches no linear, or it asks for a tied LM head.
+    """
+    block_name, blocks = decoder_blocks(model)
+    inside = linears(blocks, f"{block_name}.")
+    unused = {rule.match for rule in recipe.rules}
+    tied = tied_linears(model)
+    plans = {}
+    for name, linear in linears(model).items():
+        rule = next((rule for rule in recipe.rules if re.search(rule.match, name)), None)
+        unused -= {rule.match for rule in recipe.rules if re.search(rule.match, name)}
+        if rule is None and name not in inside:
+            continue
+        label = (rule and rule.scheme) or recipe.scheme
+        if label == KEEP:
+            continue
+        if name in tied:
+            raise QuantKitError(
+                f"{name} shares its weight with the embedding: packing would untie them; leave it out"
+            )
+        scheme, remark = fit_scheme(parse_scheme(label), linear.in_features)
+        method = (rule and rule.method) or recipe.method or ("gptq" if scheme.weight == "int4" else "rtn")
+        if scheme.weight != "int4" and method != "rtn":
+            method, remark = "rtn", remark or f"{method} is for w4a16"
+        plans[name] = ModulePlan(name, scheme, method, remark)
+    if unused:
+        raise QuantKitError(f"recipe: no linear of {type(model).__name__} matches {sorted(unused)[0]!r}")
+    if not plans:
+        raise QuantKitError(f"{type(model).__name__}: the recipe leaves no linear to quantize")
+    return plans
+
+
+def fit_scheme(scheme: Scheme, K: int) -> tuple[Scheme, str]:
+    """The scheme with a group size that divides K, where there is one, and a remark if that changed it.
+
+    Where none divides K the last group is shorter: kernels and format take any K.
+    """
+    group_size = scheme.group_size
+    if group_size is None or K % group_size == 0:
+        return scheme, ""
+    smaller = [g for g in GROUP_SIZES if g < group_size and K % g == 0]
+    if smaller:
+        return replace(
+            scheme, group_size=max(smaller)
+        ), f"group size {max(smaller)}, since {group_size} does not divide K={K}"
+    return (
+        scheme,
+        f"K={K} is no multiple of {group_size}: the last group of each row has {K % group_size} columns",
+    )
+
+
+def tied_linears(model: nn.Module) -> set[str]:
+    """Names of linears whose weight another module owns too."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return {name.removesuffix(".weight") for names in owners.values() if len(names) > 1 for name in names}
