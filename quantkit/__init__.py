@@ -13,9 +13,10 @@ from quantkit.hf import QuantKitConfig
 from quantkit.linear import QuantLinear
 from quantkit.load import load
 from quantkit.packing import QuantizedTensor
-from quantkit.quantize import quantize, quantize_checkpoint
+from quantkit.quantize import quantize
 from quantkit.recipe import CalibrationSpec, Recipe, Rule
 from quantkit.scheme import Scheme, parse_scheme
+from quantkit.streaming import quantize_checkpoint
 
 __all__ = [
     "CalibrationSpec",

@@ -40,7 +40,8 @@ def verify(folder: Path) -> list[str]:
     Checks that every packed module has its tensors, and every tensor's presence, shape, dtype and checksum.
     """
     config = read_quantized_config(folder)
-    stored = CheckpointReader(folder).tensors
+    reader = CheckpointReader(folder)
+    stored = reader.tensors
     lines = damage(folder)
     for name in config.modules:
         names = [f"{name}.weight", f"{name}.codes", f"{name}.scales"]
@@ -50,7 +51,7 @@ def verify(folder: Path) -> list[str]:
             continue
         scheme = config.scheme_of(name)
         N = stored[f"{name}.codes"].shape[0]
-        shape = CheckpointReader(folder).load([f"{name}.weight"])[f"{name}.weight"].tolist()
+        shape = reader.load([f"{name}.weight"])[f"{name}.weight"].tolist()
         if len(shape) != 2 or shape[0] != N:
             lines.append(f"{name}.weight: holds {shape}, expected [N, K] with N = {N} as codes has it")
             continue
@@ -75,8 +76,24 @@ def load(folder: str | Path, device: str | torch.device | None = None, **kwargs:
     """
     folder = Path(folder)
     read_quantized_config(folder)
-    CheckpointReader(folder)
+    return load_model(folder, device, **kwargs)
+
+
+def load_model(folder: Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A model directory, quantized or not, as `load` would load it."""
+    CheckpointReader(folder)  # headers and sizes: a truncated file is named here
     if device is None and "device_map" not in kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    return model.to(device) if device is not None else model
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    except QuantKitError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def is_quantized(folder: Path) -> bool:
+    content = read_json(folder / "config.json").get("quantization_config") or {}
+    return content.get("quant_method") == METHOD

@@ -1,0 +1,281 @@
+"""The `quantkit` command: one function a verb. Bad input ends in one line on stderr and exit code 2."""
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from quantkit import __version__
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import QuantKitError
+from quantkit.kernels.dispatch import kernel_name, target_of
+from quantkit.linear import CODE_DTYPES
+from quantkit.load import is_quantized, load_model, read_quantized_config, verify
+from quantkit.quantize import Progress
+from quantkit.recipe import METHODS, Recipe, read_recipe
+from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
+from quantkit.source import resolve
+from quantkit.streaming import quantize_checkpoint
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+out = Console()
+err = Console(stderr=True)
+INSPECTED_M = (1, 16, 256, 4096)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one, by default.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        code = app(standalone_mode=False)
+    except QuantKitError as error:
+        fail(str(error))
+    except click.ClickException as error:
+        fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        err.print("interrupted", style="red")
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        fail(
+            f"out of device memory ({str(error).splitlines()[0]}); use --device cpu, a smaller --samples or --window"
+        )
+    except OSError as error:
+        fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str) -> None:
+    err.print(f"error: {escape(' '.join(message.split()))}", style="red", soft_wrap=True, highlight=False)
+    sys.exit(2)
+
+
+def save_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that the user names, or the best there is."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise QuantKitError(f"--device {name}: no such kind of device; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise QuantKitError(f"--device {name}: quantkit runs on cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QuantKitError(
+            f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to torch; use cpu"
+        )
+    return device
+
+
+def version(show: bool) -> None:
+    if show:
+        out.print(f"quantkit {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def about(show: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+    """Quantize Hugging Face language models to INT8, INT4 or FP8, run them, and see what it cost."""
+
+
+def read_scheme(text: str, group_size: str | None, asymmetric: bool) -> Scheme:
+    scheme = parse_scheme(text)
+    if group_size is not None:
+        if group_size != "channel" and not group_size.isdigit():
+            raise QuantKitError(
+                f"--group-size {group_size}: expected {', '.join(map(str, GROUP_SIZES))} or channel"
+            )
+        if scheme.weight != "int4":
+            raise QuantKitError(f"--group-size: {scheme.name} has no groups; it is for w4a16")
+        scheme = replace(scheme, group_size=None if group_size == "channel" else int(group_size))
+    return replace(scheme, symmetric=False) if asymmetric else scheme
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model directory, or a name on the Hugging Face hub.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    scheme: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRESETS)}, or in one word w4a16-g64-asym.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(METHODS)}; gptq for w4a16, else rtn, by default.")
+    ] = None,
+    group_size: Annotated[str | None, typer.Option(help="32, 64, 128 or channel (w4a16 only).")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points (w4a16 only).")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with scheme, method, rules, calibration.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="self (sampled from the model), a text file, or a datasets name; default self."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences; default 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a calibration sequence; default 512.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration tokens; default 0.")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantize MODEL into the directory OUT."""
+    if (recipe is None) == (scheme is None):
+        raise QuantKitError("give one of --scheme and --recipe")
+    if recipe is not None:
+        if method or group_size or asymmetric:
+            raise QuantKitError(
+                "--method, --group-size and --asymmetric go with --scheme; write them in the recipe"
+            )
+        plan = read_recipe(recipe)
+    else:
+        plan = Recipe(read_scheme(scheme or "", group_size, asymmetric).label, method)
+    given = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
+    plan = replace(plan, calibration=spec)
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=out,
+    ) as bar:
+        task = bar.add_task("blocks", total=None)
+        progress = Progress(
+            start=lambda steps: bar.update(task, total=steps),
+            module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
+            step=lambda: bar.advance(task),
+        )
+        summary = quantize_checkpoint(model, out_dir, plan, pick_device(device), progress=progress)
+    worst = max(summary.modules, key=lambda name: summary.modules[name]["error"])
+    out.print(
+        f"{out_dir}: {len(summary.modules)} linears, {summary.bits_per_weight:.3f} bits a weight; "
+        f"weights {megabytes(summary.source_bytes)} -> {megabytes(summary.packed_bytes)}; "
+        f"largest error {summary.modules[worst]['error']:.2%} ({worst}); {summary.seconds:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    save_json(json_file, asdict(summary))
+
+
+def module_line(module: dict[str, Any]) -> str:
+    remark = f"  ({module['remark']})" if module.get("remark") else ""
+    return escape(
+        f"{module['name']}  {module['scheme']}  {module['method']}  {module['error_of']} error {module['error']:.2%}{remark}"
+    )
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `quantkit quantize` wrote.")],
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show scheme, method, sizes, every module, and the kernel that runs at each M."""
+    config = read_quantized_config(folder)
+    reader = CheckpointReader(folder)
+    stored, shapes = reader.tensors, reader.load([f"{name}.weight" for name in config.modules])
+    target = target_of(pick_device(device))
+    rows = []
+    for name, entry in config.modules.items():
+        scheme = config.scheme_of(name)
+        tensors = {s: stored.get(f"{name}.{s}") for s in ("codes", "scales", "zeros", "input_scale")}
+        codes = tensors["codes"]
+        if codes is None:
+            raise QuantKitError(f"{folder}: {name}.codes is missing; run quantkit verify {folder}")
+        N, K = shapes[f"{name}.weight"].tolist()
+        size = sum(t.stop - t.start for t in tensors.values() if t is not None)
+        kernels = {
+            M: kernel_name(
+                scheme.op, target, M, N, K, torch.bfloat16, CODE_DTYPES[scheme.weight], scheme.group_size or 0
+            )
+            for M in INSPECTED_M
+        }
+        rows.append({"name": name, "N": N, "K": K, "bytes": size, **entry, "kernels": kernels})
+    table = Table("module", "N", "K", "scheme", "method", "error", "bits", box=None)
+    for row in rows:
+        bits = f"{8 * row['bytes'] / (row['N'] * row['K']):.2f}"
+        error = f"{row['error']:.2%} {row['error_of']}"
+        table.add_row(row["name"], str(row["N"]), str(row["K"]), row["scheme"], row["method"], error, bits)
+    out.print(table)
+    packed = sum(row["bytes"] for row in rows)
+    total = sum(t.stop - t.start for t in stored.values())
+    weights = sum(row["N"] * row["K"] for row in rows)
+    out.print(
+        f"{', '.join(config.schemes)}: {len(rows)} packed linears, {8 * packed / weights:.3f} bits a weight"
+    )
+    out.print(
+        f"packed {megabytes(packed)}, all tensors {megabytes(total)}, format version {config.format_version}"
+    )
+    if config.calibration:
+        spec = config.calibration
+        out.print(f"calibrated on {spec['samples']} x {spec['seq_len']} tokens of {spec['source']}")
+    table = Table(f"kernel on {target}, M =", *map(str, INSPECTED_M), box=None)
+    for key in sorted({(row["scheme"], row["N"], row["K"]) for row in rows}):
+        row = next(row for row in rows if (row["scheme"], row["N"], row["K"]) == key)
+        table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *row["kernels"].values())
+    out.print(table)
+    save_json(
+        json_file,
+        {"format_version": config.format_version, "target": target, "bytes": total, "modules": rows},
+    )
+
+
+@app.command(name="verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `quantkit quantize` wrote.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Check every tensor's presence, shape, dtype and checksum."""
+    findings = verify(folder)
+    save_json(json_file, {"folder": str(folder), "findings": findings})
+    for line in findings[:-1]:
+        err.print(escape(line), highlight=False, soft_wrap=True)
+    if findings:
+        raise QuantKitError(findings[-1])
+    out.print(f"{folder}: {len(CheckpointReader(folder).tensors)} tensors, all as written")
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> transformers.PreTrainedModel:
+    """A quantized directory (checked first), or any model that transformers loads."""
+    folder = resolve(name)
+    if is_quantized(folder):
+        read_quantized_config(folder)
+        if findings := verify(folder):
+            raise QuantKitError(
+                f"{findings[0]} ({len(findings)} findings; quantkit verify {folder} lists them)"
+            )
+    return load_model(folder, device, dtype=dtype)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype | str:
+    """A CPU computes in float32: faster there than bfloat16, and without its rounding. A GPU in the model's own."""
+    return torch.float32 if device.type == "cpu" else "auto"

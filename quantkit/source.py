@@ -1,0 +1,96 @@
+"""The model to be quantized: found, its config read, its skeleton built, its tokenizer loaded."""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quantkit.checkpoint import read_json
+from quantkit.errors import QuantKitError
+
+# What a checkpoint takes over from its source beside weights and config: the tokenizer and its like.
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+def resolve(model: str | Path) -> Path:
+    """A local directory, or the snapshot of a hub name.
+
+    Raises:
+        QuantKitError: there is no such directory and the hub does not give such a model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise QuantKitError(f"{model}: no such model directory")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *COPIED]))
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuantKitError(
+            f"{model}: no such directory, and the hub gives no such model ({reason})"
+        ) from error
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """config.json of a model that is not quantized yet."""
+    content = read_json(folder / "config.json")
+    if content.get("quantization_config"):
+        found = content["quantization_config"].get("quant_method", "?")
+        raise QuantKitError(f"{folder}: is quantized already ({found}); quantize the original model")
+    return auto_config(folder)
+
+
+def auto_config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise QuantKitError(
+            f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config with its parameters on the meta device, its buffers real."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    except ValueError as error:
+        raise QuantKitError(f"no causal language model: {first_line(error)}") from error
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise QuantKitError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def whole_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -1,0 +1,251 @@
+"""Quantizing from directory to directory with one decoder block in memory at a time."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from quantkit.calibration.pipeline import ModuleResult, capture
+from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter
+from quantkit.errors import QuantKitError
+from quantkit.hf import linear_called, packed_twin
+from quantkit.linear import replace_module
+from quantkit.packing import QuantizedTensor
+from quantkit.quantize import Job, Progress, calibration_tokens, default_device, describe_calibration
+from quantkit.recipe import Recipe
+from quantkit.source import COPIED, empty_model, load_tokenizer, read_config, resolve, whole_model
+
+OUTER = "outer"  # the part that holds what lies outside the decoder blocks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: modules as in config.json, weights packed, their bits, bytes of weights before and after."""
+
+    modules: dict[str, dict[str, Any]]
+    packed_weights: int
+    bits_per_weight: float
+    source_bytes: int
+    packed_bytes: int
+    seconds: float
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    device: torch.device | str | None = None,
+    tokens: torch.Tensor | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Quantizes a model directory (or hub name) into `out`, one decoder block in memory at a time.
+
+    A run that was killed leaves `out`.partial; the same call continues it and gives the same bytes.
+
+    Args:
+        device: where blocks are worked on; a GPU if there is one, by default.
+        tokens: int64 [samples, seq_len] to calibrate on, in the place of the recipe's calibration.
+
+    Raises:
+        QuantKitError: the model or the recipe is at fault, or `out` exists.
+    """
+    started = time.monotonic()
+    progress = progress or Progress()
+    device = torch.device(device) if device is not None else default_device()
+    out = Path(out)
+    if out.exists():
+        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
+    folder = resolve(source)
+    config = read_config(folder)
+    reader = CheckpointReader(folder)
+    model = empty_model(config)
+    job = Job(model, recipe, device)
+    loader = BlockLoader(job, reader, device)
+
+    calibration = None
+    if job.needs_tokens:
+        if tokens is None:
+            tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
+            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
+        calibration = describe_calibration(recipe.calibration, tokens)
+    fingerprint = {
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in reader.files],
+        "recipe": recipe.to_dict(),
+        "calibration": calibration,
+    }
+    packed_weights = packed_code_bytes = packed_bytes = 0
+
+    with CheckpointWriter(out, fingerprint) as writer:
+
+        def write(
+            name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
+        ) -> None:
+            nonlocal packed_weights, packed_code_bytes, packed_bytes
+            stored = writer.read_part(name)
+            if stored is None:
+                stored = loader.pack(module, prefix, results())
+                writer.write_part(name, *stored)
+            else:
+                loader.restore(module, prefix, stored[0])
+            tensors, notes = stored
+            packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            for note in notes:
+                module_name = note.pop("name")
+                job.modules[module_name] = note
+                packed_weights += int(tensors[f"{module_name}.weight"].prod())
+                packed_code_bytes += sum(
+                    tensors[key].nbytes
+                    for suffix in ("codes", "scales", "zeros", "input_scale")
+                    if (key := f"{module_name}.{suffix}") in tensors
+                )
+                progress.module({"name": module_name, **note})
+            progress.step()
+
+        progress.start(len(job.blocks) + 1)
+        loader.load_outer()
+        if tokens is not None and job.needs_tokens:
+            job.activations = capture(model, job.blocks, tokens, device)
+        write(OUTER, model, "", job.quantize_outer)
+        loader.unload_outer()
+        for index, block in enumerate(job.blocks):
+            with loader.loaded(index) as prefix:
+                write(f"block-{index:05d}", block, prefix, lambda index=index: job.quantize_block(index))
+                job.advance(index)
+        finish(writer, job, folder, calibration)
+    return Summary(
+        job.modules,
+        packed_weights,
+        8 * packed_code_bytes / packed_weights,
+        sum(t.stop - t.start for t in reader.tensors.values()),
+        packed_bytes,
+        time.monotonic() - started,
+    )
+
+
+class BlockLoader:
+    """Brings parts of an empty model to life from a checkpoint, and back to nothing."""
+
+    def __init__(self, job: Job, reader: CheckpointReader, device: torch.device) -> None:
+        self.job, self.reader, self.device = job, reader, device
+        tied = getattr(job.model, "all_tied_weights_keys", {})
+        self.names = [name for name in job.model.state_dict() if name not in tied]
+        self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
+
+    def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        tensors = self.reader.load(names)
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
+        for name, tensor in tensors.items():
+            if tensor.shape != shapes[name.removeprefix(prefix)]:
+                raise QuantKitError(
+                    f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
+                    f"config.json makes it {list(shapes[name.removeprefix(prefix)])}; they belong to different models"
+                )
+        # half precision is slow on a CPU, and adds its own rounding to the statistics
+        upcast = self.device.type == "cpu" and self.job.needs_tokens
+        ready = {
+            name.removeprefix(prefix): tensor.to(
+                self.device, torch.float32 if upcast and tensor.is_floating_point() else None
+            )
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(ready, strict=False, assign=True)
+
+    def load_outer(self) -> None:
+        """What lies outside the decoder blocks: embeddings, last norm, LM head."""
+        self.outer = [name for name in self.names if not name.startswith(f"{self.job.prefix}.")]
+        self.load(self.job.model, "", self.outer)
+        self.job.model.tie_weights()
+        for module in self.job.model.modules():  # rotary frequencies and the like
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def unload_outer(self) -> None:
+        for module in self.job.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self.job.model.tie_weights()
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[str]:
+        prefix = f"{self.job.prefix}.{index}."
+        block = self.job.blocks[index]
+        self.load(block, prefix, [name for name in self.names if name.startswith(prefix)])
+        try:
+            yield prefix
+        finally:
+            block.to("meta")
+
+    def pack(
+        self, module: nn.Module, prefix: str, results: list[ModuleResult]
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """The tensors to store for a loaded part: packed weights in the place of the planned ones."""
+        state = module.state_dict()
+        packed = {f"{result.plan.name}.weight" for result in results}
+        tensors = {
+            name: state[name.removeprefix(prefix)].to("cpu", dtype)
+            for name, dtype in self.dtypes.items()
+            if name not in packed
+        }
+        for result in results:
+            name = result.plan.name
+            tensors[f"{name}.weight"] = torch.tensor(result.quantized.shape)
+            for suffix, tensor in result.quantized.tensors().items():
+                tensors[f"{name}.{suffix}"] = tensor.cpu()
+        return tensors, [{"name": result.plan.name, **result.to_dict()} for result in results]
+
+    def restore(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Makes a loaded part what it was after `pack`, from the stored tensors."""
+        state = module.state_dict()
+        for name, current in state.items():
+            full = prefix + name
+            plan = self.job.plans.get(full.removesuffix(".weight"))
+            if plan is not None and full.endswith(".weight"):
+                stem = full.removesuffix(".weight")
+                parts = {s: tensors.get(f"{stem}.{s}") for s in ("codes", "scales", "zeros", "input_scale")}
+                quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)  # type: ignore[arg-type]
+                current.copy_(quantized.dequantize(current.dtype))
+            elif full in tensors:
+                current.copy_(tensors[full])
+
+
+def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[str, Any] | None) -> None:
+    """Turns the empty model into the one that will be loaded, for the order of its tensors, and closes the run."""
+    model = job.model
+    for name, plan in job.plans.items():
+        replace_module(model, name, packed_twin(linear_called(model, name), plan.scheme))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    order = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    model.config.quantization_config = job.config(calibration)
+    model.config.architectures = [type(model).__name__]
+
+    def add_files(out: Path) -> None:
+        model.config.save_pretrained(out)
+        save_generation_config(model, folder, out)
+        for pattern in COPIED:
+            for file in sorted(folder.glob(pattern)):
+                if file.is_file() and file.name != INDEX:
+                    shutil.copyfile(file, out / file.name)
+
+    writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), add_files)
+
+
+def save_generation_config(model: PreTrainedModel, folder: Path, out: Path) -> None:
+    """As `save_pretrained` of the loaded model would write it; a file that transformers refuses is copied."""
+    name = "generation_config.json"
+    if not (folder / name).exists():
+        model.generation_config.save_pretrained(out)
+        return
+    try:
+        GenerationConfig.from_pretrained(folder).save_pretrained(out)
+    except (ValueError, OSError):
+        shutil.copyfile(folder / name, out / name)
