@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from quantkit.errors import QuantKitError
 from quantkit.eval.divergence import divergence
 from quantkit.eval.perplexity import negative_log_likelihood, windows
+from quantkit.eval.records import Record, environment
+from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,3 +175,38 @@ def finite(nll: float, which: str, window: int) -> float:
 
 def dtype_name(model: "PreTrainedModel") -> str:
     return str(model.dtype).removeprefix("torch.")
+
+
+def quality_record(
+    quality: Quality,
+    model: "PreTrainedModel",
+    *,
+    name: str,
+    scheme: str,
+    method: str | None,
+    text: str,
+    folder: str | Path | None = None,
+    commit: str | None = None,
+) -> Record:
+    """The figures with the model's sizes and the conditions, for `records.write_records`.
+
+    Args:
+        model: the one that `quality` is of.
+        name: of the original model.
+        scheme, method: what was quantized to and how; the dtype and None for the original.
+        text: name of the evaluation text.
+        folder: the checkpoint's, for its size on disk.
+        commit: see `records.environment`.
+    """
+    return {
+        "kind": "quality",
+        "model": name,
+        "scheme": scheme,
+        "method": method,
+        "text": text,
+        "bits_per_weight": bits_per_weight(model),
+        "disk_bytes": disk_bytes(folder) if folder is not None else None,
+        "memory_bytes": memory_bytes(model),
+        **quality.to_dict(),
+        **environment(model.device, commit),
+    }

@@ -1,0 +1,56 @@
+"""Packed weights of random codes: for timing, where quantizing gigabytes of floating-point weights would be waste.
+
+Real data in every tensor: kernels run faster on zeros than they will on weights.
+"""
+
+import torch
+
+from quantkit.linear import tensor_specs
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import Scheme
+
+STD = 0.02  # of the weights that the codes stand for: transformers' initializer_range
+CODE_STD = {"int4": 4.6, "int8": 73.6, "fp8": 100.0}  # uniform on 0..15, uniform on -127..127, normal
+INPUT_MAX = 6.0  # covers standard normal activations: |x| > 6 has probability 2e-9
+
+
+def random_quantized(
+    scheme: Scheme,
+    N: int,
+    K: int,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedTensor:
+    """A packed weight [N, K] of standard deviation about `STD`, every scale and zero different.
+
+    Args:
+        generator: on `device`; None: torch's own.
+        scale_dtype: of int4 scales; the others are float32.
+    """
+    specs = tensor_specs(scheme, N, K, scale_dtype)
+    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in specs.items()}
+    codes, scales = tensors["codes"], tensors["scales"]
+    if scheme.weight == "int4":
+        codes.copy_(
+            torch.randint(
+                -(2**31), 2**31 - 1, codes.shape, generator=generator, device=device, dtype=torch.int32
+            )
+        )
+        if tail := K % 8:
+            codes[:, -1] &= 2 ** (4 * tail) - 1  # columns past K hold the code 0
+    elif scheme.weight == "int8":
+        codes.copy_(
+            torch.randint(-127, 128, codes.shape, generator=generator, device=device, dtype=torch.int8)
+        )
+    else:
+        normal = torch.randn(codes.shape, generator=generator, device=device, dtype=torch.bfloat16)
+        codes.copy_((normal * CODE_STD["fp8"]).clamp_(-448, 448))
+    spread = torch.rand(scales.shape, generator=generator, device=device) + 0.5
+    scales.copy_(spread * (STD / CODE_STD[scheme.weight]))
+    if "zeros" in tensors:
+        zeros = tensors["zeros"]
+        zeros.copy_(torch.randint(0, 16, zeros.shape, generator=generator, device=device, dtype=torch.uint8))
+    if "input_scale" in tensors:
+        tensors["input_scale"].fill_(INPUT_MAX / (127 if scheme.activation == "int8" else 448))
+    return QuantizedTensor(scheme, (N, K), **tensors)

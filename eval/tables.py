@@ -1,0 +1,225 @@
+"""Tables and plots from the records: the documents hold no figure that was typed by hand.
+
+A markdown file marks where a table goes, and names the records' file (`docs/benchmarks/NAME.jsonl`):
+
+    <!-- table:NAME -->
+    ... replaced ...
+    <!-- /table -->
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import QuantKitError
+from quantkit.eval.records import Record, read_records
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+MARKED = re.compile(r"(<!-- table:(\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table:(\S+) -->")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `caption` states the conditions that all rows share."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """The tables of records of one kind, the last record of each setting.
+
+    Raises:
+        QuantKitError: no records, several kinds together, or a kind without a table.
+    """
+    kinds = sorted({str(record.get("kind")) for record in records})
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        raise QuantKitError(
+            f"records of kind {', '.join(kinds) or 'none'}; a table is of one of {', '.join(KINDS)}"
+        )
+    return KINDS[kinds[0]](records)
+
+
+def quality_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a model and text."""
+    out = []
+    for (model, text), group in grouped(
+        latest(records, "model", "text", "scheme", "method"), "model", "text"
+    ).items():
+        rows = [
+            (
+                str(r["scheme"]),
+                r["method"] or "",
+                number(r["bits_per_weight"], ".2f"),
+                number(r["disk_bytes"], ".1f", 1e-6),
+                number(r["perplexity"], ".3f"),
+                number(r["ratio"], ".4f"),
+                number(r["kl"], ".4f"),
+                number(r["top1"], ".1%"),
+            )
+            for r in group
+        ]
+        header = ("scheme", "method", "bits/weight", "MB on disk", "perplexity", "ratio", "KL, nats", "top-1")
+        out.append(Table(f"{model} on {text}", header, tuple(rows), conditions(group, "protocol")))
+    return out
+
+
+def linear_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a shape and device: a row a scheme, a column an M."""
+    out = []
+    kept = latest(records, "device", "shape", "N", "K", "scheme", "M")
+    for (_, shape, N, K), group in grouped(kept, "device", "shape", "N", "K").items():
+        Ms = sorted({r["M"] for r in group})
+        by_scheme = grouped(group, "scheme")
+        bf16 = {r["M"]: r["bf16_us"] for r in group}
+        rows = [("bfloat16", *(number(bf16[M], ".1f") for M in Ms))]
+        for (scheme,), measured in by_scheme.items():
+            cells = {r["M"]: linear_cell(r) for r in measured}
+            rows.append((str(scheme), *(cells.get(M, "") for M in Ms)))
+        caption = "us / multiple of the limit / speed-up over bfloat16. " + conditions(group)
+        out.append(
+            Table(f"{shape} (N {N}, K {K})", ("scheme", *(f"M={M}" for M in Ms)), tuple(rows), caption)
+        )
+    return out
+
+
+def linear_cell(record: Record) -> str:
+    if record["us"] is None:
+        return "wrong result"
+    limit = record["us"] / record["limit_us"] if record["limit_us"] else None
+    return f"{record['us']:.1f} / {number(limit, '.2f')} / {record['bf16_us'] / record['us']:.2f}"
+
+
+def decode_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a model and device: a row a scheme and batch."""
+    out = []
+    keys = ("device", "model", "scheme", "batch", "prompt_len", "new_tokens")
+    for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
+        rows = [
+            (
+                r["scheme"],
+                str(r["batch"]),
+                f"{r['prompt_len']} + {r['new_tokens']}",
+                number(r["memory_bytes"], ".2f", 1e-9),
+                number(r["prefill_tokens_per_s"], ",.0f"),
+                number(r["generate_tokens_per_s"], ",.0f"),
+                number(r["generate_ms"], ".2f"),
+                number(r["graph_tokens_per_s"], ",.0f"),
+                number(r["graph_ms"], ".2f"),
+                number(r["limit_ms"], ".2f"),
+            )
+            for r in group
+        ]
+        header = (
+            "scheme",
+            "batch",
+            "prompt + new",
+            "GB in memory",
+            "prefill tok/s",
+            "generate tok/s",
+            "ms/step",
+            "graph tok/s",
+            "ms/step",
+            "limit ms",
+        )
+        out.append(Table(str(model), header, tuple(rows), conditions(group)))
+    return out
+
+
+KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
+    "quality": quality_tables,
+    "linear": linear_tables,
+    "decode": decode_tables,
+}
+
+
+def number(value: float | None, spec: str, unit: float = 1.0) -> str:
+    return "-" if value is None else format(value * unit, spec)
+
+
+def latest(records: Sequence[Record], *keys: str) -> list[Record]:
+    """The last record of each combination of keys, in the order of the combinations' first."""
+    return list({tuple(record[key] for key in keys): record for record in records}.values())
+
+
+def grouped(records: Sequence[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
+
+
+def conditions(records: Sequence[Record], *more: str) -> str:
+    """What the records were made with; values that differ among them are all listed."""
+    fields = [*more, "device", "torch", "triton", "commit"]
+    said = []
+    for field in fields:
+        values = dict.fromkeys(str(r[field]) for r in records if r.get(field) is not None)
+        if values:
+            label = f"{field} " if field in ("torch", "triton", "commit") else ""
+            said.append(label + " or ".join(values))
+    dates = sorted({str(r["date"])[:10] for r in records})
+    said.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
+    return "; ".join(said) + "."
+
+
+def markdown(table: Table) -> str:
+    lines = [
+        f"**{table.title}**",
+        "",
+        row(table.header),
+        row(["---", *["---:"] * (len(table.header) - 1)]),
+        *(row(cells) for cells in table.rows),
+        "",
+        table.caption,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def rich_table(table: Table) -> "RichTable":
+    """The same for a terminal."""
+    from rich.table import Table as RichTable
+
+    out = RichTable(title=table.title, caption=table.caption)
+    for i, name in enumerate(table.header):
+        out.add_column(name, justify="right" if i else "left")
+    for cells in table.rows:
+        out.add_row(*cells)
+    return out
+
+
+def fill(text: str, folder: Path, name: str = "the document") -> str:
+    """Puts the tables of `folder`/NAME.jsonl between the markers of a markdown text; the rest stays as it is.
+
+    Raises:
+        QuantKitError: a marker is never closed, or names records that are missing or have no table.
+    """
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)):
+        raise QuantKitError(f"{name}: a '<!-- table:NAME -->' line has no '<!-- /table -->' after it")
+
+    def replaced(match: re.Match[str]) -> str:
+        opening, source, _, closing = match.groups()
+        made = "\n".join(markdown(table) for table in tables(read_records(folder / f"{source}.jsonl")))
+        return f"{opening}\n{made}\n{closing}"
+
+    return MARKED.sub(replaced, text)
+
+
+def update(document: Path, folder: Path, check: bool = False) -> bool:
+    """Brings a markdown file's tables up to date; returns whether they were stale. `check` writes nothing."""
+    old = document.read_text()
+    new = fill(old, folder, str(document))
+    if new != old and not check:
+        document.write_text(new)
+    return new != old

@@ -1,0 +1,99 @@
+"""Time of one launch: the median over replays of a CUDA graph of many, or of wall-clock calls on a CPU."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WARMUP = 3  # replays before the clock starts, so that the GPU has left its idle clocks
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a launch: median, 20th and 80th percentile."""
+
+    us: float
+    p20_us: float
+    p80_us: float
+
+
+def time_launches(launches: Sequence[Callable[[], Any]], device: torch.device, replays: int = 20) -> Timing:
+    """Time of one of L equivalent launches.
+
+    Args:
+        launches: closures over distinct weights, together larger than the cache, or the weights of a
+            repeated launch would be served from it.
+        replays: samples. On CUDA a sample is one replay of a graph of all L, divided by L; on a CPU it is one call.
+    """
+    if device.type == "cuda":
+        seconds = graph_seconds(launches, device, replays)
+    else:
+        seconds = call_seconds(launches, replays)
+    ordered = sorted(seconds)
+    at = lambda share: ordered[round(share * (len(ordered) - 1))] * 1e6
+    return Timing(at(0.5), at(0.2), at(0.8))
+
+
+def graph_seconds(launches: Sequence[Callable[[], Any]], device: torch.device, replays: int) -> list[float]:
+    """Seconds a launch in each replay of one graph of all launches."""
+
+    def run() -> None:
+        for launch in launches:  # nothing keeps the outputs: all launches write to the same memory
+            launch()
+
+    with torch.cuda.device(device), torch.no_grad():
+        graph = capture(run)
+        for _ in range(WARMUP):
+            graph.replay()
+        samples = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e-3 / len(launches))
+    return samples
+
+
+def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run`, which is first run eagerly: compilation and lazy repacking cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@torch.no_grad()
+def call_seconds(launches: Sequence[Callable[[], Any]], replays: int) -> list[float]:
+    """Seconds of each of `replays` calls, cycling through the launches."""
+    for launch in launches[:2]:
+        launch()
+    samples = []
+    for i in range(replays):
+        start = time.perf_counter()
+        launches[i % len(launches)]()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def synchronized_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock seconds of each of `repeats` runs after one unmeasured, waiting for the device at both ends."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    run()
+    samples = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        samples.append(time.perf_counter() - start)
+    return samples

@@ -1,0 +1,290 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from quantkit.errors import QuantKitError
+from quantkit.eval import linears, timing
+from quantkit.eval.decode import (
+    StaticDecoder,
+    bench_decode,
+    cache_bytes,
+    captured_step,
+    generate,
+    scheme_of,
+    weight_bytes_read,
+)
+from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
+from quantkit.eval.random_model import CONFIGS, random_model
+from quantkit.eval.random_weights import STD, random_quantized
+from quantkit.eval.roofline import Roof
+from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
+from quantkit.linear import QuantLinear
+from quantkit.packing import unpack_int4
+from quantkit.scheme import PRESETS, parse_scheme
+
+SCHEMES = [*PRESETS, "w4a16-g32-asym", "w4a16-channel"]
+# K of two groups and two tiles; hidden size 256, 2 key-value heads of 4
+TINY = LlamaConfig(
+    vocab_size=96,
+    hidden_size=256,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    eos_token_id=5,
+    tie_word_embeddings=False,
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+KEYS = """kind shape N K M scheme group_size kernel us p20_us p80_us limit_us bf16_us rel_error
+          device torch triton commit date""".split()
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+@pytest.mark.parametrize(("N", "K"), [(256, 512), (130, 200)], ids=["whole tiles", "ragged"])
+def test_random_codes_stand_for_ordinary_weights(label, N, K):
+    scheme = parse_scheme(label)
+    q = random_quantized(scheme, N, K, generator=torch.Generator().manual_seed(0))
+    w = q.dequantize()
+    assert w.shape == (N, K)
+    assert w.isfinite().all()
+    # scales lie between half and three halves of the mean; a random zero point adds its own variance
+    assert 0.5 * STD <= w.std().item() <= 2 * STD
+    assert len(q.scales.unique()) > min(q.scales.numel() // 4, 20)
+    if scheme.weight == "int4":
+        assert torch.equal(unpack_int4(q.codes, q.codes.shape[1] * 8)[:, K:].sum(), torch.tensor(0))
+
+
+def test_random_codes_repeat_with_their_seed():
+    scheme = parse_scheme("w4a16-g64-asym")
+    a, b = (random_quantized(scheme, 16, 128, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(a.tensors()[name], tensor) for name, tensor in b.tensors().items())
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_a_record_a_shape_scheme_and_m(label):
+    seen = []
+    records = bench_linears(
+        [("square", 256, 256), ("ragged", 130, 200)],
+        [parse_scheme(label)],
+        [1, 17],
+        "cpu",
+        replays=3,
+        working_set=200_000,
+        commit="abc1234",
+        on_record=seen.append,
+    )
+    assert seen == records
+    assert [(r["shape"], r["M"]) for r in records] == [
+        ("square", 1),
+        ("square", 17),
+        ("ragged", 1),
+        ("ragged", 17),
+    ]
+    for record in records:
+        assert set(KEYS) <= set(record)
+        assert "refused" not in record
+        assert record["scheme"] == parse_scheme(label).label
+        assert 0 < record["p20_us"] <= record["us"] <= record["p80_us"]
+        assert 0 < record["rel_error"] <= linears.ERROR_BOUNDS[parse_scheme(label).activation]
+        assert record["limit_us"] is None
+        assert record["commit"] == "abc1234"
+        json.dumps(record, allow_nan=False)
+
+
+def test_a_wrong_product_gets_no_time(monkeypatch):
+    right = QuantLinear.forward
+    for damage, finite in ((lambda y: y * 1.05, True), (lambda y: y * math.nan, False)):
+        monkeypatch.setattr(QuantLinear, "forward", lambda self, x, damage=damage: damage(right(self, x)))
+        (record,) = bench_linears(
+            [("o", 64, 128)], [PRESETS["w8a16"]], [4], "cpu", replays=3, working_set=10_000
+        )
+        assert record["us"] is record["p20_us"] is record["p80_us"] is None
+        assert "exceeds 0.01" in record["refused"]
+        assert (record["rel_error"] is not None) == finite
+        json.dumps(record, allow_nan=False)
+
+
+def test_enough_copies_to_leave_the_cache():
+    assert linears.copies(100, 1000) * 100 > 1000
+    assert linears.copies(2000, 1000) == 1
+    assert linears.copies(1, 10**9) == linears.MOST_COPIES
+
+
+def test_the_limit_is_bytes_or_operations_whichever_takes_longer():
+    roof = Roof(bandwidth=1e12, flops=1e14, flops_8bit=2e14, source="test")
+    assert roof.seconds(1e6, 1e6) == 1e-6
+    assert roof.seconds(1, 1e10) == 1e-4
+    assert roof.seconds(1, 1e10, eight_bit=True) == 5e-5
+
+
+def test_the_shapes_of_llama_3_8b():
+    config = LlamaConfig(**CONFIGS["llama-3-8b"])
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * hidden // config.num_attention_heads
+    assert SHAPES["llama-3-8b"] == [
+        ("qkv", hidden + 2 * kv, hidden),
+        ("o", hidden, hidden),
+        ("gate_up", 2 * ffn, hidden),
+        ("down", hidden, ffn),
+    ]
+
+
+def test_a_call_is_timed_each_and_the_launches_take_turns():
+    calls = []
+    time = timing.time_launches(
+        [lambda: calls.append("a"), lambda: calls.append("b")], torch.device("cpu"), 6
+    )
+    assert calls == ["a", "b"] + ["a", "b"] * 3  # the first two warm up
+    assert 0 < time.p20_us <= time.us <= time.p80_us
+
+
+@pytest.mark.parametrize("label", [None, *SCHEMES])
+def test_a_random_model_runs_and_its_linears_are_packed(label):
+    scheme = parse_scheme(label) if label else None
+    model = random_model(TINY, scheme, layers=1)
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(packed) == (7 if label else 0)
+    assert not any(isinstance(m, nn.Linear) for m in model.model.layers.modules()) or not label
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = model(torch.arange(12).view(1, 12)).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    assert scheme_of(model) == (scheme.label if scheme else "bfloat16")
+
+
+def test_a_random_model_has_the_rotary_frequencies_of_a_real_one():
+    from transformers import LlamaForCausalLM
+
+    made = random_model(TINY, None, layers=1).model.rotary_emb
+    assert torch.equal(made.inv_freq, LlamaForCausalLM(TINY).model.rotary_emb.inv_freq)
+
+
+def test_an_unknown_model_shape_is_named():
+    with pytest.raises(QuantKitError, match="unknown model shape 'llama-9'; known: llama-3-8b"):
+        random_model("llama-9", None)
+
+
+def test_the_shapes_of_a_loaded_model():
+    model = random_model(TINY, PRESETS["w8a16"])
+    assert model_shapes(model) == [
+        ("q_proj+o_proj", 256, 256),
+        ("k_proj+v_proj", 128, 256),
+        ("gate_proj+up_proj", 384, 256),
+        ("down_proj", 256, 384),
+    ]
+
+
+def test_sizes_count_what_is_stored(tmp_path):
+    model = random_model(TINY, parse_scheme("w4a16-g128-asym"), layers=1)
+    assert bits_per_weight(model) == 4 + (16 + 8) / 128
+    assert bits_per_weight(nn.Linear(4, 4)) is None
+    weights = 256 * (2 * 256 + 2 * 128 + 3 * 384)
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert memory_bytes(model) == held
+    assert held - weights * (4 + 24 / 128) / 8 < 2 * 2 * 96 * 256 + 4096  # two tables, and norms and the like
+
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "b.safetensors").write_bytes(b"x" * 5)
+    (tmp_path / "config.json").write_text("{}")
+    assert disk_bytes(tmp_path) == 15
+    with pytest.raises(QuantKitError, match="give the folder of a checkpoint"):
+        disk_bytes(tmp_path / "absent")
+
+
+def test_a_tied_table_is_counted_once():
+    tied, untied = (
+        random_model(LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": tie}), None, layers=1)
+        for tie in (True, False)
+    )
+    table = 96 * 256 * 2
+    assert memory_bytes(untied) - memory_bytes(tied) == table
+    # as the head it is read in every step; as an embedding alone only a row of it is
+    assert weight_bytes_read(tied) == weight_bytes_read(untied)
+
+
+def test_bytes_of_keys_and_values():
+    # keys and values, 2 layers, 2 heads of 64, bfloat16, 3 sequences of 10 tokens
+    assert cache_bytes(random_model(TINY, None), 3, 10) == 2 * 2 * 2 * 64 * 2 * 3 * 10
+
+
+def float_model():
+    return random_model(TINY, PRESETS["w8a16"], dtype=torch.float32)
+
+
+def test_a_static_cache_decodes_what_generate_does():
+    model, prompt = float_model(), torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected = generate(model, prompt, 9)
+    decoder = StaticDecoder(model, batch=2, max_length=16)
+    assert decoder.capturable
+    for _ in range(2):  # a prefill starts over
+        decoder.prefill(prompt)
+        tokens = [decoder.token.clone()]
+        for _ in range(8):
+            decoder.step()
+            tokens.append(decoder.token.clone())
+        assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+def test_generate_goes_on_past_the_end_token():
+    model = float_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0  # the end token
+    prompt = torch.ones(1, 4, dtype=torch.int64)
+    free = generate(model, prompt, 1)
+    model.generation_config.eos_token_id = int(free)
+    assert generate(model, prompt, 6).shape == (1, 6)
+
+
+def test_a_decode_record_on_the_cpu_has_no_graph():
+    model = random_model(TINY, PRESETS["w4a16"])
+    record = bench_decode(
+        model, batch=2, prompt_len=8, new_tokens=4, repeats=1, name="tiny", commit="abc1234"
+    )
+    assert record["graph_ms"] is record["graph_tokens_per_s"] is record["limit_ms"] is None
+    assert record["scheme"] == "w4a16-g128"
+    assert record["memory_bytes"] == memory_bytes(model)
+    assert record["prefill_tokens_per_s"] > 0
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompt_len", "new_tokens", "message"),
+    [(1, 8, 1, "1 new tokens"), (0, 8, 4, "batch 0"), (1, 60, 5, "context of 64")],
+)
+def test_a_decode_run_that_cannot_be_is_refused(batch, prompt_len, new_tokens, message):
+    with pytest.raises(QuantKitError, match=message):
+        bench_decode(float_model(), batch, prompt_len, new_tokens)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_replayed_graph_decodes_what_generate_does():
+    model = random_model(TINY, None, dtype=torch.float32, device="cuda")
+    prompt = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(0)).cuda()
+    expected = generate(model, prompt, 9)
+    decoder, graph = captured_step(model, prompt, 9)
+    tokens = [decoder.token.clone()]
+    for _ in range(8):
+        graph.replay()
+        tokens.append(decoder.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("label", SCHEMES)
+def test_speed_on_the_gpu_has_limits_and_graphs(label):
+    scheme = parse_scheme(label)
+    (record,) = bench_linears([("o", 1024, 1024)], [scheme], [16], "cuda", replays=3)
+    assert "refused" not in record
+    assert 0 < record["limit_us"]
+    record = bench_decode(random_model(TINY, scheme, device="cuda"), 2, 8, 4, repeats=1)
+    assert 0 < record["limit_ms"]
+    assert record["graph_ms"] > 0
