@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from quantkit.eval import divergence as divergence_module
 from quantkit.eval import perplexity as perplexity_module
 from quantkit.eval.divergence import divergence
 from quantkit.eval.perplexity import negative_log_likelihood, windows
-from quantkit.eval.quality import evaluate
+from quantkit.eval.quality import evaluate, quality_record
 
 VOCABULARY = 96
 
@@ -174,3 +175,24 @@ def test_nan_logits_are_an_error_not_a_figure():
         model.lm_head.weight[3] = math.nan
     with pytest.raises(QuantKitError, match="not finite in window 0"):
         evaluate(model, text(64), window=32)
+
+
+def test_the_record_has_figures_sizes_and_conditions(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    quality = evaluate(model, text(64), window=32)
+    record = quality_record(
+        quality,
+        model,
+        name="tiny",
+        scheme="float32",
+        method=None,
+        text="random",
+        folder=tmp_path,
+        commit="abc1234",
+    )
+    assert record["perplexity"] == quality.perplexity
+    assert record["bits_per_weight"] is None
+    assert record["disk_bytes"] > record["memory_bytes"] / 2
+    assert {"protocol", "stride", "window", "device", "torch", "date"} <= set(record)
+    json.dumps(record, allow_nan=False)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from quantkit.errors import QuantKitError
@@ -230,6 +231,24 @@ def test_a_static_cache_decodes_what_generate_does():
             decoder.step()
             tokens.append(decoder.token.clone())
         assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on what a CUDA graph cannot capture: a result whose shape or Python value depends on the data."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device():
+    model = random_model(TINY, None)
+    decoder = StaticDecoder(model, batch=2, max_length=16)
+    decoder.prefill(torch.ones(2, 7, dtype=torch.int64))
+    with NoHostReads():
+        decoder.step()
+    with pytest.raises(AssertionError), NoHostReads():
+        decoder.token[0, 0].item()
 
 
 def test_generate_goes_on_past_the_end_token():
