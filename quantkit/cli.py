@@ -16,26 +16,36 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantkit import __version__
 from quantkit.checkpoint import CheckpointReader
+from quantkit.demo import EXAMPLE, ROWS, quality_record, run_demo, text_tokens
 from quantkit.errors import QuantKitError
+from quantkit.eval.decode import bench_decode
+from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
+from quantkit.eval.quality import evaluate
+from quantkit.eval.random_model import CONFIGS, random_model
+from quantkit.eval.records import write_records
+from quantkit.eval.tables import quality_tables, rich_table, tables
 from quantkit.kernels.dispatch import kernel_name, target_of
-from quantkit.linear import CODE_DTYPES
+from quantkit.linear import CODE_DTYPES, QuantLinear
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.quantize import Progress
-from quantkit.recipe import METHODS, Recipe, read_recipe
+from quantkit.recipe import METHODS, CalibrationSpec, Recipe, read_recipe
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
-from quantkit.source import resolve
+from quantkit.source import load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 out = Console()
+if not out.is_terminal:
+    out = Console(width=200)  # a pipe has no width of its own: leave no name cut off
 err = Console(stderr=True)
 INSPECTED_M = (1, 16, 256, 4096)
+DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")
@@ -220,7 +230,7 @@ def inspect(
             for M in INSPECTED_M
         }
         rows.append({"name": name, "N": N, "K": K, "bytes": size, **entry, "kernels": kernels})
-    table = Table("module", "N", "K", "scheme", "method", "error", "bits", box=None)
+    table = Table(Column("module", overflow="fold"), "N", "K", "scheme", "method", "error", "bits", box=None)
     for row in rows:
         bits = f"{8 * row['bytes'] / (row['N'] * row['K']):.2f}"
         error = f"{row['error']:.2%} {row['error_of']}"
@@ -238,7 +248,8 @@ def inspect(
     if config.calibration:
         spec = config.calibration
         out.print(f"calibrated on {spec['samples']} x {spec['seq_len']} tokens of {spec['source']}")
-    table = Table(f"kernel on {target}, M =", *map(str, INSPECTED_M), box=None)
+    columns = [Column(f"M = {M}", overflow="fold") for M in INSPECTED_M]
+    table = Table(f"kernel on {target}", *columns, box=None)
     for key in sorted({(row["scheme"], row["N"], row["K"]) for row in rows}):
         row = next(row for row in rows if (row["scheme"], row["N"], row["K"]) == key)
         table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *row["kernels"].values())
@@ -279,3 +290,166 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> tra
 def compute_dtype(device: torch.device) -> torch.dtype | str:
     """A CPU computes in float32: faster there than bfloat16, and without its rounding. A GPU in the model's own."""
     return torch.float32 if device.type == "cpu" else "auto"
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A quantized directory, or any model.")],
+    against: Annotated[
+        str | None, typer.Option(help="The original: adds KL divergence and agreement.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A UTF-8 text file; prose of CPython's own, by default.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="wikitext, c4 or ORG/NAME[:CONFIG][:SPLIT].")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window; windows do not overlap.")] = 1024,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Perplexity, and divergence from the original, with the protocol stated."""
+    if text is not None and dataset is not None:
+        raise QuantKitError("give one of --text and --dataset")
+    if text is not None and not Path(text).is_file():
+        raise QuantKitError(f"--text {text}: no such file")
+    where = pick_device(device)
+    subject = open_model(model, where, compute_dtype(where))
+    reference = open_model(against, where, compute_dtype(where)) if against else None
+    tokens = text_tokens(load_tokenizer(resolve(model)), text or dataset)
+    with Bar(
+        TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
+    ) as bar:
+        task = bar.add_task("", total=None)
+        quality = evaluate(
+            subject,
+            tokens,
+            window,
+            reference,
+            limit,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    record = quality_record(subject, resolve(model), quality, text or dataset, against or model)
+    for note in quality.notes:
+        out.print(f"note: {note}", highlight=False)
+    for table in quality_tables([record]):
+        out.print(rich_table(table))
+    out.print(f"in memory {megabytes(record['memory_bytes'])}, on disk {megabytes(record['disk_bytes'])}")
+    save_json(json_file, record)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A quantized directory, or any model.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="The original, timed beside it.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help=f"Random weights in the shapes of {', '.join(SHAPES)}.")
+    ] = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="With --shapes: schemes, one an option; all by default.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences at once, one an option; 1.")
+    ] = None,
+    m: Annotated[
+        list[int] | None, typer.Option("--m", min=1, help="Rows of x for the linears; 1, 16, 256, 4096.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
+    linears: Annotated[bool, typer.Option("--linears/--no-linears", help="Time the linears.")] = True,
+    decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Time prefill and decode.")] = True,
+    device: Device = None,
+    json_file: JsonFile = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Append to FOLDER/linears.jsonl and FOLDER/decode.jsonl."),
+    ] = None,
+) -> None:
+    """Tokens per second, and the time of each linear against bfloat16 and the memory limit."""
+    if (model is None) == (shapes is None):
+        raise QuantKitError("give one of DIR and --shapes")
+    if shapes is not None and shapes not in SHAPES:
+        raise QuantKitError(f"--shapes {shapes}: known are {', '.join(SHAPES)}")
+    if model is not None and scheme:
+        raise QuantKitError("--scheme goes with --shapes; a directory has its scheme")
+    where = pick_device(device)
+    Ms, batches = m or list(INSPECTED_M), batch or [1]
+    found: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any], file: str) -> None:
+        found.append(record)
+        if records is not None:
+            write_records(records / file, [record])
+
+    def time_linears(shape_list: list[Any], schemes: list[Scheme]) -> None:
+        if linears:
+            bench_linears(shape_list, schemes, Ms, where, on_record=lambda r: keep(r, "linears.jsonl"))
+
+    def time_decode(subject: Any, name: str) -> None:
+        for size in batches if decode else []:
+            keep(bench_decode(subject, size, prompt, new, name=name), "decode.jsonl")
+
+    if shapes is not None:
+        schemes = [parse_scheme(label) for label in scheme or DEFAULT_BENCHED]
+        time_linears(list(SHAPES[shapes]), schemes)
+        for one in [None, *schemes] if decode and shapes in CONFIGS else []:
+            subject = random_model(shapes, one, device=where)
+            time_decode(subject, shapes)
+            del subject
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+    else:
+        subject = open_model(str(model), where, compute_dtype(where))
+        name = Path(against or str(model)).name
+        time_decode(subject, name)
+        packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}
+        time_linears(model_shapes(subject), sorted(packed, key=lambda s: s.label))
+        if against:
+            time_decode(open_model(against, where, compute_dtype(where)), name)
+    for kind in ("linear", "decode"):
+        if chosen := [record for record in found if record["kind"] == kind]:
+            for table in tables(chosen):
+                out.print(rich_table(table))
+    save_json(json_file, found)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="Another model than the one that comes with quantkit.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Evaluation text; prose of CPython's own, by default.")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help="self, a text file, or a datasets name.")] = "self",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows of 1024 tokens.")] = 6,
+    device: Device = None,
+    json_file: JsonFile = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the records as JSON lines.")
+    ] = None,
+) -> None:
+    """Quantize a small model to every scheme, load each, and say what it cost and gained."""
+    where = pick_device(device)
+    folder = resolve(model) if model else EXAMPLE
+    spec = CalibrationSpec(calibration, samples, seq_len)
+    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=out) as bar:
+        task = bar.add_task("original", total=len(ROWS) + 1)
+
+        def advance(name: str) -> None:
+            bar.update(task, advance=1, description=name)
+
+        found = run_demo(folder, text, spec, windows, where, advance)
+    for table in quality_tables(found):
+        out.print(rich_table(table))
+    save_json(json_file, found)
+    if records is not None:
+        records.unlink(missing_ok=True)
+        write_records(records, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The main job in one go: every scheme of one small model, quantized, loaded back, judged."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quantkit.calibration.data import evaluation_text, text_source
+from quantkit.eval.decode import generate_seconds, scheme_of
+from quantkit.eval.quality import Quality, evaluate
+from quantkit.eval.records import environment
+from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
+from quantkit.load import load, load_model
+from quantkit.quantize import calibration_tokens
+from quantkit.recipe import CalibrationSpec, Recipe
+from quantkit.source import load_tokenizer
+from quantkit.streaming import quantize_checkpoint
+
+EXAMPLE = Path(__file__).parent / "examples" / "lm-7m"
+ROWS = (  # scheme, method
+    ("w8a16", "rtn"),
+    ("w8a8", "rtn"),
+    ("fp8", "rtn"),
+    ("fp8-static", "rtn"),
+    ("fp8-block", "rtn"),
+    ("fp8-w8a16", "rtn"),
+    ("w4a16-g128", "rtn"),
+    ("w4a16-g128", "awq"),
+    ("w4a16-g128", "gptq"),
+    ("w4a16-g64", "gptq"),
+    ("w4a16-g32", "gptq"),
+    ("w4a16-g128-asym", "gptq"),
+    ("w4a16-channel", "gptq"),
+)
+DEFAULT_TEXT = "pydoc_data.topics"
+PROMPT, NEW_TOKENS = 32, 16  # of the speed figure
+
+
+def text_tokens(tokenizer: Any, source: str | None) -> torch.Tensor:
+    """A named text, or the default one, tokenized whole without special tokens: int64 [T]."""
+    text = "\n".join(text_source(source)) if source else evaluation_text()
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+
+
+def quality_record(
+    model: PreTrainedModel, folder: Path, quality: Quality, text: str | None, original: str | Path
+) -> dict[str, Any]:
+    """One line of `docs/benchmarks/*.jsonl`: what a quantized model costs."""
+    modules = getattr(getattr(model.config, "quantization_config", None), "modules", {})
+    return {
+        "kind": "quality",
+        "model": Path(original).name,
+        "text": Path(text).name if text else DEFAULT_TEXT,
+        "scheme": scheme_of(model),
+        "method": "+".join(sorted({entry["method"] for entry in modules.values()})),
+        "bits_per_weight": bits_per_weight(model),
+        "disk_bytes": disk_bytes(folder),
+        "memory_bytes": memory_bytes(model),
+        **quality.to_dict(),
+        **environment(model.device),
+    }
+
+
+def run_demo(
+    folder: Path,
+    text: str | None,
+    spec: CalibrationSpec,
+    windows: int,
+    device: torch.device,
+    advance: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One quality record for the original and for each of `ROWS`, with `tokens_per_s` of decode at batch 1.
+
+    Args:
+        folder: the original model.
+        text: evaluation text, see `text_tokens`.
+        spec: the calibration; its tokens are made once and serve every row.
+        windows: evaluation windows of 1024 tokens.
+        advance: called with the name of what comes next.
+    """
+    tokenizer = load_tokenizer(folder)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    original = load_model(folder, device, dtype=dtype)
+    tokens = text_tokens(tokenizer, text)
+    prompt = tokens[:PROMPT].view(1, -1).to(device)
+    calibration = calibration_tokens(spec, tokenizer, lambda: original)
+
+    def judge(model: PreTrainedModel, where: Path) -> dict[str, Any]:
+        quality = evaluate(model, tokens, against=original, limit=windows)
+        record = quality_record(model, where, quality, text, folder)
+        return {**record, "tokens_per_s": 1 / generate_seconds(model, prompt, NEW_TOKENS, repeats=2)}
+
+    found = [judge(original, folder)]
+    for scheme, method in ROWS:
+        advance(f"{scheme} {method}")
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "model"
+            quantize_checkpoint(folder, out, Recipe(scheme, method, calibration=spec), device, calibration)
+            found.append(judge(load(out, device, dtype=dtype), out))
+    advance("done")
+    return found
