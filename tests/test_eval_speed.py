@@ -27,6 +27,11 @@ from quantkit.linear import QuantLinear
 from quantkit.packing import unpack_int4
 from quantkit.scheme import PRESETS, parse_scheme
 
+# At its first use torch notes which functions a device context governs: it must see the real ones, not those
+# that conftest.py puts in their place during a test.
+with torch.device("meta"):
+    torch.empty(0)
+
 SCHEMES = [*PRESETS, "w4a16-g32-asym", "w4a16-channel"]
 # K of two groups and two tiles; hidden size 256, 2 key-value heads of 4
 TINY = LlamaConfig(
