@@ -1,0 +1,190 @@
+"""AWQ (Lin et al., MLSys 2024, arXiv:2306.00978): protect the weights that meet large activations.
+
+Multiply column k of the weight by s[k] before rounding, divide x[:, k] by it. The product is the same, but
+weights with a large s are rounded on a relatively finer grid. The division costs nothing at run time,
+because it is folded into the norm or the linear that produces x.
+
+    s* = argmin over s of L(s),    L(s) = E_x || W x - Q(W diag(s)) diag(s)^-1 x ||^2              (4)
+       = tr(E H E^T),              E = W - Q(W diag(s)) diag(s)^-1,    H = E_x[x x^T]
+    s = s_X^r,  r in [0, 1)        s_X[k] = mean |x[:, k]|                                         (5)
+    s = s_X^r / s_W^(1 - r)        s_W[k] = mean over rows of |W[:, k]| / (largest of its group)
+
+The last line is the 'duo' form of the authors' code. H stands for the token sample, so a search costs
+matrix products of the weight's size, whatever the amount of calibration text.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from quantkit.calibration.gptq import output_error
+from quantkit.calibration.grid import at_least_float32, fit_grid, search_clip, split_groups
+from quantkit.errors import QuantKitError
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import Scheme
+
+RATIOS = 20  # steps of r, as in section 4.1
+
+
+def search_scales(
+    weights: Sequence[torch.Tensor],
+    hessian: torch.Tensor,
+    mean_abs: torch.Tensor,
+    scheme: Scheme,
+    *,
+    head_dim: int | None = None,
+    repeats: int = 1,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Scales s [K] of the input channels shared by a group of linears: equations (4) and (5).
+
+    Args:
+        weights: of the linears that share the input x, any floating dtype, [N_i, K] each.
+        hessian: mean (or sum) over tokens of x x^T [K, K]; float32 or float64, and so is s.
+        mean_abs: mean of |x| over tokens [K].
+        scheme: int4.
+        head_dim, repeats: for the output projection under grouped-query attention, where each value head
+            serves `repeats` query heads: channels that come from the same value channel get the same s,
+            and `untie` gives the value projection's share. See there.
+        scale_dtype: of the stored scales.
+
+    Returns:
+        s, positive and finite, sqrt(max s * min s) = 1 over the active channels; 1 for channels that were
+        never active. Never worse in L than s = 1.
+
+    Raises:
+        QuantKitError: the scheme is not int4.
+    """
+    if scheme.weight != "int4":
+        raise QuantKitError(f"AWQ scales serve int4 schemes; {scheme.label} is rounded to nearest")
+    H = at_least_float32(hessian)
+    weights = [w.to(H.dtype) for w in weights]
+    best = torch.ones(len(H), dtype=H.dtype, device=H.device)
+    least = scaled_error(weights, H, best, scheme, scale_dtype)
+    for s in candidates(weights, mean_abs.to(H.dtype), scheme, head_dim, repeats):
+        loss = scaled_error(weights, H, s, scheme, scale_dtype)
+        if loss < least:
+            best, least = s, loss
+    return best
+
+
+def candidates(
+    weights: Sequence[torch.Tensor],
+    mean_abs: torch.Tensor,
+    scheme: Scheme,
+    head_dim: int | None = None,
+    repeats: int = 1,
+) -> Iterator[torch.Tensor]:
+    """The scales [K] that are tried: both forms of (5) for every ratio but r = 0 of the first, which is s = 1."""
+    K = len(mean_abs)
+    relative = torch.cat([relative_magnitude(w, scheme.group_size) for w in weights]).mean(0)
+    s_x, s_w = (tie(s, head_dim, repeats) for s in (mean_abs, relative))
+    active = (s_x > 0) & (s_w > 0)
+    if not active.any():
+        return
+    for i in range(RATIOS):
+        r = i / RATIOS
+        for s in (s_x**r, s_x**r / s_w ** (1 - r))[i == 0 :]:
+            low, high = s[active].aminmax()
+            yield torch.where(active, s / (low * high).sqrt(), 1.0).view(K)
+
+
+def relative_magnitude(weight: torch.Tensor, group_size: int | None) -> torch.Tensor:
+    """|w| / (largest |w| of its group) [N, K]; 0 in groups of zeros."""
+    groups = split_groups(weight.abs(), group_size)
+    largest = groups.amax(2, keepdim=True)
+    return (groups / torch.where(largest > 0, largest, 1.0)).flatten(1)[:, : weight.shape[1]]
+
+
+def scaled_error(
+    weights: Sequence[torch.Tensor],
+    hessian: torch.Tensor,
+    s: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """L(s) of equation (4), summed over the linears; their weights in the Hessian's dtype."""
+    total = 0.0
+    for w in weights:
+        grid = fit_grid(w * s, scheme, scale_dtype)
+        total += output_error(w - grid.dequantize(grid.round(w * s), w.dtype) / s, hessian)
+    return total
+
+
+def awq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    s: torch.Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedTensor:
+    """Codes of weight * s [N, K], on a grid whose range is clipped to the least output error (section 4.1).
+
+    Args:
+        weight, hessian: of the unscaled model: [N, K] and the mean of x x^T [K, K].
+        s: input scales [K]; the caller folds 1 / s into what produces x.
+        scheme: int4.
+        scale_dtype: of the stored scales.
+    """
+    H = at_least_float32(hessian)
+    s = s.to(H.dtype)
+    scaled = weight.to(H.dtype) * s
+    grid = search_clip(scaled, scheme, H / torch.outer(s, s), scale_dtype)
+    return grid.pack(grid.round(scaled))
+
+
+def tie(x: torch.Tensor, head_dim: int | None, repeats: int) -> torch.Tensor:
+    """Mean of x [K] over the query heads that share a value head, at every one of them [K]."""
+    if repeats == 1 or head_dim is None:
+        return x
+    shared = x.view(-1, repeats, head_dim)  # [value heads, repeats, head_dim]
+    return shared.mean(1, keepdim=True).expand_as(shared).reshape(-1)
+
+
+def untie(s: torch.Tensor, head_dim: int, repeats: int) -> torch.Tensor:
+    """Tied scales [K] of an output projection -> scales of the value projection's rows [K / repeats]."""
+    return s.view(-1, repeats, head_dim)[:, 0].reshape(-1)
+
+
+def fold_into_norm(
+    norm_weight: torch.Tensor, s: torch.Tensor, one_plus: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a norm's output by s.
+
+    The divided weight is rounded to its own dtype, say bfloat16. So the quotient differs from s by a
+    rounding, and the linears have to be multiplied by the quotient that was reached, not by s.
+
+    Args:
+        norm_weight: of y = x / rms(x) * weight [K]. A LayerNorm's bias is divided by the same factors.
+        s: [K].
+        one_plus: the norm multiplies by 1 + weight (Gemma).
+
+    Returns:
+        The new weight, in norm_weight's dtype, and the factors that it really divides by, in s's dtype [K].
+    """
+    offset = 1.0 if one_plus else 0.0
+    old = norm_weight.to(s.dtype) + offset
+    new = (old / s - offset).to(norm_weight.dtype)
+    reached = new.to(s.dtype) + offset
+    exact = (reached != 0) & (old != 0)
+    return new, torch.where(exact, old / reached, s)
+
+
+def fold_into_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, s: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divide the last len(s) outputs of a linear by s: all of v_proj or up_proj, the v part of a fused qkv_proj.
+
+    Args:
+        weight: [N, K], N >= len(s).
+        bias: [N] or None.
+        s: [len(s)].
+
+    Returns:
+        New weight and bias in their dtypes. Their rounding is not made up for, unlike a norm's: round
+        float32 copies, or quantize the source linear afterwards from this weight.
+    """
+    factors = torch.cat([s.new_ones(len(weight) - len(s)), s])
+    divided = (weight.to(s.dtype) / factors[:, None]).to(weight.dtype)
+    return divided, None if bias is None else (bias.to(s.dtype) / factors).to(bias.dtype)
