@@ -95,14 +95,18 @@ def read_recipe(path: Path) -> Recipe:
             f"recipe {path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from error
     content = checked(content, Recipe, str(path))
-    content["rules"] = tuple(
-        Rule(**checked(rule, Rule, f"{path}, rules")) for rule in content.get("rules") or ()
-    )
+    rules = content.get("rules") or []
+    if not isinstance(rules, list):
+        raise QuantKitError(f"recipe {path}: rules is {rules!r}, expected a list of mappings")
+    content["rules"] = tuple(Rule(**checked(rule, Rule, f"{path}, rules")) for rule in rules)
     if "calibration" in content:
         content["calibration"] = CalibrationSpec(
             **checked(content["calibration"], CalibrationSpec, f"{path}, calibration")
         )
-    return Recipe(**content)
+    try:
+        return Recipe(**content)
+    except QuantKitError as error:
+        raise QuantKitError(f"recipe {path}: {str(error).removeprefix('recipe: ')}") from error
 
 
 def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
