@@ -1,0 +1,137 @@
+"""Settings for every test: the Triton interpreter where there is no GPU, and poisoned allocations in the kernels."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+# Triton reads this when a kernel is defined, hence before any test module imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+GARBAGE = 0x7F  # the byte 0x7F is NaN in e4m3, a large code in int8 and in integers of any width
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _poison(allocate):
+    """`allocate` with NaN or garbage in what it returns to quantkit.kernels: a forgotten element cannot pass."""
+
+    def poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("quantkit.kernels") and type(tensor) is torch.Tensor and tensor.numel():
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                tensor.fill_(float("nan"))
+            else:
+                tensor.view(torch.uint8).fill_(GARBAGE)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poison(getattr(owner, name)))
+
+
+# Small models of every supported architecture, with what makes each of them different switched on.
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SLIDING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"], head_dim=16)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", dict(sliding_window=8)),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "gemma2": ("Gemma2Config", SLIDING),
+    "gemma3": ("Gemma3TextConfig", SLIDING),
+    "phi3": ("Phi3Config", {}),
+}
+
+
+def _tiny(
+    architecture: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any
+) -> Any:
+    config_class, special = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**{**SIZES, **special, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases start at 1 or 0, which would hide their loss
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """tiny(architecture, dtype, seed, **config changes) -> a small model with random weights."""
+    return _tiny
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """source(architecture, **config changes) -> the directory of a tiny model, the same at every call."""
+
+    @cache
+    def saved(architecture: str = "llama", **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp(architecture) / "source"
+        _tiny(architecture, **changes).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Calibration tokens for the tiny models, int64 [8, 24]: longer than their sliding windows."""
+    return torch.randint(3, SIZES["vocab_size"], (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def packed(
+    source: Callable[..., Path], tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """packed(architecture, scheme, method, **config changes) -> a quantized directory; not to be changed."""
+    from quantkit import Recipe, Rule, quantize_checkpoint
+
+    @cache
+    def quantized(
+        architecture: str = "llama",
+        scheme: str = "w8a16",
+        method: str | None = "rtn",
+        rules: tuple[Rule, ...] = (),
+        **changes: Any,
+    ) -> Path:
+        out = tmp_path_factory.mktemp(f"{architecture}-{scheme}") / "packed"
+        quantize_checkpoint(
+            source(architecture, **changes), out, Recipe(scheme, method, rules), "cpu", tokens
+        )
+        return out
+
+    return quantized
