@@ -98,7 +98,9 @@ def dataset_documents(name: str, where: dict[str, Any]) -> Iterator[str]:
 
     try:
         rows = datasets.load_dataset(**where, streaming=True)
-        first = next(iter(rows))
+        first = next(iter(rows), None)
+        if first is None:
+            raise QuantKitError(f"dataset {name} is empty; choose another split")
         if "text" not in first:
             raise QuantKitError(f"dataset {name} has no column 'text'; its columns are {', '.join(first)}")
         if name == "wikitext":
@@ -202,7 +204,7 @@ def sample_from_model(
 
 
 def evaluation_text() -> str:
-    """About 700 kB of English prose that every CPython carries: its language reference, topic by topic.
+    """About 450 kB of English prose that every CPython carries: its language reference, topic by topic.
 
     It differs a little between Python versions, so a figure measured on it names the version.
     """
