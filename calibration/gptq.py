@@ -63,6 +63,13 @@ class InputStatistics:
         torch.maximum(self.max_abs, x.amax(0), out=self.max_abs)
         self.tokens = total
 
+    def scaled(self, factors: torch.Tensor) -> "InputStatistics":
+        """Statistics of x * factors, factors positive [K]."""
+        out = InputStatistics(len(factors), factors.device)
+        out.hessian = self.hessian * torch.outer(factors, factors)
+        out.mean_abs, out.max_abs, out.tokens = self.mean_abs * factors, self.max_abs * factors, self.tokens
+        return out
+
 
 def output_error(error: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(E H E^T) for a weight error E [N, K]: the mean over tokens of the squared error of the output."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.calibration.awq import fold_into_linear, fold_into_norm, search_scales, untie
 from quantkit.calibration.gptq import HessianError, InputStatistics, gptq, output_error
 from quantkit.calibration.grid import search_clip
 from quantkit.calibration.rtn import rtn
@@ -177,6 +178,7 @@ def quantize_block(
     statistics: dict[str, InputStatistics],
     folds: tuple[Fold, ...] = (),
     norms_plus_one: bool = False,
+    stored_dtype: torch.dtype | None = None,
 ) -> list[ModuleResult]:
     """Packs the planned linears of a block and leaves their dequantized weights in it.
 
@@ -186,6 +188,7 @@ def quantize_block(
             needs none.
         folds: where AWQ's scales can be put, for this architecture.
         norms_plus_one: the norms multiply by 1 + weight.
+        stored_dtype: what the norms will be rounded to when they are stored; None: their own dtype.
     """
     weights = {name: block.get_submodule(name).weight.detach().float() for name in plans}
     for name, weight in weights.items():
@@ -195,7 +198,8 @@ def quantize_block(
                 f"{plans[name].name}: {bad} of {weight.numel()} weights are NaN or infinite; mend the source checkpoint"
             )
     if any(plan.method == "awq" for plan in plans.values()):
-        statistics = fold_scales(block, plans, weights, statistics, folds, norms_plus_one)
+        for fold in folds:
+            fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
     results = []
     for name, plan in plans.items():
         result = quantize_linear(weights[name], plan, statistics.get(name))
@@ -203,6 +207,61 @@ def quantize_block(
         linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
         results.append(result)
     return results
+
+
+def fold_scale(
+    fold: Fold,
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    weights: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
+    norms_plus_one: bool,
+    stored_dtype: torch.dtype | None,
+) -> None:
+    """AWQ's scale search for one fold: changes source and linears so that the block's function stays the same.
+
+    `weights` and `statistics` are brought up to date; both hold what the linears will see.
+    """
+    searched = [name for name in fold.linears if name in plans and plans[name].method == "awq"]
+    if not searched or searched[0] not in statistics:
+        return
+    inputs, scheme = statistics[searched[0]], plans[searched[0]].scheme
+    attention = getattr(block, "self_attn", None) if fold.per_head else None
+    head_dim, repeats = (
+        (attention.head_dim, attention.num_key_value_groups) if attention is not None else (None, 1)
+    )
+    s = search_scales(
+        [weights[name] for name in searched],
+        inputs.hessian,
+        inputs.mean_abs,
+        scheme,
+        head_dim=head_dim,
+        repeats=repeats,
+    )
+    source = block.get_submodule(fold.source)
+    if isinstance(source, nn.Linear):
+        rows = untie(s, head_dim, repeats) if head_dim is not None else s
+        weight = weights.get(fold.source, source.weight.detach())
+        weight, bias = fold_into_linear(weight, source.bias, rows)
+        if fold.source in weights:
+            weights[fold.source] = weight
+        else:
+            source.weight.data = weight
+        if bias is not None:
+            source.bias.data = bias
+    else:
+        norm = source.weight.detach()
+        folded, s = fold_into_norm(norm.to(stored_dtype or norm.dtype), s, norms_plus_one)
+        source.weight.data = folded.to(norm.dtype)
+    scaled = inputs.scaled(1 / s)
+    for name in fold.linears:
+        if name in weights:
+            weights[name] = weights[name] * s
+            if name in statistics:
+                statistics[name] = scaled
+        else:
+            linear = block.get_submodule(name)
+            linear.weight.data = (linear.weight.float() * s).to(linear.weight.dtype)
 
 
 def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatistics | None) -> ModuleResult:

@@ -11,25 +11,26 @@ from quantkit.errors import QuantKitError
 class Fold:
     """A place where a per-channel scale can hide: `source`'s outputs are divided, the linears' columns multiplied.
 
-    Names are relative to the decoder block. `source` is a norm, or a linear of which the last rows (as many as
-    the linears have columns, or one KV head's share of them) feed the linears.
+    Names are relative to the decoder block. `source` is a norm, or a linear whose last rows feed the linears:
+    one row a column, or with `per_head` one row for the columns of all query heads that share a value head.
     """
 
     source: str
     linears: tuple[str, ...]
+    per_head: bool = False
 
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = (
     Fold("input_layernorm", ATTENTION),
-    Fold("self_attn.v_proj", ("self_attn.o_proj",)),
+    Fold("self_attn.v_proj", ("self_attn.o_proj",), per_head=True),
     Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     Fold("mlp.up_proj", ("mlp.down_proj",)),
 )
 GEMMA = (*LLAMA[:2], Fold("pre_feedforward_layernorm", LLAMA[2].linears), LLAMA[3])
 PHI3 = (
     Fold("input_layernorm", ("self_attn.qkv_proj",)),
-    Fold("self_attn.qkv_proj", ("self_attn.o_proj",)),
+    Fold("self_attn.qkv_proj", ("self_attn.o_proj",), per_head=True),
     Fold("post_attention_layernorm", ("mlp.gate_up_proj",)),
     Fold("mlp.gate_up_proj", ("mlp.down_proj",)),
 )

@@ -57,6 +57,7 @@ class Job:
         self.model, self.recipe, self.device = model, recipe, device
         self.plans = plan_modules(model, recipe)
         self.prefix, self.blocks = decoder_blocks(model)
+        self.dtype = model.dtype  # before a block is loaded in another one to compute with
         self.activations: Activations | None = None
         self.modules: dict[str, dict[str, Any]] = {}
 
@@ -80,7 +81,9 @@ class Job:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
         kind = self.model.config.model_type
-        return quantize_block(block, plans, statistics, FOLDS.get(kind, ()), kind in NORMS_PLUS_ONE)
+        return quantize_block(
+            block, plans, statistics, FOLDS.get(kind, ()), kind in NORMS_PLUS_ONE, self.dtype
+        )
 
     def quantize_outer(self) -> list[ModuleResult]:
         """Linears outside the blocks (an untied LM head): rounded to nearest, since nothing is captured there."""
