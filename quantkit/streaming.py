@@ -92,7 +92,8 @@ def quantize_checkpoint(
             if stored is None:
                 stored = loader.pack(module, prefix, results())
                 writer.write_part(name, *stored)
-            else:
+            if job.activations is not None:
+                # from the stored tensors, roundings and all, so that a continued run goes on as this one does
                 loader.restore(module, prefix, stored[0])
             tensors, notes = stored
             packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -208,13 +209,15 @@ class BlockLoader:
         state = module.state_dict()
         for name, current in state.items():
             full = prefix + name
+            if full not in tensors:
+                continue
             plan = self.job.plans.get(full.removesuffix(".weight"))
             if plan is not None and full.endswith(".weight"):
                 stem = full.removesuffix(".weight")
                 parts = {s: tensors.get(f"{stem}.{s}") for s in ("codes", "scales", "zeros", "input_scale")}
                 quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)  # type: ignore[arg-type]
                 current.copy_(quantized.dequantize(current.dtype))
-            elif full in tensors:
+            else:
                 current.copy_(tensors[full])
 
 
