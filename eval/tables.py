@@ -53,6 +53,7 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
     for (model, text), group in grouped(
         latest(records, "model", "text", "scheme", "method"), "model", "text"
     ).items():
+        timed = any(r.get("tokens_per_s") for r in group)
         rows = [
             (
                 str(r["scheme"]),
@@ -63,10 +64,12 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
                 number(r["ratio"], ".4f"),
                 number(r["kl"], ".4f"),
                 number(r["top1"], ".1%"),
+                *([number(r.get("tokens_per_s"), ",.0f")] if timed else []),
             )
             for r in group
         ]
         header = ("scheme", "method", "bits/weight", "MB on disk", "perplexity", "ratio", "KL, nats", "top-1")
+        header += ("tokens/s",) if timed else ()
         out.append(Table(f"{model} on {text}", header, tuple(rows), conditions(group, "protocol")))
     return out
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 OLDEST_NVIDIA = 80  # the first with bfloat16 tensor cores
-AMD = ("gfx942",)  # compiled for in the tests
+AMD = ("gfx942", "gfx950")  # the matrix cores that the tests compile for
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,38 @@ def _load(module: str, name: str) -> Any:
     return getattr(import_module(f"quantkit.kernels.{module}"), name)
 
 
-def not_cpu(problem: Problem) -> str | None:
-    return None if problem.target == "cpu" else f"runs on the CPU, not on {problem.target}"
-
-
 def native_fp8(target: str) -> bool:
     """Whether the tensor cores of a target multiply float8_e4m3fn (gfx942 has only the fnuz variant)."""
     return target.startswith("sm_") and int(target[3:]) >= 89
 
 
+def _cpu(problem: Problem) -> str | None:
+    return None if problem.target == "cpu" else f"runs on a CPU, not on {problem.target}"
+
+
+def _triton(problem: Problem) -> str | None:
+    target = problem.target
+    if target.startswith("sm_") and int(target[3:]) < OLDEST_NVIDIA:
+        return f"needs compute capability 8.0 (sm_{OLDEST_NVIDIA}) or newer, not {target}"
+    if not target.startswith("sm_") and target not in AMD:
+        return f"runs on NVIDIA sm_{OLDEST_NVIDIA} and newer and on AMD {' and '.join(AMD)}, not on {target}"
+    return None
+
+
+def _triton_w4a16(problem: Problem) -> str | None:
+    if problem.group_size % 32:
+        return f"needs a group_size that is a multiple of 32, or 0, not {problem.group_size}"
+    return _triton(problem)
+
+
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "w4a16": (Kernel("w4a16_dequantize", "cpu", not_cpu),),
-    "w8a16": (Kernel("w8a16_dequantize", "cpu", not_cpu),),
-    "w8a8": (Kernel("w8a8_dequantize", "cpu", not_cpu),),
-    "fp8_block": (Kernel("fp8_block_dequantize", "cpu", not_cpu),),
+    "w4a16": (Kernel("w4a16_triton", "w4a16", _triton_w4a16), Kernel("w4a16_dequantize", "cpu", _cpu)),
+    "w8a16": (Kernel("w8a16_triton", "w8a16", _triton), Kernel("w8a16_dequantize", "cpu", _cpu)),
+    "w8a8": (Kernel("w8a8_triton", "w8a8", _triton), Kernel("w8a8_dequantize", "cpu", _cpu)),
+    "fp8_block": (
+        Kernel("fp8_block_triton", "fp8_block", _triton),
+        Kernel("fp8_block_dequantize", "cpu", _cpu),
+    ),
 }
 
 

@@ -88,9 +88,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantKitError(f"{index}: cannot be read ({error}); copy it again") from error
-        files = [folder / name for name in names]
     else:
         files = [folder / WEIGHTS]
     for file in files:
@@ -252,7 +252,9 @@ class CheckpointWriter:
             write_text(record, text)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None and issubclass(kind, QuantKitError):
+            shutil.rmtree(self.staging)  # the input is at fault: once mended it is another job
         self.lock.close()
 
     def part(self, name: str) -> Path:
@@ -280,7 +282,7 @@ class CheckpointWriter:
         """Joins the parts into shards, adds the manifest and whatever `add_files` writes, and shows OUT.
 
         Args:
-            order: every tensor of the checkpoint, on the meta device, in the order of the model's state dict.
+            order: every tensor of the checkpoint, on the meta device, in the order in which shards are filled.
             total_parameters: for the index file of a checkpoint of several shards.
         """
         sources: dict[str, StoredTensor] = {}
@@ -335,18 +337,25 @@ def damage(folder: Path) -> list[str]:
             f"{folder / MANIFEST}: manifest_version {expected.get('manifest_version')}, "
             f"this quantkit reads {MANIFEST_VERSION}; install a newer quantkit"
         )
+    try:
+        entries = {
+            name: (folder / entry["file"], entry["dtype"], entry["shape"], entry["sha256"])
+            for name, entry in expected["tensors"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QuantKitError(f"{folder / MANIFEST}: cannot be read ({error!r}); copy it again") from error
     found = CheckpointReader(folder).tensors
-    lines = [f"{name}: not in the manifest" for name in found if name not in expected["tensors"]]
-    for name, entry in expected["tensors"].items():
+    lines = [f"{name}: not in the manifest" for name in found if name not in entries]
+    for name, (file, dtype, shape, digest) in entries.items():
         tensor = found.get(name)
         if tensor is None:
-            lines.append(f"{name}: missing, expected in {folder / entry['file']}")
-        elif (tensor.dtype, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
+            lines.append(f"{name}: missing, expected in {file}")
+        elif (tensor.dtype, list(tensor.shape)) != (dtype, shape):
             lines.append(
                 f"{name}: {tensor.file} holds {tensor.dtype} {list(tensor.shape)}, "
-                f"the manifest says {entry['dtype']} {entry['shape']}"
+                f"the manifest says {dtype} {shape}"
             )
-        elif sha256(tensor) != entry["sha256"]:
+        elif sha256(tensor) != digest:
             lines.append(
                 f"{name}: {tensor.file} has other bytes than were written (sha256 differs); copy it again"
             )

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from quantkit import __version__
 from quantkit.checkpoint import CheckpointReader
-from quantkit.demo import EXAMPLE, ROWS, quality_record, run_demo, text_tokens
+from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
@@ -328,7 +328,7 @@ def evaluate_command(
             limit,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    record = quality_record(subject, resolve(model), quality, text or dataset, against or model)
+    record = record_of(subject, resolve(model), quality, text or dataset, against or model)
     for note in quality.notes:
         out.print(f"note: {note}", highlight=False)
     for table in quality_tables([record]):

@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 
 from quantkit.calibration.data import evaluation_text, text_source
 from quantkit.eval.decode import generate_seconds, scheme_of
-from quantkit.eval.quality import Quality, evaluate
-from quantkit.eval.records import environment
-from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
+from quantkit.eval.quality import Quality, evaluate, quality_record
 from quantkit.load import load, load_model
 from quantkit.quantize import calibration_tokens
 from quantkit.recipe import CalibrationSpec, Recipe
@@ -45,23 +43,25 @@ def text_tokens(tokenizer: Any, source: str | None) -> torch.Tensor:
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
 
 
-def quality_record(
+def method_of(model: PreTrainedModel) -> str | None:
+    """Methods that made a quantized model's modules, joined by '+'; None for an original."""
+    modules = getattr(getattr(model.config, "quantization_config", None), "modules", {})
+    return "+".join(sorted({entry["method"] for entry in modules.values()})) or None
+
+
+def record_of(
     model: PreTrainedModel, folder: Path, quality: Quality, text: str | None, original: str | Path
 ) -> dict[str, Any]:
-    """One line of `docs/benchmarks/*.jsonl`: what a quantized model costs."""
-    modules = getattr(getattr(model.config, "quantization_config", None), "modules", {})
-    return {
-        "kind": "quality",
-        "model": Path(original).name,
-        "text": Path(text).name if text else DEFAULT_TEXT,
-        "scheme": scheme_of(model),
-        "method": "+".join(sorted({entry["method"] for entry in modules.values()})),
-        "bits_per_weight": bits_per_weight(model),
-        "disk_bytes": disk_bytes(folder),
-        "memory_bytes": memory_bytes(model),
-        **quality.to_dict(),
-        **environment(model.device),
-    }
+    """The record of a quality measurement; `text` and `original` are names or paths."""
+    return quality_record(
+        quality,
+        model,
+        name=Path(original).name,
+        scheme=scheme_of(model),
+        method=method_of(model),
+        text=Path(text).name if text else DEFAULT_TEXT,
+        folder=folder,
+    )
 
 
 def run_demo(
@@ -90,7 +90,7 @@ def run_demo(
 
     def judge(model: PreTrainedModel, where: Path) -> dict[str, Any]:
         quality = evaluate(model, tokens, against=original, limit=windows)
-        record = quality_record(model, where, quality, text, folder)
+        record = record_of(model, where, quality, text, folder)
         return {**record, "tokens_per_s": 1 / generate_seconds(model, prompt, NEW_TOKENS, repeats=2)}
 
     found = [judge(original, folder)]

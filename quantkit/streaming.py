@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from quantkit import __version__
 from quantkit.calibration.pipeline import ModuleResult, capture
 from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter
 from quantkit.errors import QuantKitError
@@ -75,8 +76,10 @@ def quantize_checkpoint(
             tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
         calibration = describe_calibration(recipe.calibration, tokens)
+    files = [folder / "config.json", *reader.files]
     fingerprint = {
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in reader.files],
+        "quantkit": __version__,
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "recipe": recipe.to_dict(),
         "calibration": calibration,
     }
@@ -227,7 +230,8 @@ def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[s
     for name, plan in job.plans.items():
         replace_module(model, name, packed_twin(linear_called(model, name), plan.scheme))
     tied = getattr(model, "all_tied_weights_keys", {})
-    order = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state = model.state_dict()
+    order = {name: state[name] for name in sorted(state, key=natural_key) if name not in tied}
     model.config.quantization_config = job.config(calibration)
     model.config.architectures = [type(model).__name__]
 
@@ -240,6 +244,16 @@ def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[s
                     shutil.copyfile(file, out / file.name)
 
     writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), add_files)
+
+
+def natural_key(name: str) -> list[tuple[int, str, int]]:
+    """Sorts names of tensors as transformers does before it fills shards: numbers by value, and before words."""
+    key = []
+    for part in name.split("."):
+        word = part.rstrip("0123456789")
+        digits = part[len(word) :]
+        key.append((1 if word else 0, word, int(digits) if digits else -1))
+    return key
 
 
 def save_generation_config(model: PreTrainedModel, folder: Path, out: Path) -> None:
