@@ -1,0 +1,504 @@
+"""Checkpoints on disk: the bytes, what damage does, and that a run appears whole or not at all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import dot_natural_key
+
+from quantkit import QuantKitError, Recipe, Rule, quantize_checkpoint
+from quantkit import checkpoint as checkpoint_module
+from quantkit.checkpoint import (
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    CheckpointReader,
+    CheckpointWriter,
+    join_safetensors,
+    read_header,
+    weight_files,
+)
+from quantkit.load import verify
+from quantkit.quantize import Job, Progress
+from quantkit.streaming import natural_key
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fnuz,
+    torch.float8_e8m0fnu,
+]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killed(Exception):
+    """What a progress callback raises to break a run off."""
+
+
+def break_after(steps: int) -> Progress:
+    left = [steps]
+
+    def step() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    return Progress(step=step)
+
+
+# the bytes
+
+
+def test_joined_files_are_what_save_file_writes_for_every_dtype(tmp_path):
+    raw = torch.randint(0, 2, (6, 4, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tensors = {}
+    for i, dtype in enumerate(DTYPES):
+        # two of each, the later name first, so that order within a dtype shows
+        tensors[f"z{i}.weight"] = raw[:4].clone().view(dtype)
+        tensors[f"a{i}.weight"] = raw[4:].clone().view(dtype)
+    tensors |= {"naïve": torch.ones(3), "empty": torch.ones(0, 5), "scalar": torch.tensor(2.0)}
+    half = len(tensors) // 2
+    items = list(tensors.items())
+    save_file(dict(items[:half]), tmp_path / "one.safetensors")
+    save_file(dict(items[half:]), tmp_path / "two.safetensors", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+
+    sources = read_header(tmp_path / "one.safetensors") | read_header(tmp_path / "two.safetensors")
+    sums = join_safetensors(list(tensors), sources, tmp_path / "joined.safetensors")
+
+    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    assert set(sums) == set(tensors)
+
+
+def test_tensors_larger_than_a_chunk_are_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "CHUNK", 64)
+    tensors = {"a": torch.arange(1000), "b": torch.arange(7, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    join_safetensors(["a", "b"], read_header(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_two_runs_give_the_same_bytes(source, packed, tokens, tmp_path):
+    quantize_checkpoint(source(), tmp_path / "again", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+    assert contents(tmp_path / "again") == contents(packed("llama", "w4a16-g32", "gptq"))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_shards_are_those_of_save_pretrained(tied, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "MAX_SHARD_SIZE", "40KB")
+    folder = source("llama", tie_word_embeddings=tied)
+    quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu")
+    files = weight_files(tmp_path / "out")
+    assert len(files) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+
+
+def test_shards_are_filled_in_the_order_of_transformers():
+    names = [
+        f"model.layers.{i}.{part}" for i in (10, 2, 0) for part in ("mlp.fc10", "mlp.fc9", "attn.codes", "0")
+    ]
+    assert sorted(names, key=natural_key) == sorted(names, key=dot_natural_key)
+
+
+def test_a_sharded_source_gives_the_same_as_a_whole_one(source, packed, tmp_path):
+    AutoModelForCausalLM.from_pretrained(source()).save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    assert len(weight_files(tmp_path / "source")) > 2
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Recipe("w8a16", "rtn"), "cpu")
+    assert contents(tmp_path / "out") == contents(packed("llama", "w8a16"))
+
+
+def test_what_lies_beside_the_weights_is_taken_over(source, tmp_path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("not copied")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": false, "top_k": 7}')
+    quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", WEIGHTS, MANIFEST, "tokenizer.json"}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
+
+
+# damage
+
+
+@pytest.fixture
+def copied(source, tmp_path) -> Path:
+    return shutil.copytree(source(), tmp_path / "copied")
+
+
+@pytest.fixture
+def sharded(source, tmp_path) -> Path:
+    AutoModelForCausalLM.from_pretrained(source()).save_pretrained(
+        tmp_path / "sharded", max_shard_size="40KB"
+    )
+    return tmp_path / "sharded"
+
+
+def read_everything(folder: Path) -> None:
+    reader = CheckpointReader(folder)
+    reader.load(reader.tensors)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(QuantKitError) as error:
+        read_everything(folder)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
+def test_a_truncated_file_is_named(copied, kept):
+    path = copied / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(copied, str(path), "truncated", "copy it again")
+
+
+def header_of(path: Path) -> dict:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+
+
+def with_header(path: Path, header: bytes) -> None:
+    raw = path.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[]",
+        b"\xff\xfe",
+        b'{"a": 5}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+        b'{"a": {"dtype": "F32", "shape": null, "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
+        b'{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+    ],
+)
+def test_a_damaged_header_is_named(copied, header):
+    with_header(copied / WEIGHTS, header)
+    refused(copied, str(copied / WEIGHTS), "again")
+
+
+def test_every_flipped_bit_of_a_header_is_an_error_or_changes_nothing_that_is_read(copied):
+    path = copied / WEIGHTS
+    raw = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    names = list(CheckpointReader(copied).tensors)
+    for position in torch.randint(0, 2000, (60,), generator=generator).tolist():
+        damaged = bytearray(raw)
+        damaged[position] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        with suppress(QuantKitError):
+            assert set(CheckpointReader(copied).load(names)) == set(names)
+
+
+def test_a_missing_shard_is_named(sharded):
+    lost = weight_files(sharded)[1]
+    lost.unlink()
+    refused(sharded, str(lost), "not found")
+
+
+def test_a_tensor_that_no_shard_has_is_named(sharded, tmp_path):
+    victim = weight_files(sharded)[0]
+    tensors = load_file(victim)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, victim, metadata={"format": "pt"})
+    with pytest.raises(QuantKitError, match=name):
+        quantize_checkpoint(sharded, tmp_path / "out", Recipe("w8a16"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ["b"]}}',
+        "\x00",
+    ],
+)
+def test_a_garbled_index_is_named(sharded, text):
+    (sharded / INDEX).write_text(text)
+    refused(sharded, str(sharded / INDEX), "copy it again")
+
+
+def test_a_folder_without_safetensors_is_refused(copied):
+    (copied / WEIGHTS).rename(copied / "pytorch_model.bin")
+    refused(copied, str(copied / WEIGHTS), "not found", "reads safetensors weights")
+
+
+def test_weights_of_another_model_are_refused(source, tmp_path):
+    folder = shutil.copytree(source(), tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(QuantKitError, match=r"mlp\.\w+_proj\.weight is \[.*config\.json makes it"):
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu")
+
+
+# whole or not at all
+
+
+RESUMED = [("llama", "w8a16", "rtn"), ("llama", "w4a16-g32", "gptq"), ("qwen2", "w4a16-g32", "awq")]
+
+
+@pytest.mark.parametrize(("architecture", "label", "method"), RESUMED)
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3]
+)  # after the embeddings, after the first block, before the files are joined
+def test_a_broken_off_run_leaves_no_model_and_continues_to_the_same_bytes(
+    architecture, label, method, steps, source, packed, tokens, tmp_path
+):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    recipe = Recipe(label, method)
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(architecture), out, recipe, "cpu", tokens, break_after(steps))
+    assert not out.exists()
+    assert partial.is_dir()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(partial)
+
+    worked = []
+    progress = Progress(module=lambda module: worked.append(module["name"]))
+    before = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert len(before) == steps
+    quantize_checkpoint(source(architecture), out, recipe, "cpu", tokens, progress)
+    assert contents(out) == contents(packed(architecture, label, method))
+    assert len(worked) == 2 * 7
+    assert not partial.exists()
+
+
+def test_finished_blocks_are_not_done_again(source, tokens, tmp_path, monkeypatch):
+    recipe = Recipe("w4a16-g32", "gptq")
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(), tmp_path / "out", recipe, "cpu", tokens, break_after(2))
+    done = []
+    original = Job.quantize_block
+    monkeypatch.setattr(Job, "quantize_block", lambda job, i: done.append(i) or original(job, i))
+    quantize_checkpoint(source(), tmp_path / "out", recipe, "cpu", tokens)
+    assert done == [1]
+
+
+def test_an_unfinished_joining_is_done_again(source, packed, tmp_path, monkeypatch):
+    def stop(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_manifest", stop)
+        with pytest.raises(Killed):
+            quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu")
+    assert not (tmp_path / "out").exists()
+    quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu")
+    assert contents(tmp_path / "out") == contents(packed("llama", "w8a16"))
+
+
+RUN = """
+import sys, time, torch
+from quantkit import Recipe, quantize_checkpoint
+from quantkit.quantize import Job, Progress
+from quantkit.streaming import natural_key
+source, out, mark = sys.argv[1:]
+steps = []
+def step():
+    steps.append(0)
+    if len(steps) == 2:
+        open(mark, "w").close()
+        time.sleep(600)
+quantize_checkpoint(source, out, Recipe("w8a16", "rtn"), "cpu", progress=Progress(step=step))
+"""
+
+
+def test_a_killed_process_is_continued_and_a_living_one_is_left_alone(source, packed, tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "mark"
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(source()), str(out), str(mark)])
+    try:
+        deadline = time.monotonic() + 120
+        while not mark.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(QuantKitError, match=r"out\.partial: another quantkit process is writing it"):
+            quantize_checkpoint(source(), out, Recipe("w8a16", "rtn"), "cpu")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 2
+    quantize_checkpoint(source(), out, Recipe("w8a16", "rtn"), "cpu")
+    assert contents(out) == contents(packed("llama", "w8a16"))
+
+
+def test_another_job_clears_what_was_left(source, packed, tmp_path):
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(2))
+    stale = tmp_path / "out.partial" / "block-00007.safetensors"
+    shutil.copyfile(tmp_path / "out.partial" / "block-00000.safetensors", stale)
+    quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu")
+    assert contents(tmp_path / "out") == contents(packed("llama", "w8a16"))
+
+
+def test_an_edited_source_config_is_another_job(source, tmp_path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    with pytest.raises(Killed):
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(2))
+    job = (tmp_path / "out.partial" / "job.json").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(Killed):
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(1))
+    assert (tmp_path / "out.partial" / "job.json").read_text() != job
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["folder", "file"])
+def test_an_existing_out_is_refused_and_left_as_it_is(source, tmp_path, make):
+    out = tmp_path / "out"
+    make(out)
+    with pytest.raises(QuantKitError, match="out: exists already; remove it or name another"):
+        quantize_checkpoint(source(), out, Recipe("w8a16"), "cpu")
+    with pytest.raises(QuantKitError, match="exists already"):
+        CheckpointWriter(out, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_weights_leave_nothing(source, tmp_path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(
+        QuantKitError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of \d+ weights are NaN or inf"
+    ):
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# verify
+
+
+@pytest.fixture
+def copy_of_packed(packed, tmp_path) -> Path:
+    return shutil.copytree(packed("llama", "w8a16"), tmp_path / "copy")
+
+
+def test_a_whole_checkpoint_verifies(packed):
+    rules = (Rule("o_proj", "w4a16-g32-asym"), Rule("down_proj", "fp8-block"))
+    assert verify(packed("llama", "w8a16")) == []
+    assert verify(packed("llama", "w8a16", "rtn", rules)) == []
+    assert verify(packed("llama", "fp8-static")) == []
+
+
+def test_verify_finds_a_flipped_bit(copy_of_packed):
+    path = copy_of_packed / WEIGHTS
+    victim = "model.layers.1.mlp.up_proj.codes"
+    raw = bytearray(path.read_bytes())
+    raw[read_header(path)[victim].start + 5] ^= 16
+    path.write_bytes(raw)
+    (line,) = verify(copy_of_packed)
+    assert victim in line
+    assert str(path) in line
+    assert "sha256 differs" in line
+
+
+def changed(folder: Path, change) -> list[str]:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return verify(folder)
+
+
+def test_verify_finds_a_missing_tensor(copy_of_packed):
+    victim = "model.layers.0.self_attn.q_proj.scales"
+    lines = changed(copy_of_packed, lambda tensors: tensors.pop(victim))
+    assert lines
+    assert all(victim in line and "missing" in line for line in lines)
+
+
+def test_verify_finds_an_extra_tensor(copy_of_packed):
+    lines = changed(copy_of_packed, lambda tensors: tensors.update(extra=torch.ones(1)))
+    assert lines == ["extra: not in the manifest"]
+
+
+def test_verify_finds_a_wrong_shape_and_a_wrong_dtype(copy_of_packed):
+    norm, codes = "model.norm.weight", "model.layers.0.mlp.up_proj.codes"
+
+    def change(tensors):
+        tensors[norm] = tensors[norm].float()
+        tensors[codes] = tensors[codes][:, :-1].contiguous()
+
+    lines = changed(copy_of_packed, change)
+    assert any(norm in line and "holds F32 [64], the manifest says BF16 [64]" in line for line in lines)
+    assert any(codes in line and "[96, 63], the manifest says I8 [96, 64]" in line for line in lines)
+    assert any(codes in line and "scheme w8a16 expects [96, 64]" in line for line in lines)
+
+
+def test_verify_compares_the_tensors_with_the_schemes_even_where_the_manifest_agrees(copy_of_packed):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.scales"] = torch.ones(95, 1)
+        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.tensor([96, 65])
+
+    changed(copy_of_packed, change)
+    checkpoint_module.write_manifest(copy_of_packed)
+    lines = verify(copy_of_packed)
+    assert len(lines) == 2
+    assert "up_proj.scales: [95, 1], scheme w8a16 expects [96, 1]" in lines[1]
+    assert "gate_proj.codes: [96, 64], scheme w8a16 expects [96, 65]" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "nonsense", '{"manifest_version": 1}', '{"manifest_version": 1, "tensors": {"a": 5}}'],
+)
+def test_a_garbled_manifest_is_named(copy_of_packed, text):
+    (copy_of_packed / MANIFEST).write_text(text)
+    with pytest.raises(QuantKitError, match=MANIFEST):
+        verify(copy_of_packed)
+
+
+def test_a_newer_manifest_is_refused(copy_of_packed):
+    (copy_of_packed / MANIFEST).write_text('{"manifest_version": 2, "tensors": {}}')
+    with pytest.raises(QuantKitError, match=r"manifest_version 2, this quantkit reads 1; install a newer"):
+        verify(copy_of_packed)
+
+
+def test_a_missing_manifest_is_named(copy_of_packed):
+    (copy_of_packed / MANIFEST).unlink()
+    with pytest.raises(QuantKitError, match=rf"{MANIFEST}: not found"):
+        verify(copy_of_packed)
