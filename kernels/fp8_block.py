@@ -1,0 +1,109 @@
+"""FP8 block: e4m3 weights with one scale a 128 x 128 tile, activations in e4m3 with one scale a row and 128 columns.
+
+    y[m, n] = sum over blocks b of x_scale[m, b] * scales[n // 128, b]
+              * (sum over k in b of x_codes[m, k] codes[n, k]) + bias[n]                             (1)
+
+This is the format of DeepSeek-V3. Every block of 128 columns has its own sum, scaled in float32, so the 14-bit sums of
+Hopper's FP8 tensor cores are promoted by construction. GPUs without FP8 tensor cores for e4m3fn (before sm_89, gfx942)
+decode both operands to float16, in which every product is exact.
+Bytes: K a row of weights and K a row of x. Instructions: one multiply-add a block and element of y.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.cpu import BLOCK, FP8, expand_blocks
+from quantkit.kernels.dispatch import native_fp8, target_of
+from quantkit.kernels.quantize_activations import quantize_activations
+from quantkit.kernels.w8a16 import decode_e4m3
+
+TILE: tl.constexpr = tl.constexpr(BLOCK)
+
+
+def reference(
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Equation (1) in float64 from rounded activations: x_codes [M, K], x_scales [M, ceil(K/128)]."""
+    N, K = codes.shape
+    x = x_codes.double() * x_scales.double().repeat_interleave(BLOCK, 1)[:, :K]
+    y = x @ (codes.double() * expand_blocks(scales.double(), N, K)).T
+    return y if bias is None else y + bias.double()
+
+
+def config(M: int, N: int, K: int) -> dict[str, int]:
+    """Launch parameters for x [M, K] times [N, K]. BLOCK_N divides 128, so that a tile of weights has one scale."""
+    if M <= 16:  # decode: narrow tiles, so that N = 4096 still fills 132 SMs
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 4}
+    if M <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def fp8_block_kernel(
+    x_ptr, codes_ptr, x_scales_ptr, scales_ptr, bias_ptr, y_ptr,
+    M, N, K,
+    NATIVE_FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_m, in_n = m < M, n < N
+    blocks = tl.cdiv(K, TILE)
+    tile_row = (tl.program_id(1) * BLOCK_N // TILE).to(tl.int64) * blocks
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(0, blocks):
+        k = block * TILE + tl.arange(0, TILE)
+        in_k = (k < K)[None, :]
+        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=in_m[:, None] & in_k, other=0)
+        w = tl.load(codes_ptr + n[:, None] * K + k[None, :], mask=in_n[:, None] & in_k, other=0)
+        x_scale = tl.load(x_scales_ptr + m * blocks + block, mask=in_m, other=0.0)
+        if NATIVE_FP8:
+            part = tl.dot(x.to(tl.float8e4nv, bitcast=True), tl.trans(w.to(tl.float8e4nv, bitcast=True)))
+        else:
+            part = tl.dot(decode_e4m3(x), tl.trans(decode_e4m3(w)))
+        acc += part * (x_scale * tl.load(scales_ptr + tile_row + block))[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    mask = in_m[:, None] & in_n[None, :]
+    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def fp8_block_rounded(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    native: bool,
+) -> Tensor:
+    """Equation (1) for activations that are already rounded.
+
+    Args:
+        x_codes: e4m3 bits as uint8 [M, K].
+        x_scales: float32 [M, ceil(K/128)].
+        codes: float8_e4m3fn [N, K].
+        scales: float32 [ceil(N/128), ceil(K/128)].
+        bias: float [N] or None.
+        dtype: of the result.
+        native: multiply e4m3 on FP8 tensor cores.
+
+    Returns:
+        y [M, N], within the bound of `w8a8.w8a8_rounded`.
+    """
+    (M, K), N = x_codes.shape, codes.shape[0]
+    y = x_codes.new_empty(M, N, dtype=dtype)
+    launch = config(M, N, K)
+    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
+    bits = codes.view(torch.uint8)
+    fp8_block_kernel[grid](x_codes, bits, x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch)
+    return y
+
+
+def fp8_block_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Round x [M, K], then equation (1), on the GPU that holds the tensors; arguments as in `ops.fp8_block`."""
+    x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
+    native = native_fp8(target_of(x.device))
+    return fp8_block_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native)

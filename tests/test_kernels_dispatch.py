@@ -1,0 +1,56 @@
+"""Which kernel runs where, and what the message says when none does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quantkit.kernels.dispatch import KERNELS, kernel_name
+
+BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+CODES = {"w4a16": torch.int32, "w8a16": INT8, "w8a8": INT8, "fp8_block": FP8}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("M", [1, 16, 256, 4096])
+def test_every_gpu_has_a_triton_kernel_for_every_op(op, target, M):
+    assert kernel_name(op, target, M, 4096, 4096, BF16, CODES[op]) == f"{op}_triton"
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_cpu_has_a_kernel_for_every_op(op):
+    assert kernel_name(op, "cpu", 1, 100, 100, torch.float32, CODES[op], 7 if op == "w4a16" else 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "group_size", "reason"),
+    [
+        ("sm_75", 128, "needs compute capability 8.0 (sm_80) or newer, not sm_75"),
+        ("gfx1100", 128, "runs on NVIDIA sm_80 and newer and on AMD gfx942 and gfx950, not on gfx1100"),
+        ("sm_90", 48, "needs a group_size that is a multiple of 32, or 0, not 48"),
+    ],
+)
+def test_no_kernel_lists_every_reason(target, group_size, reason):
+    with pytest.raises(ValueError, match=f"no kernel for w4a16 on {target}: w4a16_triton ") as error:
+        kernel_name("w4a16", target, 1, 64, 96, BF16, torch.int32, group_size)
+    assert reason in str(error.value)
+    assert f"w4a16_dequantize runs on a CPU, not on {target}" in str(error.value)
+
+
+def test_an_unknown_op_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown op 'w3a16'; known: w4a16, w8a16, w8a8, fp8_block"):
+        kernel_name("w3a16", "cpu", 1, 1, 1, BF16, torch.int32)
+
+
+def test_the_cpu_path_never_imports_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, quantkit.kernels.ops\n"
+        "x, codes = torch.ones(2, 32), torch.ones(8, 32, dtype=torch.int8)\n"
+        "print(torch.ops.quantkit.w8a8(x, codes, torch.ones(8, 1), None, None).sum().item())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(2 * 8 * 32, rel=1e-6)

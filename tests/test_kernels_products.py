@@ -1,0 +1,373 @@
+"""Every product kernel against its float64 reference, within the rounding that its formula allows.
+
+Without a GPU the Triton kernels run in Triton's interpreter, at small shapes and not in bfloat16, whose bit patterns
+its `tl.dot` multiplies as they are. The cases marked gpu are the same at the sizes of real layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from quantkit.kernels import cpu, fp8_block, ops, w4a16, w8a8, w8a16
+from quantkit.kernels.dispatch import native_fp8, target_of
+from quantkit.kernels.quantize_activations import quantize_activations
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import parse_scheme
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+FP8 = torch.float8_e4m3fn
+gpu = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
+SHAPES = [  # M, N, K
+    (1, 64, 128),  # decode, nothing ragged
+    (3, 130, 40),  # N past two tiles, K shorter than one tile and not a multiple of 32
+    (17, 72, 100),  # the second launch configuration, K not a multiple of 8
+    (70, 136, 288),  # the third, M and N past one tile, K with a ragged group of 64 and of 128
+    pytest.param((1, 4096, 4096), marks=gpu),
+    pytest.param((16, 14336, 4096), marks=gpu),
+    pytest.param((33, 4096, 14336), marks=gpu),
+    pytest.param((257, 6144, 4096), marks=gpu),
+    pytest.param((5, 1000, 4100), marks=gpu),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+codes_dtypes = pytest.mark.parametrize("codes_dtype", [torch.int8, FP8], ids=["int8", "fp8"])
+biases = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+
+
+@dataclass
+class Random:
+    """Fresh tensors from one seed on the test's device."""
+
+    generator: torch.Generator
+
+    def x(self, M: int, K: int, dtype: torch.dtype) -> Tensor:
+        """Activations with one outlier column and, where there are several rows, a row of zeros."""
+        x = torch.randn(M, K, generator=self.generator)
+        x[:, K // 3] *= 50
+        if M > 1:
+            x[M // 2] = 0
+        return x.to(DEVICE, dtype)
+
+    def int4(self, N: int, K: int) -> Tensor:
+        shape = (N, -(-K // 8))
+        words = torch.randint(-(2**31), 2**31, shape, generator=self.generator).to(torch.int32)
+        if K % 8:  # the neutral layout: columns past K hold the code 0
+            words[:, -1] &= (1 << 4 * (K % 8)) - 1
+        return words.to(DEVICE)
+
+    def bytes8(self, N: int, K: int, dtype: torch.dtype) -> Tensor:
+        """All codes but the NaNs of e4m3."""
+        codes = torch.randint(-127, 128, (N, K), generator=self.generator).to(DEVICE, torch.int8)
+        if dtype == torch.int8:
+            return codes
+        return (codes.abs().clamp(max=0x7E) | codes & -128).view(FP8)  # magnitude and sign bit
+
+    def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.rand(*shape, generator=self.generator) * 0.02 + 0.001).to(DEVICE, dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.randint(0, 16, shape, generator=self.generator).to(DEVICE, torch.uint8)
+
+    def bias(self, N: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(N, generator=self.generator).to(DEVICE, dtype)
+
+
+@pytest.fixture
+def random() -> Random:
+    return Random(torch.Generator().manual_seed(0))
+
+
+def assert_within(
+    y: Tensor, expected: Tensor, magnitude: Tensor, K: int, roundings: int = 0, lost: float = 0.0
+) -> None:
+    """|y - expected| <= u |expected| + ((K + 8) 2^-23 + roundings u + lost) magnitude, u the unit roundoff of y.
+
+    The first term is the rounding of y itself; the second that of K float32 additions and of the scales; then what an
+    implementation rounds before the product (`roundings` times to x.dtype), or a tensor core loses (`lost`).
+    magnitude is |x| @ |w| + |bias|.
+    """
+    unit = torch.finfo(y.dtype).eps / 2
+    smallest = torch.finfo(y.dtype).smallest_normal * unit  # half of the smallest subnormal
+    bound = unit * expected.abs() + ((K + 8) * 2**-23 + roundings * unit + lost) * magnitude + smallest
+    error = (y.double() - expected).abs()
+    worst = (error / bound).max().item()
+    assert worst <= 1, f"error is {worst:.2f}x the rounding bound"  # NaN fails too
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym-bias"])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+@dtypes
+@shapes
+def test_w4a16(random: Random, shape, dtype, group_size, asymmetric):
+    M, N, K = shape
+    groups = -(-K // group_size) if group_size else 1
+    x, codes = random.x(M, K, dtype), random.int4(N, K)
+    scales = random.scales(N, groups, dtype=torch.bfloat16)
+    zeros = random.zeros(N, groups) if asymmetric else None
+    b = random.bias(N, dtype) if asymmetric else None
+    expected = w4a16.reference(x, codes, scales, zeros, b, group_size)
+    w = cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64)
+    magnitude = x.double().abs() @ w.abs().T + (0 if b is None else b.double().abs())
+
+    assert_within(w4a16.w4a16_triton(x, codes, scales, zeros, b, group_size), expected, magnitude, K)
+    if not GPU:  # one rounding of w to x.dtype
+        y = torch.ops.quantkit.w4a16(x, codes, scales, zeros, b, group_size)
+        assert_within(y, expected, magnitude, K, roundings=1)
+
+
+@pytest.mark.parametrize("scales_dtype", [torch.float16, torch.float32], ids=str)
+def test_w4a16_takes_scales_of_any_float(random: Random, scales_dtype):
+    M, N, K, group_size = 2, 40, 96, 32
+    x, codes = random.x(M, K, torch.float16), random.int4(N, K)
+    scales, zeros = random.scales(N, 3, dtype=scales_dtype), random.zeros(N, 3)
+    w = cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64)
+    y = w4a16.w4a16_triton(x, codes, scales, zeros, None, group_size)
+    assert_within(y, x.double() @ w.T, x.double().abs() @ w.abs().T, K)
+
+
+@pytest.mark.parametrize("label", ["w4a16-g32", "w4a16-g64-asym", "w4a16-channel", "w4a16-channel-asym"])
+def test_the_references_read_the_neutral_layout(random: Random, label):
+    N, K, scheme = 24, 100, parse_scheme(label)
+    group_size = scheme.group_size or 0
+    groups = -(-K // group_size) if group_size else 1
+    codes, scales = random.int4(N, K), random.scales(N, groups, dtype=torch.float16)
+    zeros = None if scheme.symmetric else random.zeros(N, groups)
+    truth = QuantizedTensor(scheme, (N, K), codes, scales, zeros).dequantize(torch.float64)
+    assert torch.equal(cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64), truth)
+
+
+@biases
+@codes_dtypes
+@dtypes
+@shapes
+def test_w8a16(random: Random, shape, dtype, codes_dtype, bias):
+    M, N, K = shape
+    x, codes, scales = random.x(M, K, dtype), random.bytes8(N, K, codes_dtype), random.scales(N, 1)
+    b = random.bias(N, dtype) if bias else None
+    expected = w8a16.reference(x, codes, scales, b)
+    magnitude = x.double().abs() @ (codes.double().abs() * scales).T + (b.double().abs() if bias else 0)
+
+    assert_within(w8a16.w8a16_triton(x, codes, scales, b), expected, magnitude, K)
+    if not GPU:
+        assert_within(torch.ops.quantkit.w8a16(x, codes, scales, b), expected, magnitude, K, roundings=1)
+
+
+def natives() -> list[bool]:
+    """Both FP8 paths where they can run: the interpreter has both, a GPU its own and the decoding one."""
+    return [False, True] if not GPU or native_fp8(target_of(DEVICE)) else [False]
+
+
+# An FP8 tensor core of Hopper aligns the products and the running sum of one instruction (32 columns) to the largest
+# and keeps 13 bits below it; four instructions pass before the sum is promoted to float32.
+LOST_BY_FP8_TENSOR_CORES = 4 * 2**-13
+
+
+@biases
+@pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
+@codes_dtypes
+@dtypes
+@shapes
+def test_w8a8(random: Random, shape, dtype, codes_dtype, static, bias):
+    M, N, K = shape
+    x, codes, scales = random.x(M, K, dtype), random.bytes8(N, K, codes_dtype), random.scales(N, 1)
+    b = random.bias(N, dtype) if bias else None
+    input_scale = torch.tensor([0.1], device=DEVICE) if static else None
+    x_codes, x_scales = quantize_activations(x, codes_dtype, input_scale)
+    typed = x_codes if codes_dtype == torch.int8 else x_codes.view(FP8)
+    expected = w8a8.reference(typed, x_scales, codes, scales, b)
+    magnitude = (typed.double().abs() * x_scales) @ (codes.double().abs() * scales).T
+    magnitude += b.double().abs() if bias else 0
+
+    for native in natives() if codes_dtype == FP8 else [False]:
+        y = w8a8.w8a8_rounded(x_codes, x_scales, codes, scales, b, dtype, native)
+        assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (native and GPU))
+    y = torch.ops.quantkit.w8a8(x, codes, scales, input_scale, b)
+    assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (codes_dtype == FP8 and GPU))
+
+
+@biases
+@dtypes
+@shapes
+def test_fp8_block(random: Random, shape, dtype, bias):
+    M, N, K = shape
+    x, codes, scales = (
+        random.x(M, K, dtype),
+        random.bytes8(N, K, FP8),
+        random.scales(-(-N // 128), -(-K // 128)),
+    )
+    b = random.bias(N, dtype) if bias else None
+    x_codes, x_scales = quantize_activations(x, FP8, group_size=128)
+    expected = fp8_block.reference(x_codes.view(FP8), x_scales, codes, scales, b)
+    wide = x_codes.view(FP8).double() * x_scales.double().repeat_interleave(128, 1)[:, :K]
+    w = codes.double() * cpu.expand_blocks(scales, N, K)
+    magnitude = wide.abs() @ w.abs().T + (b.double().abs() if bias else 0)
+
+    for native in natives():
+        y = fp8_block.fp8_block_rounded(x_codes, x_scales, codes, scales, b, dtype, native)
+        assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (native and GPU))
+    y = torch.ops.quantkit.fp8_block(x, codes, scales, b)
+    assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * GPU)
+
+
+@pytest.mark.parametrize("group_size", [32, 100, 7])
+def test_w4a16_takes_any_group_size_on_a_cpu(random: Random, group_size):
+    M, N, K = 3, 24, 100
+    groups = -(-K // group_size)
+    x, codes = random.x(M, K, torch.float32).cpu(), random.int4(N, K).cpu()
+    scales, zeros = random.scales(N, groups).cpu(), random.zeros(N, groups).cpu()
+    y = torch.ops.quantkit.w4a16(x, codes, scales, zeros, None, group_size)
+    expected = w4a16.reference(x, codes, scales, zeros, None, group_size)
+    assert_within(y, expected, x.double().abs() @ torch.full((K, N), 15 * 0.021).double(), K)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op with arguments for x [..., 40] and N = 24 on the test's device."""
+
+    op: str
+    weights: tuple
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.quantkit, self.op)(x, *self.weights)
+
+
+def calls(random: Random, dtype: torch.dtype = torch.float32) -> list[Call]:
+    N, K = 24, 40
+    b, s, one = random.bias(N, dtype), random.scales(N, 1), torch.ones(1, device=DEVICE)
+    int8, fp8 = random.bytes8(N, K, torch.int8), random.bytes8(N, K, FP8)
+    return [
+        Call("w4a16", (random.int4(N, K), random.scales(N, 2), random.zeros(N, 2), b, 32)),
+        Call("w4a16", (random.int4(N, K), s, None, None, 0)),
+        Call("w8a16", (int8, s, b)),
+        Call("w8a16", (fp8, s, None)),
+        Call("w8a8", (int8, s, None, b)),
+        Call("w8a8", (fp8, s, one, None)),
+        Call("fp8_block", (fp8, random.scales(1, 1), b)),
+    ]
+
+
+CALLS = [
+    "w4a16-asym",
+    "w4a16-channel",
+    "w8a16-int8",
+    "w8a16-fp8",
+    "w8a8-int8",
+    "w8a8-fp8-static",
+    "fp8_block",
+]
+each_call = pytest.mark.parametrize("index", range(len(CALLS)), ids=CALLS)
+
+
+@each_call
+def test_leading_shapes_strides_and_no_rows(random: Random, index):
+    call = calls(random)[index]
+    x = random.x(6, 40, torch.float32)
+    y = call(x)
+    assert torch.equal(call(x.view(2, 3, 40)), y.view(2, 3, 24))
+    assert torch.equal(call(x.t().contiguous().t()), y)  # columns not contiguous
+    assert torch.equal(call(torch.cat([x, x], 1)[:, :40]), y)  # rows with a stride
+    torch.testing.assert_close(call(x[1]), y[1])  # another M may sum in another order
+    for empty in (x[:0], x.view(2, 3, 40)[:, :0]):
+        assert call(empty).shape == (*empty.shape[:-1], 24)
+
+
+@each_call
+def test_a_row_of_zeros_gives_the_bias(random: Random, index):
+    call = calls(random)[index]
+    bias = {"w4a16": -2}.get(call.op, -1)
+    expected = call.weights[bias]
+    y = call(torch.zeros(2, 40, device=DEVICE))
+    assert torch.equal(y, torch.zeros(2, 24, device=DEVICE) + (0 if expected is None else expected))
+
+
+@each_call
+def test_opcheck(random: Random, index):
+    call = calls(random)[index]
+    fp8 = call.weights[0].dtype == FP8
+    # torch's schema test compares every argument with torch.allclose, which has no float8
+    tests = (() if fp8 else ("test_schema",)) + (
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
+    x = random.x(3, 40, torch.float32)
+    torch.library.opcheck(getattr(torch.ops.quantkit, call.op), (x, *call.weights), test_utils=tests)
+
+
+@each_call
+def test_compiles_without_a_graph_break_and_with_any_number_of_rows(random: Random, index):
+    call = calls(random)[index]
+    compiled = torch.compile(
+        lambda x: call(x * 2) + 1, fullgraph=True, dynamic=True, backend="inductor" if GPU else "aot_eager"
+    )
+    for M in (3, 7):
+        x = random.x(M, 40, torch.float32)
+        torch.testing.assert_close(compiled(x), call(x * 2) + 1)
+
+
+@gpu
+@each_call
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cuda_graph_capture(random: Random, index, dtype):
+    call = calls(random, dtype)[index]
+    x, other = random.x(4, 40, dtype), random.x(4, 40, dtype)
+    call(x)  # the first call compiles the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(x)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(y, call(other))
+
+
+WRONG = [  # op, argument, its replacement, what the message must say
+    ("w4a16", 0, lambda t: t[:, :4].contiguous(), "codes has shape [24, 4], expected [24, 5] for x [2, 40]"),
+    ("w4a16", 0, lambda t: t.long(), "codes is int64, expected int32"),
+    ("w4a16", 1, lambda t: t[:, :1].contiguous(), "scales has shape [24, 1], expected [24, 2]"),
+    ("w4a16", 2, lambda t: t.int(), "zeros is int32, expected uint8"),
+    ("w4a16", 3, lambda t: t[:5], "bias has shape [5], expected [24]"),
+    ("w4a16", 4, lambda g: -1, "group_size is -1, expected"),
+    ("w8a16", 0, lambda t: t.float(), "codes is float32, expected int8 or float8_e4m3fn"),
+    ("w8a16", 1, lambda t: t.half(), "scales is float16, expected float32"),
+    ("w8a16", 1, lambda t: t[:1].expand(24, 1), "scales has strides (0, 1); call .contiguous()"),
+    ("w8a8", 2, lambda t: torch.ones(2, device=DEVICE), "input_scale has shape [2], expected [1]"),
+    ("fp8_block", 0, lambda t: t.to(torch.int8), "codes is int8, expected float8_e4m3fn"),
+    ("fp8_block", 1, lambda t: t.expand(2, 1).contiguous(), "scales has shape [2, 1], expected [1, 1]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "change", "message"), WRONG, ids=[f"{w[0]}: {w[3][:30]}" for w in WRONG]
+)
+def test_a_wrong_argument_is_named(random: Random, op: str, argument: int, change: Callable, message: str):
+    weights = list(next(call.weights for call in calls(random) if call.op == op))
+    weights[argument] = change(weights[argument])
+    x = random.x(2, 40, torch.float32)
+    with pytest.raises(ValueError, match=f"^{op}: ") as error:
+        getattr(torch.ops.quantkit, op)(x, *weights)
+    assert message in str(error.value)
+
+
+def test_a_wrong_x_is_named(random: Random):
+    call = calls(random)[0]
+    with pytest.raises(ValueError, match="w4a16: x is float64, expected float32 or float16 or bfloat16"):
+        call(torch.ones(1, 40, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(
+        ValueError, match=r"w4a16: codes has shape \[24, 5\], expected \[24, 6\] for x \[1, 48\]"
+    ):
+        call(torch.ones(1, 48, device=DEVICE))
+
+
+def test_int8_sums_that_could_overflow_are_refused():
+    K = ops.INT8_MAX_K + 1
+    x, codes = torch.ones(1, K, device=DEVICE), torch.ones(1, K, dtype=torch.int8, device=DEVICE)
+    with pytest.raises(ValueError, match=f"K is {K}, expected at most {K - 1}"):
+        torch.ops.quantkit.w8a8(x, codes, torch.ones(1, 1, device=DEVICE), None, None)
