@@ -7,13 +7,16 @@ triangular U with U^T U = inv(H).
 The grid is fitted before the first column is rounded ('static groups'), each scale to its natural group
 of neighbouring columns. So columns can be visited by falling diag(H) (`act_order`) and the codes are
 stored in natural order all the same: kernels need no permutation and no g_idx.
+
+Rounding column j by e_j costs (e_j / U_jj)^2 after the later columns have made up for it, and the sum of
+these costs is the objective. They weight the search for the range of each group's grid.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from quantkit.calibration.grid import INT4_MAX, Grid, at_least_float32, fit_grid
+from quantkit.calibration.grid import INT4_MAX, Grid, at_least_float32, search_clip
 from quantkit.errors import QuantKitError
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
@@ -118,7 +121,7 @@ def gptq(
         hessian: mean (or sum) over calibration tokens of x x^T [K, K]. The computation runs in its
             dtype, float32 or float64. Inputs that were always zero are rounded to nearest.
         scheme: an int4 scheme.
-        grid: the grid to round onto; fitted to the range of the weight by default.
+        grid: the grid to round onto; by default `search_clip` with the costs above.
         damp_percent: added to the diagonal, in units of its mean; ten times more for each failure.
         block_size: columns whose errors reach the rest of the row in one product. It changes speed only.
         act_order: visit columns by falling diag(H) instead of from left to right.
@@ -134,7 +137,6 @@ def gptq(
     N, K = weight.shape
     if H.shape != (K, K):
         raise QuantKitError(f"the Hessian is {tuple(H.shape)}, but a weight {N} x {K} needs ({K}, {K})")
-    grid = grid if grid is not None else fit_grid(weight, scheme, scale_dtype)
 
     diagonal = H.diagonal()  # a view
     order = torch.arange(K, device=H.device)
@@ -143,6 +145,10 @@ def gptq(
     dead = diagonal == 0
     diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
     U, damp = inverse_cholesky(H[order][:, order], damp_percent)
+    if grid is None:
+        costs = torch.empty_like(diagonal)
+        costs[order] = U.diagonal() ** -2
+        grid = search_clip(weight.to(H.dtype), scheme, costs, scale_dtype)
 
     W = weight.to(H.dtype)[:, order].T.contiguous().T  # [N, K] with contiguous columns
     codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)

@@ -21,7 +21,7 @@ from quantkit.scheme import Scheme
 INT4_MAX = 15  # largest code
 LARGEST = {"int4": 7.5, "int8": 127.0, "fp8": 448.0}  # what max|w| / scale becomes
 SCALE_DTYPES = (torch.bfloat16, torch.float16)  # of int4; the other schemes store float32
-SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1 ... 0.5, tried by `search_clip`
+SHRINKS = tuple(1 - i / 32 for i in range(13))  # 1 ... 0.625, tried by `search_clip`
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def search_clip(
     Args:
         weight: [N, K].
         scheme: an int4 scheme.
-        hessian: X^T X up to a factor [K, K]; its diagonal [K] for the cheaper search; or None, which
+        hessian: X^T X up to a factor [K, K]; its diagonal or other weights of the columns
+            [K] for a cheaper search; or None, which
             minimises the squared error of the weights themselves.
         scale_dtype: see `fit_grid`.
         shrinks: factors tried; the first of equally good ones wins, so put 1 first.

@@ -8,7 +8,7 @@ from quantkit.calibration.gptq import (
     inverse_cholesky,
     output_error,
 )
-from quantkit.calibration.grid import search_clip
+from quantkit.calibration.grid import fit_grid, search_clip
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.scheme import parse_scheme
@@ -35,10 +35,14 @@ def loss(w, hessian, quantized):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_identity_hessian_is_round_to_nearest(name, act_order):
     w, scheme = problem()[0], parse_scheme(name)
-    result = gptq(w, torch.eye(K, dtype=torch.float64), scheme, damp_percent=0.0, act_order=act_order)
-    expected = rtn(w, scheme)
-    assert result.damp_percent == 0
-    assert all(map(torch.equal, result.quantized.tensors().values(), expected.tensors().values()))
+    eye = torch.eye(K, dtype=torch.float64)
+    for grid, expected in (
+        (fit_grid(w, scheme), rtn(w, scheme)),
+        (None, rtn(w, scheme, grid=search_clip(w, scheme))),
+    ):
+        result = gptq(w, eye, scheme, grid=grid, damp_percent=0.0, act_order=act_order)
+        assert result.damp_percent == 0
+        assert all(map(torch.equal, result.quantized.tensors().values(), expected.tensors().values()))
 
 
 @pytest.mark.parametrize("block_size", [1, 48, 1000])
@@ -54,6 +58,15 @@ def test_beats_round_to_nearest_on_its_own_objective(name, act_order):
     w, H = problem()
     scheme = parse_scheme(name)
     assert loss(w, H, gptq(w, H, scheme, act_order=act_order).quantized) < loss(w, H, rtn(w, scheme))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_searched_range_beats_the_full_range(name):
+    w, H = problem()
+    w *= w.abs()  # heavy tails, as trained weights have
+    scheme = parse_scheme(name)
+    full = gptq(w, H, scheme, grid=fit_grid(w, scheme)).quantized
+    assert loss(w, H, gptq(w, H, scheme).quantized) < loss(w, H, full)
 
 
 def test_codes_follow_algorithm_1_column_by_column():
@@ -110,7 +123,7 @@ def test_dead_inputs_are_rounded_to_nearest(dead):
     w, H = problem()
     H[dead], H[:, dead] = 0, 0
     scheme = parse_scheme("w4a16-g32-asym")
-    a = gptq(w, H, scheme).quantized.dequantize(torch.float64)
+    a = gptq(w, H, scheme, grid=fit_grid(w, scheme)).quantized.dequantize(torch.float64)
     assert torch.equal(a[:, dead], rtn(w, scheme).dequantize(torch.float64)[:, dead])
 
 
