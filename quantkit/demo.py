@@ -1,5 +1,6 @@
 """The main job in one go: every scheme of one small model, quantized, loaded back, judged."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ ROWS = (  # scheme, method
     ("w4a16-g128-asym", "gptq"),
     ("w4a16-channel", "gptq"),
 )
-DEFAULT_TEXT = "pydoc_data.topics"
+DEFAULT_TEXT = f"pydoc_data.topics of Python {sys.version_info.major}.{sys.version_info.minor}"
 PROMPT, NEW_TOKENS = 32, 16  # of the speed figure
 
 
