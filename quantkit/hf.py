@@ -23,6 +23,7 @@ from quantkit.scheme import Scheme
 FORMAT_VERSION = 1
 METHOD = "quantkit"
 SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
     torch.int32: "I32",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -53,11 +54,18 @@ class QuantKitConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
+        if not isinstance(format_version, int):
+            raise QuantKitError(f"config.json: format_version is {format_version!r}, expected a whole number")
         if format_version > FORMAT_VERSION:
             raise QuantKitError(
                 f"config.json: quantkit format_version {format_version}, but this quantkit reads up to "
                 f"{FORMAT_VERSION}; install a newer quantkit"
             )
+        if not (isinstance(schemes, dict) and isinstance(modules, dict)):
+            raise QuantKitError("config.json: 'schemes' and 'modules' must be mappings; copy it again")
+        for name, entry in modules.items():
+            if not isinstance(entry, dict) or "scheme" not in entry:
+                raise QuantKitError(f"config.json: module {name} names no scheme; copy it again")
         self.quant_method = METHOD
         self.format_version = format_version
         self.schemes = schemes
@@ -113,6 +121,7 @@ class QuantKitQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 replace_module(model, name, dequantized_twin(module, dtype or model.dtype))
+        model.__dict__.pop("save_pretrained", None)
         return model
 
     def is_serializable(self) -> bool:
@@ -148,9 +157,8 @@ def check_stored(
     if not stored:
         return
     scale_dtype = SCALE_DTYPES.get(stored.get(f"{name}.scales", ((), ""))[1], torch.bfloat16)
-    for suffix, (shape, dtype) in tensor_specs(
-        scheme, linear.out_features, linear.in_features, scale_dtype
-    ).items():
+    specs = tensor_specs(scheme, linear.out_features, linear.in_features, scale_dtype)
+    for suffix, (shape, dtype) in {"weight": ((2,), torch.int64), **specs}.items():
         full = f"{name}.{suffix}"
         if full not in stored:
             raise QuantKitError(
@@ -196,17 +204,25 @@ def dequantized_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
-    from quantkit.checkpoint import write_manifest
+class SaveWithManifest:
+    """`save_pretrained` of one model, and the manifest after it. A class, so that a model can be copied and pickled."""
 
-    save = type(model).save_pretrained
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
 
-    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(model, save_directory, *args, **kwargs)
+    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        from quantkit.checkpoint import write_manifest
+
+        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         write_manifest(Path(save_directory))
 
-    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
+    model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign]
     return model
 
 

@@ -28,6 +28,8 @@ def read_quantized_config(folder: Path) -> QuantKitConfig:
         )
     try:
         return QuantKitConfig.from_dict(content)
+    except QuantKitError as error:
+        raise QuantKitError(f"{folder}/{error}") from error  # the message begins with config.json
     except TypeError as error:
         raise QuantKitError(
             f"{folder / 'config.json'}: quantization_config cannot be read: {error}"
