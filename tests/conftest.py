@@ -81,11 +81,11 @@ def _tiny(
     config_class, special = ARCHITECTURES[architecture]
     config = getattr(transformers, config_class)(**{**SIZES, **special, **changes})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms and biases start at 1 or 0, which would hide their loss
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
