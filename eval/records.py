@@ -57,7 +57,12 @@ def version(package: str) -> str | None:
 
 
 def current_commit() -> str:
-    """The short hash of the checkout that the package is imported from, else the package's version."""
+    """The short hash of the checkout that the package is imported from, else the package's version.
+
+    A copy without history, such as a build machine's, is named by the environment variable GIT_COMMIT.
+    """
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     root = Path(quantkit.__file__).resolve().parents[1]
     git = ["git", "-C", str(root), "rev-parse"]
     try:
