@@ -14,6 +14,10 @@ import torch
 
 OLDEST_NVIDIA = 80  # the first with bfloat16 tensor cores
 AMD = ("gfx942", "gfx950")  # the matrix cores that the tests compile for
+INT8PACK_MAX_M = (
+    16  # rows up to which PyTorch's packed CPU kernels beat dequantizing; README.md has the times
+)
+INT4PACK_MAX_M = 128
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,24 @@ def _cpu(problem: Problem) -> str | None:
     return None if problem.target == "cpu" else f"runs on a CPU, not on {problem.target}"
 
 
+def _int8pack(problem: Problem) -> str | None:
+    if problem.codes_dtype != torch.int8 or problem.x_dtype != torch.bfloat16:
+        return f"takes bfloat16 x and int8 codes, not {problem.x_dtype} and {problem.codes_dtype}"
+    if problem.M > INT8PACK_MAX_M:
+        return f"is the slower one past M = {INT8PACK_MAX_M}, not for M = {problem.M}"
+    if problem.K % 16 or problem.N % 4:
+        return f"needs K in multiples of 16 and N in multiples of 4, not {problem.K} and {problem.N}"
+    return _cpu(problem)
+
+
+def _int4pack(problem: Problem) -> str | None:
+    if problem.x_dtype != torch.bfloat16:
+        return f"takes bfloat16 x, not {problem.x_dtype}"
+    if problem.M > INT4PACK_MAX_M:
+        return f"is the slower one past M = {INT4PACK_MAX_M}, not for M = {problem.M}"
+    return _cpu(problem)
+
+
 def _triton(problem: Problem) -> str | None:
     target = problem.target
     if target.startswith("sm_") and int(target[3:]) < OLDEST_NVIDIA:
@@ -73,11 +95,19 @@ def _triton_w4a16(problem: Problem) -> str | None:
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a16": (Kernel("w4a16_triton", "w4a16", _triton_w4a16), Kernel("w4a16_dequantize", "cpu", _cpu)),
-    "w8a16": (Kernel("w8a16_triton", "w8a16", _triton), Kernel("w8a16_dequantize", "cpu", _cpu)),
-    "w8a8": (Kernel("w8a8_triton", "w8a8", _triton), Kernel("w8a8_dequantize", "cpu", _cpu)),
+    "w4a16_cpu": (
+        Kernel("w4a16_int4pack", "int4pack", _int4pack),
+        Kernel("w4a16_int4pack_dequantize", "int4pack", _cpu),
+    ),
+    "w8a16": (
+        Kernel("w8a16_triton", "w8a16", _triton),
+        Kernel("w8a16_int8pack", "cpu", _int8pack),
+        Kernel("w8a16_dequantize", "cpu", _cpu),
+    ),
+    "w8a8": (Kernel("w8a8_triton", "w8a8", _triton), Kernel("w8a8_cpu", "cpu", _cpu)),
     "fp8_block": (
         Kernel("fp8_block_triton", "fp8_block", _triton),
-        Kernel("fp8_block_dequantize", "cpu", _cpu),
+        Kernel("fp8_block_cpu", "cpu", _cpu),
     ),
 }
 

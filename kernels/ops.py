@@ -1,4 +1,4 @@
-"""The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w8a16, w8a8, fp8_block}`.
+"""The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w8a16, w8a8, fp8_block, w4a16_cpu}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -7,6 +7,7 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     w8a16      y = x w^T + bias        w[n, k] = codes[n, k] * scales[n, 0]
     w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
+    w4a16_cpu  w4a16 for weights in the order of `int4pack.py`
 
 An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. The fake implementation
 makes the same checks, so a wrong shape is reported while torch.compile traces.
@@ -15,16 +16,19 @@ makes the same checks, so a wrong shape is reported while torch.compile traces.
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cpu import BLOCK, CODES_PER_WORD
 from quantkit.kernels.dispatch import Problem, select, target_of
+from quantkit.kernels.int4pack import GROUP_SIZES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-BLOCK = 128
-CODES_PER_WORD = 8
 INT8_MAX_K = (2**31 - 1) // 127**2  # more columns could overflow the int32 sum
 
 SCHEMAS = {
     "w4a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
+    "w4a16_cpu": (
+        "(Tensor x, Tensor packed, Tensor scales_and_zeros, Tensor? residual, Tensor? bias, int group_size) -> Tensor"
+    ),
     "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
     "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
@@ -134,6 +138,42 @@ def w4a16(
     return _run("w4a16", x, codes, scales, zeros, bias, group_size, group_size=group_size)
 
 
+def _check_w4a16_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> None:
+    op = "w4a16_cpu"
+    N, K = _expect_x(op, x, packed)
+    if group_size not in GROUP_SIZES or K % group_size or N % 16:
+        raise ValueError(
+            f"{op}: group_size is {group_size}, K is {K}, N is {N}, expected a group_size of "
+            f"{', '.join(map(str, GROUP_SIZES))} that divides K, and N in multiples of 16; use w4a16"
+        )
+    _expect(op, "packed", packed, (N, K // 2), (torch.uint8,), x)
+    _expect(op, "scales_and_zeros", scales_and_zeros, (K // group_size, N, 2), (torch.bfloat16,), x)
+    if residual is not None:
+        _expect(op, "residual", residual, (K // group_size, N), (torch.float32,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+
+
+def w4a16_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """4-bit weights in the order of this CPU, as `int4pack.pack_cpu` returns them, times x [..., K]; see `w4a16`."""
+    _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
+    return _run("w4a16_cpu", x, packed, scales_and_zeros, residual, bias, group_size, group_size=group_size)
+
+
 def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """8-bit weights (int8 or float8_e4m3fn [N, K], scales float32 [N, 1]) times floating activations; see `w4a16`."""
     _check_8bit("w8a16", x, codes, scales, None, bias)
@@ -174,6 +214,11 @@ def _fake_w4a16(x, codes, scales, zeros, bias, group_size):
     return _result(x, codes)
 
 
+def _fake_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size):
+    _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
+    return _result(x, packed)
+
+
 def _fake_w8a16(x, codes, scales, bias):
     _check_8bit("w8a16", x, codes, scales, None, bias)
     return _result(x, codes)
@@ -191,6 +236,7 @@ def _fake_fp8_block(x, codes, scales, bias):
 
 for _name, _implementation, _fake in (
     ("w4a16", w4a16, _fake_w4a16),
+    ("w4a16_cpu", w4a16_cpu, _fake_w4a16_cpu),
     ("w8a16", w8a16, _fake_w8a16),
     ("w8a8", w8a8, _fake_w8a8),
     ("fp8_block", fp8_block, _fake_fp8_block),

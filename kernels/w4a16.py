@@ -14,18 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.cpu import dequantize_int4
-
 CODES_PER_WORD: tl.constexpr = tl.constexpr(8)
 SYMMETRIC_ZERO: tl.constexpr = tl.constexpr(8)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int) -> Tensor:
+    """Equation (1): float64 [N, K], on any device."""
+    k = torch.arange(K, device=codes.device)
+    q = codes[:, k // 8] >> (k % 8 * 4) & 0xF
+    group = k // group_size if group_size else k * 0
+    return (q - (8 if zeros is None else zeros.int()[:, group])).double() * scales.double()[:, group]
 
 
 def reference(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """Equation (1), then the product, in float64 on any device."""
-    w = dequantize_int4(codes, scales, zeros, group_size, x.shape[1], torch.float64)
-    y = x.double() @ w.T
+    """x w^T + bias in float64, on any device."""
+    y = x.double() @ dequantize(codes, scales, zeros, group_size, x.shape[1]).T
     return y if bias is None else y + bias.double()
 
 

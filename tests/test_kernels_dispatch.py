@@ -9,10 +9,10 @@ import torch
 from quantkit.kernels.dispatch import KERNELS, kernel_name
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
-CODES = {"w4a16": torch.int32, "w8a16": INT8, "w8a8": INT8, "fp8_block": FP8}
+CODES = {"w4a16": torch.int32, "w4a16_cpu": torch.uint8, "w8a16": INT8, "w8a8": INT8, "fp8_block": FP8}
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", ["w4a16", "w8a16", "w8a8", "fp8_block"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
 @pytest.mark.parametrize("M", [1, 16, 256, 4096])
 def test_every_gpu_has_a_triton_kernel_for_every_op(op, target, M):
@@ -22,6 +22,22 @@ def test_every_gpu_has_a_triton_kernel_for_every_op(op, target, M):
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_cpu_has_a_kernel_for_every_op(op):
     assert kernel_name(op, "cpu", 1, 100, 100, torch.float32, CODES[op], 7 if op == "w4a16" else 0)
+
+
+@pytest.mark.parametrize(
+    ("op", "M", "N", "K", "codes", "name"),
+    [
+        ("w4a16_cpu", 1, 64, 64, torch.uint8, "w4a16_int4pack"),
+        ("w4a16_cpu", 512, 64, 64, torch.uint8, "w4a16_int4pack_dequantize"),
+        ("w8a16", 1, 64, 64, INT8, "w8a16_int8pack"),
+        ("w8a16", 512, 64, 64, INT8, "w8a16_dequantize"),
+        ("w8a16", 1, 64, 72, INT8, "w8a16_dequantize"),
+        ("w8a16", 1, 66, 64, INT8, "w8a16_dequantize"),
+        ("w8a16", 1, 64, 64, FP8, "w8a16_dequantize"),
+    ],
+)
+def test_a_cpu_uses_the_packed_kernels_where_they_run_and_win(op, M, N, K, codes, name):
+    assert kernel_name(op, "cpu", M, N, K, BF16, codes, 32 if op == "w4a16_cpu" else 0) == name
 
 
 @pytest.mark.parametrize(
@@ -40,7 +56,9 @@ def test_no_kernel_lists_every_reason(target, group_size, reason):
 
 
 def test_an_unknown_op_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown op 'w3a16'; known: w4a16, w8a16, w8a8, fp8_block"):
+    with pytest.raises(
+        ValueError, match="unknown op 'w3a16'; known: w4a16, w4a16_cpu, w8a16, w8a8, fp8_block"
+    ):
         kernel_name("w3a16", "cpu", 1, 1, 1, BF16, torch.int32)
 
 

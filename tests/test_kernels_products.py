@@ -1,7 +1,8 @@
 """Every product kernel against its float64 reference, within the rounding that its formula allows.
 
 Without a GPU the Triton kernels run in Triton's interpreter, at small shapes and not in bfloat16, whose bit patterns
-its `tl.dot` multiplies as they are. The cases marked gpu are the same at the sizes of real layers.
+its `tl.dot` multiplies as they are, and to which it cuts float32 without rounding; the CPU's own kernels run in all three types. The cases marked gpu are the same at
+the sizes of real layers.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from quantkit.kernels import cpu, fp8_block, ops, w4a16, w8a8, w8a16
+from quantkit.kernels import cpu, fp8_block, int4pack, ops, w4a16, w8a8, w8a16
 from quantkit.kernels.dispatch import native_fp8, target_of
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.packing import QuantizedTensor
@@ -24,7 +25,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 FP8 = torch.float8_e4m3fn
 gpu = pytest.mark.gpu
 
-DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
+DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 SHAPES = [  # M, N, K
     (1, 64, 128),  # decode, nothing ragged
     (3, 130, 40),  # N past two tiles, K shorter than one tile and not a multiple of 32
@@ -40,6 +41,10 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 codes_dtypes = pytest.mark.parametrize("codes_dtype", [torch.int8, FP8], ids=["int8", "fp8"])
 biases = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+
+
+def triton_runs(dtype: torch.dtype) -> bool:
+    return GPU or dtype != torch.bfloat16
 
 
 @dataclass
@@ -114,13 +119,14 @@ def test_w4a16(random: Random, shape, dtype, group_size, asymmetric):
     zeros = random.zeros(N, groups) if asymmetric else None
     b = random.bias(N, dtype) if asymmetric else None
     expected = w4a16.reference(x, codes, scales, zeros, b, group_size)
-    w = cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64)
+    w = w4a16.dequantize(codes, scales, zeros, group_size, K)
     magnitude = x.double().abs() @ w.abs().T + (0 if b is None else b.double().abs())
 
-    assert_within(w4a16.w4a16_triton(x, codes, scales, zeros, b, group_size), expected, magnitude, K)
-    if not GPU:  # one rounding of w to x.dtype
+    if triton_runs(dtype):
+        assert_within(w4a16.w4a16_triton(x, codes, scales, zeros, b, group_size), expected, magnitude, K)
+    if not GPU:  # one rounding of w to x.dtype, and one before the bias is added
         y = torch.ops.quantkit.w4a16(x, codes, scales, zeros, b, group_size)
-        assert_within(y, expected, magnitude, K, roundings=1)
+        assert_within(y, expected, magnitude, K, roundings=1 + asymmetric)
 
 
 @pytest.mark.parametrize("scales_dtype", [torch.float16, torch.float32], ids=str)
@@ -128,9 +134,10 @@ def test_w4a16_takes_scales_of_any_float(random: Random, scales_dtype):
     M, N, K, group_size = 2, 40, 96, 32
     x, codes = random.x(M, K, torch.float16), random.int4(N, K)
     scales, zeros = random.scales(N, 3, dtype=scales_dtype), random.zeros(N, 3)
-    w = cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64)
+    expected = w4a16.reference(x, codes, scales, zeros, None, group_size)
+    w = w4a16.dequantize(codes, scales, zeros, group_size, K)
     y = w4a16.w4a16_triton(x, codes, scales, zeros, None, group_size)
-    assert_within(y, x.double() @ w.T, x.double().abs() @ w.abs().T, K)
+    assert_within(y, expected, x.double().abs() @ w.abs().T, K)
 
 
 @pytest.mark.parametrize("label", ["w4a16-g32", "w4a16-g64-asym", "w4a16-channel", "w4a16-channel-asym"])
@@ -140,8 +147,12 @@ def test_the_references_read_the_neutral_layout(random: Random, label):
     groups = -(-K // group_size) if group_size else 1
     codes, scales = random.int4(N, K), random.scales(N, groups, dtype=torch.float16)
     zeros = None if scheme.symmetric else random.zeros(N, groups)
-    truth = QuantizedTensor(scheme, (N, K), codes, scales, zeros).dequantize(torch.float64)
-    assert torch.equal(cpu.dequantize_int4(codes, scales, zeros, group_size, K, torch.float64), truth)
+    weight = QuantizedTensor(scheme, (N, K), codes, scales, zeros)
+    assert torch.equal(
+        w4a16.dequantize(codes, scales, zeros, group_size, K), weight.dequantize(torch.float64)
+    )
+    if not GPU:
+        assert torch.equal(cpu.dequantize_int4(codes, scales, zeros, group_size, K), weight.dequantize())
 
 
 @biases
@@ -155,14 +166,17 @@ def test_w8a16(random: Random, shape, dtype, codes_dtype, bias):
     expected = w8a16.reference(x, codes, scales, b)
     magnitude = x.double().abs() @ (codes.double().abs() * scales).T + (b.double().abs() if bias else 0)
 
-    assert_within(w8a16.w8a16_triton(x, codes, scales, b), expected, magnitude, K)
+    if triton_runs(dtype):
+        assert_within(w8a16.w8a16_triton(x, codes, scales, b), expected, magnitude, K)
     if not GPU:
-        assert_within(torch.ops.quantkit.w8a16(x, codes, scales, b), expected, magnitude, K, roundings=1)
+        assert_within(
+            torch.ops.quantkit.w8a16(x, codes, scales, b), expected, magnitude, K, roundings=1 + bias
+        )
 
 
-def natives() -> list[bool]:
-    """Both FP8 paths where they can run: the interpreter has both, a GPU its own and the decoding one."""
-    return [False, True] if not GPU or native_fp8(target_of(DEVICE)) else [False]
+def natives(dtype: torch.dtype) -> list[bool]:
+    """The FP8 paths that can run here: the interpreter has both, a GPU the decoding one and perhaps its own."""
+    return [False, True][: 1 + (not GPU or native_fp8(target_of(DEVICE)))] * triton_runs(dtype)
 
 
 # An FP8 tensor core of Hopper aligns the products and the running sum of one instruction (32 columns) to the largest
@@ -186,7 +200,7 @@ def test_w8a8(random: Random, shape, dtype, codes_dtype, static, bias):
     magnitude = (typed.double().abs() * x_scales) @ (codes.double().abs() * scales).T
     magnitude += b.double().abs() if bias else 0
 
-    for native in natives() if codes_dtype == FP8 else [False]:
+    for native in natives(dtype) if codes_dtype == FP8 else [False] * triton_runs(dtype):
         y = w8a8.w8a8_rounded(x_codes, x_scales, codes, scales, b, dtype, native)
         assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (native and GPU))
     y = torch.ops.quantkit.w8a8(x, codes, scales, input_scale, b)
@@ -210,7 +224,7 @@ def test_fp8_block(random: Random, shape, dtype, bias):
     w = codes.double() * cpu.expand_blocks(scales, N, K)
     magnitude = wide.abs() @ w.abs().T + (b.double().abs() if bias else 0)
 
-    for native in natives():
+    for native in natives(dtype):
         y = fp8_block.fp8_block_rounded(x_codes, x_scales, codes, scales, b, dtype, native)
         assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (native and GPU))
     y = torch.ops.quantkit.fp8_block(x, codes, scales, b)
@@ -226,6 +240,81 @@ def test_w4a16_takes_any_group_size_on_a_cpu(random: Random, group_size):
     y = torch.ops.quantkit.w4a16(x, codes, scales, zeros, None, group_size)
     expected = w4a16.reference(x, codes, scales, zeros, None, group_size)
     assert_within(y, expected, x.double().abs() @ torch.full((K, N), 15 * 0.021).double(), K)
+
+
+cpu_only = pytest.mark.skipif(GPU, reason="tests PyTorch's CPU kernels; run it where there is no GPU")
+PACKED_SHAPES = [  # M, N, K
+    (1, 64, 128),  # decode, one block of rows
+    (3, 208, 256),  # three blocks and 16 rows over
+    (129, 48, 384),  # past the rows that PyTorch's kernel is used for, and no whole block
+]
+
+
+@cpu_only
+@biases
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_w4a16_in_the_order_of_the_cpu(random: Random, shape, group_size, asymmetric, bias):
+    M, N, K = shape
+    codes, scales = random.int4(N, K), random.scales(N, K // group_size, dtype=torch.bfloat16)
+    zeros = random.zeros(N, K // group_size) if asymmetric else None
+    b = random.bias(N, torch.bfloat16) if bias else None
+    packed, scales_and_zeros, residual = int4pack.pack_cpu(codes, scales, zeros, group_size)
+    assert torch.equal(int4pack.unpack_cpu(packed), codes)
+
+    w = w4a16.dequantize(codes, scales, zeros, group_size, K)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = random.x(M, K, dtype)
+        y = torch.ops.quantkit.w4a16_cpu(x, packed, scales_and_zeros, residual, b, group_size)
+        expected = w4a16.reference(x, codes, scales, zeros, b, group_size)
+        magnitude = x.double().abs() @ w.abs().T + (b.double().abs() if bias else 0)
+        # y or w is rounded before the bias and the residual are added
+        assert_within(y, expected, magnitude, K, roundings=2)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("N", "K", "group_size", "dtype", "reason"),
+    [
+        (24, 64, 32, torch.bfloat16, "needs N in multiples of 16, not 24"),
+        (
+            32,
+            96,
+            64,
+            torch.bfloat16,
+            "needs a group_size of 32, 64, 128, 256 that divides K, not 64 for K = 96",
+        ),
+        (
+            32,
+            64,
+            0,
+            torch.bfloat16,
+            "needs a group_size of 32, 64, 128, 256 that divides K, not 0 for K = 64",
+        ),
+        (32, 64, 32, torch.float16, "needs bfloat16 x and scales, not torch.bfloat16 and torch.float16"),
+    ],
+)
+def test_what_cannot_be_packed_says_why(random: Random, N, K, group_size, dtype, reason):
+    assert int4pack.not_packable(N, K, group_size, torch.bfloat16, dtype) == reason
+    scales = random.scales(N, -(-K // group_size) if group_size else 1, dtype=dtype)
+    with pytest.raises(ValueError, match="pack_cpu: needs"):
+        int4pack.pack_cpu(random.int4(N, K), scales, None, group_size)
+
+
+@cpu_only
+def test_w8a16_takes_codes_and_activations_at_any_address(random: Random):
+    """PyTorch's int8 kernel loads from aligned addresses only: a tensor read from a file need not have one."""
+    M, N, K = 2, 8, 32
+    codes, x = random.bytes8(N, K, torch.int8), random.x(M, K, torch.bfloat16)
+    scales = random.scales(N, 1)
+    expected = w8a16.reference(x, codes, scales, None)
+    magnitude = x.double().abs() @ (codes.double().abs() * scales).T
+    for shift in (1, 8, 16):
+        moved_codes = torch.zeros(N * K + shift, dtype=torch.int8)[shift:].view(N, K).copy_(codes)
+        moved_x = torch.zeros(M * K + shift, dtype=torch.bfloat16)[shift:].view(M, K).copy_(x)
+        y = torch.ops.quantkit.w8a16(moved_x, moved_codes, scales, None)
+        assert_within(y, expected, magnitude, K, roundings=1)
 
 
 @dataclass(frozen=True)
@@ -371,3 +460,26 @@ def test_int8_sums_that_could_overflow_are_refused():
     x, codes = torch.ones(1, K, device=DEVICE), torch.ones(1, K, dtype=torch.int8, device=DEVICE)
     with pytest.raises(ValueError, match=f"K is {K}, expected at most {K - 1}"):
         torch.ops.quantkit.w8a8(x, codes, torch.ones(1, 1, device=DEVICE), None, None)
+
+
+@cpu_only
+def test_the_packed_op_compiles_and_checks_its_arguments(random: Random):
+    codes, scales, zeros = (
+        random.int4(32, 64),
+        random.scales(32, 2, dtype=torch.bfloat16),
+        random.zeros(32, 2),
+    )
+    weights = int4pack.pack_cpu(codes, scales, zeros, 32)
+    op, x = torch.ops.quantkit.w4a16_cpu, random.x(3, 64, torch.bfloat16)
+    torch.library.opcheck(op, (x, *weights, None, 32))
+    compiled = torch.compile(lambda x: op(x, *weights, None, 32) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), op(x, *weights, None, 32) + 1)
+    assert op(x[:0], *weights, None, 32).shape == (0, 32)
+    with pytest.raises(
+        ValueError, match="w4a16_cpu: group_size is 48, K is 64, N is 32, expected a group_size of 32"
+    ):
+        op(x, *weights, None, 48)
+    with pytest.raises(
+        ValueError, match=r"w4a16_cpu: packed has shape \[32, 32\], expected \[32, 64\] for x \[3, 128\]"
+    ):
+        op(torch.cat([x, x], 1), *weights, None, 32)
