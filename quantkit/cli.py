@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import transformers
 import typer
@@ -37,18 +36,27 @@ from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
 from quantkit.source import load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 out = Console()
 if not out.is_terminal:
     out = Console(width=200)  # a pipe has no width of its own: leave no name cut off
 err = Console(stderr=True)
+UsageError: Any = typer.BadParameter.__base__  # from click, or from the copy of it that newer typers carry
 INSPECTED_M = (1, 16, 256, 4096)
 DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
 
+
+def in_a_directory(path: Path | None) -> Path | None:
+    """Refuses a file that cannot be written, before the work."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        fault = "is a directory" if path.is_dir() else f"{path.absolute().parent} is no directory"
+        raise QuantKitError(f"--json {path}: {fault}; name a file in one that exists")
+    return path
+
+
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", callback=in_a_directory),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one, by default.")
@@ -62,12 +70,12 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except QuantKitError as error:
         fail(str(error))
-    except click.ClickException as error:
+    except UsageError as error:
         fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         err.print("interrupted", style="red")
         sys.exit(130)
     except torch.OutOfMemoryError as error:

@@ -64,8 +64,11 @@ class QuantKitConfig(QuantizationConfigMixin):
         if not (isinstance(schemes, dict) and isinstance(modules, dict)):
             raise QuantKitError("config.json: 'schemes' and 'modules' must be mappings; copy it again")
         for name, entry in modules.items():
-            if not isinstance(entry, dict) or "scheme" not in entry:
-                raise QuantKitError(f"config.json: module {name} names no scheme; copy it again")
+            label = entry.get("scheme") if isinstance(entry, dict) else None
+            if not isinstance(label, str) or label not in schemes:
+                raise QuantKitError(
+                    f"config.json: module {name} names scheme {label!r}, which 'schemes' does not have"
+                )
         self.quant_method = METHOD
         self.format_version = format_version
         self.schemes = schemes
@@ -75,10 +78,6 @@ class QuantKitConfig(QuantizationConfigMixin):
 
     def scheme_of(self, module: str) -> Scheme:
         label = self.modules[module]["scheme"]
-        if label not in self.schemes:
-            raise QuantKitError(
-                f"config.json: module {module} names scheme {label!r}, which 'schemes' does not have"
-            )
         try:
             return Scheme(**self.schemes[label])
         except TypeError as error:

@@ -20,7 +20,7 @@ def read_quantized_config(folder: Path) -> QuantKitConfig:
     """
     if not folder.is_dir():
         raise QuantKitError(f"{folder}: no such directory")
-    content = read_json(folder / "config.json").get("quantization_config") or {}
+    content = quantization_of(folder)
     if content.get("quant_method") != METHOD:
         found = content.get("quant_method", "none")
         raise QuantKitError(
@@ -29,7 +29,7 @@ def read_quantized_config(folder: Path) -> QuantKitConfig:
     try:
         return QuantKitConfig.from_dict(content)
     except QuantKitError as error:
-        raise QuantKitError(f"{folder}/{error}") from error  # the message begins with config.json
+        raise placed(error, folder) from error
     except TypeError as error:
         raise QuantKitError(
             f"{folder / 'config.json'}: quantization_config cannot be read: {error}"
@@ -88,14 +88,24 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    except QuantKitError:
-        raise
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except QuantKitError as error:
+        raise placed(error, folder) from error
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def placed(error: QuantKitError, folder: Path) -> QuantKitError:
+    """The error with the folder of the config.json that it names."""
+    message = str(error)
+    return QuantKitError(f"{folder}/{message}") if message.startswith("config.json") else error
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "config.json").get("quantization_config")
+    return content if isinstance(content, dict) else {}
+
+
 def is_quantized(folder: Path) -> bool:
-    content = read_json(folder / "config.json").get("quantization_config") or {}
-    return content.get("quant_method") == METHOD
+    return quantization_of(folder).get("quant_method") == METHOD

@@ -47,7 +47,23 @@ def calibration_tokens(
         return data.sample_from_model(model(), spec.samples, spec.seq_len, spec.seed)
     if tokenizer is None:
         raise QuantKitError(f"calibration from {spec.source} needs a tokenizer; pass tokenizer=")
-    return data.pack_tokens(tokenizer, data.text_source(spec.source), spec.samples, spec.seq_len, spec.seed)
+    text = data.text_source(spec.source)
+    try:
+        return data.pack_tokens(tokenizer, text, spec.samples, spec.seq_len, spec.seed)
+    except QuantKitError as error:
+        if spec.source in str(error):
+            raise
+        raise QuantKitError(f"{spec.source}: {error}") from error
+
+
+def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuses calibration tokens that the model does not have."""
+    largest, vocabulary = int(tokens.max()), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise QuantKitError(
+            f"{model.config.name_or_path}: its tokenizer gives token {largest}, but the model has a vocabulary "
+            f"of {vocabulary}; the tokenizer belongs to another model"
+        )
 
 
 class Job:
@@ -141,6 +157,7 @@ def quantize(
     if job.needs_tokens:
         if tokens is None:
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
+        check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
         job.activations = capture(model, job.blocks, tokens, job.device)
     progress.start(len(job.blocks) + 1)

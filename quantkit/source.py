@@ -56,7 +56,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     """config.json of a model that is not quantized yet."""
     content = read_json(folder / "config.json")
     if content.get("quantization_config"):
-        found = content["quantization_config"].get("quant_method", "?")
+        found = content["quantization_config"]
+        found = found.get("quant_method", "?") if isinstance(found, dict) else found
         raise QuantKitError(f"{folder}: is quantized already ({found}); quantize the original model")
     return auto_config(folder)
 
@@ -64,9 +65,9 @@ def read_config(folder: Path) -> PretrainedConfig:
 def auto_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # config classes check their fields, each with errors of its own
         raise QuantKitError(
-            f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}"
+            f"{folder / 'config.json'}: transformers cannot read it: {first_line(error.__cause__ or error)}"
         ) from error
 
 
@@ -79,8 +80,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except ValueError as error:
-        raise QuantKitError(f"no causal language model: {first_line(error)}") from error
+    except Exception as error:  # whatever a model's constructor makes of odd sizes
+        raise QuantKitError(
+            f"{config.name_or_path}: no causal language model: {first_line(error)}"
+        ) from error
+    model.tie_weights()  # init_empty_weights replaces parameters one by one, and so unties them
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,14 @@ from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
 from quantkit.linear import replace_module
 from quantkit.packing import QuantizedTensor
-from quantkit.quantize import Job, Progress, calibration_tokens, default_device, describe_calibration
+from quantkit.quantize import (
+    Job,
+    Progress,
+    calibration_tokens,
+    check_tokens,
+    default_device,
+    describe_calibration,
+)
 from quantkit.recipe import Recipe
 from quantkit.source import COPIED, empty_model, load_tokenizer, read_config, resolve, whole_model
 
@@ -61,8 +69,7 @@ def quantize_checkpoint(
     progress = progress or Progress()
     device = torch.device(device) if device is not None else default_device()
     out = Path(out)
-    if out.exists():
-        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
+    check_out(out)
     folder = resolve(source)
     config = read_config(folder)
     reader = CheckpointReader(folder)
@@ -75,6 +82,7 @@ def quantize_checkpoint(
         if tokens is None:
             tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
+        check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
     files = [folder / "config.json", *reader.files]
     fingerprint = {
@@ -133,6 +141,16 @@ def quantize_checkpoint(
     )
 
 
+def check_out(out: Path) -> None:
+    """Refuses, before the work, a directory that cannot be made."""
+    if out.exists():
+        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fault = "not writable" if parent.is_dir() else "not a directory"
+        raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+
+
 class BlockLoader:
     """Brings parts of an empty model to life from a checkpoint, and back to nothing."""
 
@@ -147,6 +165,7 @@ class BlockLoader:
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
+            check_finite(tensor, name, self.reader.tensors[name].file)
             if tensor.shape != shapes[name.removeprefix(prefix)]:
                 raise QuantKitError(
                     f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
@@ -222,6 +241,15 @@ class BlockLoader:
                 current.copy_(quantized.dequantize(current.dtype))
             else:
                 current.copy_(tensors[full])
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    # the extremes first: they need no memory, where a mask of a large embedding would
+    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise QuantKitError(
+            f"{file}: {name}: {bad} of {tensor.numel()} values are NaN or infinite; mend the source checkpoint"
+        )
 
 
 def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[str, Any] | None) -> None:
