@@ -1,0 +1,452 @@
+"""The command: what it prints, what it writes, and one clear line for every kind of bad input."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from quantkit import cli
+from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
+
+VERBS = ("quantize", "inspect", "verify", "eval", "bench", "demo")
+QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
+GPTQ = ("--scheme", "w4a16-g32", "--device", "cpu", "--samples", "2", "--seq-len", "16")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr) of the command, in this process."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    verbosity = transformers.utils.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield call
+    # main() quietens what it calls, for the rest of the process
+    logging.disable(logging.NOTSET)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """refused(*arguments, words=...): exit code 2, one line on stderr with the words, nothing written."""
+
+    def check(*arguments: str | Path, words: tuple[str, ...]) -> None:
+        before = tree(tmp_path)
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, f"more than one line: {err}"
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        for word in words:
+            assert word in err, f"{word!r} is not in: {err}"
+        assert tree(tmp_path) == before
+
+    return check
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() or path.is_symlink()
+    } | {str(path.relative_to(folder)): (0, 0) for path in folder.rglob("*") if path.is_dir()}
+
+
+@pytest.fixture
+def model(source, tmp_path) -> Path:
+    return shutil.copytree(source("llama", tie_word_embeddings=False), tmp_path / "model")
+
+
+@pytest.fixture
+def quantized(packed, tmp_path) -> Path:
+    return shutil.copytree(packed("llama", "w8a16"), tmp_path / "quantized")
+
+
+def add_tokenizer(folder: Path, words: int) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        folder
+    )
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+# what it prints and writes
+
+
+def test_quantize_prints_a_line_a_module_and_a_summary(run, model, tmp_path):
+    code, out, err = run("quantize", model, tmp_path / "out", *QUICK, "--json", tmp_path / "summary.json")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert sum(" w8a16  rtn  weight error " in " " + line for line in lines) == 2 * 7
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["modules"]) == 2 * 7
+    assert {"scheme": "w8a16", "method": "rtn", "error_of": "weight"}.items() <= summary["modules"][
+        "model.layers.0.mlp.up_proj"
+    ].items()
+    assert 8 < summary["bits_per_weight"] < 9
+    assert summary["packed_bytes"] < summary["source_bytes"]
+    assert any(f"14 linears, {summary['bits_per_weight']:.3f} bits a weight" in line for line in lines)
+
+
+def test_inspect_shows_the_modules_and_the_kernels(run, packed, tmp_path):
+    folder = packed("llama", "w4a16-g64-asym")
+    code, out, err = run("inspect", folder, "--device", "cpu", "--json", tmp_path / "inspect.json")
+    assert (code, err) == (0, "")
+    assert "model.layers.1.mlp.down_proj" in out
+    assert "kernel on cpu" in out
+    content = json.loads((tmp_path / "inspect.json").read_text())
+    assert len(content["modules"]) == 2 * 7
+    by_name = {row["name"]: row for row in content["modules"]}
+    row = by_name["model.layers.0.mlp.down_proj"]
+    assert (row["N"], row["K"], row["scheme"]) == (64, 96, "w4a16-g32-asym")
+    assert row["bytes"] == 64 * (96 // 2 + 3 * (2 + 1))
+    assert set(row["kernels"]) == {"1", "16", "256", "4096"}
+    assert content["bytes"] == sum(t.stop - t.start for t in read_header(folder / WEIGHTS).values())
+
+
+def test_verify_says_what_is_whole_and_what_is_not(run, quantized, tmp_path):
+    code, out, err = run("verify", quantized, "--json", tmp_path / "verify.json")
+    assert (code, err) == (0, "")
+    assert "49 tensors, all as written" in out
+    assert json.loads((tmp_path / "verify.json").read_text())["findings"] == []
+
+    edit(quantized, lambda tensors: [tensors.pop("model.norm.weight"), tensors.update(extra=torch.ones(1))])
+    code, _, err = run("verify", quantized, "--json", tmp_path / "verify.json")
+    assert code == 2
+    assert len(err.splitlines()) == 2
+    assert len(json.loads((tmp_path / "verify.json").read_text())["findings"]) == 2
+
+
+def test_a_smaller_group_or_a_ragged_last_one_is_announced(run, source, tmp_path):
+    folder = source("llama", intermediate_size=77)
+    arguments = ("--scheme", "w4a16", "--method", "rtn", "--device", "cpu")
+    code, out, _ = run("quantize", folder, tmp_path / "out", *arguments)
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("model.")}
+    assert "(group size 64, since 128 does not divide K=64)" in lines["model.layers.0.mlp.up_proj"]
+    ragged = "(K=77 is no multiple of 128: the last group of each row has 77 columns)"
+    assert ragged in lines["model.layers.0.mlp.down_proj"]
+
+
+def test_calibration_may_come_from_a_text_file(run, model, tmp_path):
+    add_tokenizer(model, 100)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + i % 90}" for i in range(200)))
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ, "--calibration", tmp_path / "text.txt")
+    assert (code, err) == (0, "")
+    assert "gptq  output error" in out
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"scheme: w4a16-g32\ncalibration: {{source: {tmp_path}/text.txt, samples: 2, seq_len: 16}}"
+    )
+    assert run("quantize", model, tmp_path / "again", "--recipe", recipe, "--device", "cpu")[0] == 0
+    names = (WEIGHTS, "config.json", MANIFEST)
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS)], ids=" ".join)
+def test_help_works(run, verb):
+    code, out, err = run(*verb, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage" in out
+    if not verb:
+        assert all(name in out for name in VERBS)
+
+
+def test_without_arguments_it_shows_its_help(run):
+    assert run() == run("--help")
+
+
+def test_the_installed_command_works(source, tmp_path):
+    command = [sys.executable, "-m", "quantkit.cli"]
+    text = lambda *arguments: subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    done = text("quantize", source(), "out", *QUICK)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = text("quantize", source(), "out", *QUICK)
+    assert done.returncode == 2
+    assert done.stderr == "error: out: exists already; remove it or name another directory\n"
+
+
+# bad input
+
+
+def test_a_missing_model_is_named(refused, tmp_path):
+    for name in ("absent", "file"):
+        (tmp_path / "file").touch()
+        refused(
+            "quantize", tmp_path / name, tmp_path / "out", *QUICK, words=(str(tmp_path / name), "no such")
+        )
+    for verb in ("inspect", "verify"):
+        refused(verb, tmp_path / "absent", words=(str(tmp_path / "absent"), "no such directory"))
+
+
+def test_a_hub_name_that_cannot_be_had_is_named(refused, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("cannot reach\nthe hub")
+
+    monkeypatch.setattr("quantkit.source.snapshot_download", offline)
+    words = ("some/model", "no such directory, and the hub gives no such model (cannot reach)")
+    refused("quantize", "some/model", tmp_path / "out", *QUICK, words=words)
+
+
+def test_a_folder_that_is_no_model_is_named(refused, tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    refused(
+        "quantize", tmp_path / "empty", tmp_path / "out", *QUICK, words=("empty/config.json", "not found")
+    )
+    (model / WEIGHTS).unlink()
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model / WEIGHTS), "not found"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"model_type": "no-such-thing"}', "transformers cannot read it"),
+        ("{}", "transformers cannot read it"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot read it"),
+        ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 5}', "config.json"),
+        ('{"model_type": "vit"}', "no causal language model"),
+    ],
+)
+def test_a_config_that_is_no_language_models_is_named(refused, model, tmp_path, text, word):
+    (model / "config.json").write_text(text)
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), word))
+
+
+def test_a_model_without_linears_is_refused(refused, tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    words = ("GPT2LMHeadModel", "no linear to quantize", "Conv1D")
+    refused("quantize", tmp_path / "gpt2", tmp_path / "out", *QUICK, words=words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("arguments", [QUICK, GPTQ], ids=["rtn", "gptq"])
+def test_weights_that_are_not_finite_are_named(refused, model, tmp_path, arguments, value):
+    edit(model, lambda tensors: tensors["model.layers.1.self_attn.o_proj.weight"][2].fill_(value))
+    words = ("model.layers.1.self_attn.o_proj", "NaN or infinite", "mend")
+    refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_weights_that_are_not_finite_are_named_outside_the_blocks_too(refused, model, tmp_path):
+    edit(model, lambda tensors: tensors["lm_head.weight"][5].fill_(float("nan")))
+    (tmp_path / "recipe.yaml").write_text("scheme: w8a16\nrules: [{match: lm_head, scheme: w8a16}]")
+    arguments = ("--recipe", tmp_path / "recipe.yaml", "--device", "cpu")
+    refused("quantize", model, tmp_path / "out", *arguments, words=("lm_head", "NaN or infinite"))
+    edit(model, lambda tensors: tensors["model.embed_tokens.weight"][5:].fill_(float("nan")))
+    refused("quantize", model, tmp_path / "gptq", *GPTQ, words=("NaN", "mend"))
+
+
+def test_a_truncated_file_is_named(refused, model, quantized, tmp_path):
+    for folder in (model, quantized):
+        path = folder / WEIGHTS
+        path.write_bytes(path.read_bytes()[:-100])
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model / WEIGHTS), "truncated"))
+    for verb in ("inspect", "verify", "eval"):
+        refused(verb, quantized, words=(str(quantized / WEIGHTS), "truncated", "copy it again"))
+
+
+def test_a_flipped_bit_is_named(refused, model, quantized, tmp_path):
+    raw = bytearray((model / WEIGHTS).read_bytes())
+    raw[12] ^= 4
+    (model / WEIGHTS).write_bytes(raw)
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model),))
+    tensor = read_header(quantized / WEIGHTS)["model.layers.0.mlp.up_proj.codes"]
+    raw = bytearray((quantized / WEIGHTS).read_bytes())
+    raw[tensor.start] ^= 4
+    (quantized / WEIGHTS).write_bytes(raw)
+    for verb in ("verify", "eval"):
+        refused(verb, quantized, words=("up_proj.codes", str(quantized / WEIGHTS), "sha256 differs"))
+
+
+def test_a_newer_format_is_named(refused, quantized):
+    config = json.loads((quantized / "config.json").read_text())
+    edit_config(quantized, quantization_config=config["quantization_config"] | {"format_version": 2})
+    for verb in ("inspect", "verify", "eval"):
+        refused(verb, quantized, words=(str(quantized / "config.json"), "format_version 2", "newer quantkit"))
+
+
+def test_a_model_that_is_quantized_already_is_refused(refused, model, quantized, tmp_path):
+    refused("quantize", quantized, tmp_path / "out", *QUICK, words=(str(quantized), "already (quantkit)"))
+    edit_config(model, quantization_config={"quant_method": "awq", "bits": 4})
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), "already (awq)"))
+    edit_config(model, quantization_config="yes")
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), "already"))
+
+
+def test_a_model_that_is_not_quantized_is_refused_where_one_is_needed(refused, model):
+    for verb in ("inspect", "verify"):
+        refused(verb, model, words=(str(model), "not a quantkit checkpoint", "quantkit quantize"))
+
+
+def test_an_existing_out_is_refused(refused, model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file"):
+        refused("quantize", model, tmp_path / name, *QUICK, words=(f"{tmp_path / name}: exists already",))
+
+
+@pytest.mark.parametrize("arguments", [QUICK, GPTQ], ids=["rtn", "gptq"])
+def test_an_out_below_a_file_is_refused(refused, model, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    words = (str(tmp_path / "file"), "not a directory")
+    for out in ("file/out", "file/deeper/out"):
+        refused("quantize", model, tmp_path / out, *arguments, words=words)
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(refused, model, tmp_path):
+    arguments = (*QUICK, "--json", tmp_path / "absent" / "summary.json")
+    refused("quantize", model, tmp_path / "out", *arguments, words=("absent",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scheme: w4a16\nbits: 4", ("recipe.yaml", "unknown name 'bits'", "known: scheme")),
+        ("scheme: w3a16", ("recipe.yaml", "unknown scheme 'w3a16'", "known: w8a16")),
+        ("scheme: [", ("recipe.yaml", "cannot be read as YAML")),
+        ("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]", ("no linear", "'experts'")),
+        ("scheme: w8a16\nrules: [{match: ., scheme: keep}]", ("leaves no linear to quantize",)),
+        (
+            "scheme: fp8-static\nrules: [{match: lm_head}]\ncalibration: {samples: 2, seq_len: 16}",
+            ("lm_head", "use fp8"),
+        ),
+    ],
+)
+def test_a_recipe_at_fault_is_named(refused, model, tmp_path, text, words):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    refused("quantize", model, tmp_path / "out", "--recipe", recipe, "--device", "cpu", words=words)
+
+
+def test_an_unreadable_recipe_is_named(refused, model, tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\x00")
+    for name in ("absent.yaml", "binary", "model"):
+        refused(
+            "quantize", model, tmp_path / "out", "--recipe", tmp_path / name, words=(str(tmp_path / name),)
+        )
+
+
+def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("scheme: w8a16\nrules: [{match: lm_head, scheme: w8a16}]")
+    words = ("lm_head shares its weight with the embedding",)
+    folder = source("llama", tie_word_embeddings=True)
+    refused("quantize", folder, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", words=words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--scheme", "w3a16"), ("unknown scheme 'w3a16'", "known: w8a16")),
+        (("--scheme", "w8a16", "--method", "best"), ("unknown method 'best'", "known: rtn, gptq, awq")),
+        (("--scheme", "w8a16", "--device", "tpu9"), ("--device tpu9",)),
+        (("--scheme", "w8a16", "--device", "meta"), ("--device meta", "cpu and cuda")),
+        (("--scheme", "w8a16", "--device", "cuda:99"), ("--device cuda:99", "use cpu")),
+        (("--scheme", "w8a16", "--group-size", "32"), ("--group-size", "for w4a16")),
+        (("--scheme", "w4a16", "--group-size", "48"), ("48", "32, 64, 128")),
+        (("--scheme", "w4a16", "--group-size", "many"), ("--group-size many", "or channel")),
+        (("--scheme", "fp8", "--asymmetric"), ("only w4a16 can be asymmetric",)),
+        ((), ("give one of --scheme and --recipe",)),
+        (("--scheme", "w8a16", "--samples", "none"), ("--samples", "integer")),
+        (("--scheme", "w4a16", "--samples", "0"), ("calibration of 0 x",)),
+        (("--scheme", "w8a16", "--no-such-option"), ("--no-such-option",)),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_a_wrong_option_is_named(refused, model, tmp_path, arguments, words):
+    refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_a_wrong_verb_or_a_missing_argument_is_named(refused, model):
+    refused("quantise", model, words=("quantise",))
+    refused("quantize", model, "--scheme", "w8a16", words=("OUT",))
+
+
+def test_calibration_text_at_fault_is_named(refused, model, tmp_path):
+    add_tokenizer(model, 100)
+    (tmp_path / "short.txt").write_text("w5 w6 w7")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "empty.txt").touch()
+    cases = {
+        "absent.txt": ("absent.txt", "text file"),
+        "short.txt": ("short.txt", "one window needs 16", "longer text"),
+        "latin.txt": ("latin.txt", "not UTF-8"),
+        "empty.txt": ("empty.txt", "longer text"),
+    }
+    for name, words in cases.items():
+        arguments = (*GPTQ, "--calibration", tmp_path / name)
+        refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_a_tokenizer_that_is_missing_or_of_another_model_is_named(refused, model, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(3, 400)))
+    arguments = (*GPTQ, "--calibration", tmp_path / "text.txt")
+    refused("quantize", model, tmp_path / "out", *arguments, words=(str(model), "tokenizer"))
+    add_tokenizer(model, 500)
+    words = (str(model), "tokenizer", "vocabulary of 128")
+    refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_a_shard_or_an_index_at_fault_is_named(refused, source, tmp_path):
+    whole = transformers.AutoModelForCausalLM.from_pretrained(source())
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    shard = sorted((tmp_path / "sharded").glob("model-*"))[1]
+    raw = shard.read_bytes()
+    shard.unlink()
+    refused("quantize", tmp_path / "sharded", tmp_path / "out", *QUICK, words=(str(shard), "not found"))
+    shard.write_bytes(raw)
+    (tmp_path / "sharded" / INDEX).write_text("[]")
+    refused("quantize", tmp_path / "sharded", tmp_path / "out", *QUICK, words=(INDEX, "copy it again"))
+
+
+@pytest.mark.parametrize("text", ["{}", "nonsense", '{"manifest_version": 7, "tensors": {}}'])
+def test_a_manifest_at_fault_is_named(refused, quantized, text):
+    (quantized / MANIFEST).write_text(text)
+    refused("verify", quantized, words=(str(quantized / MANIFEST),))
+
+
+def test_a_quantization_config_at_fault_is_named(refused, quantized):
+    good = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    for changes in ({"schemes": {}}, {"modules": 5}):
+        edit_config(quantized, quantization_config=good | changes)
+        for verb in ("inspect", "verify", "eval"):
+            refused(verb, quantized, words=(str(quantized / "config.json"),))
+    edit_config(quantized, quantization_config=good | {"modules": {"model.norm": {"scheme": "w8a16"}}})
+    for verb in ("inspect", "eval"):
+        refused(verb, quantized, words=("model.norm.codes", "missing"))
