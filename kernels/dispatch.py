@@ -17,6 +17,10 @@ AMD = ("gfx942", "gfx950")  # the matrix cores that the tests compile for
 INT8PACK_MAX_M = (
     16  # rows up to which PyTorch's packed CPU kernels beat dequantizing; README.md has the times
 )
+SCALED_MM_NVIDIA = 90  # the first whose torch._scaled_mm takes one scale a row
+# Rows of x from which on, for a weight [28672, 4096] on an H200, the vendor's GEMM is the faster one.
+VENDOR_MIN_M = {torch.int32: 17, torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
+SCALED_MM_MIN_M = 32
 INT4PACK_MAX_M = 128
 
 
@@ -93,18 +97,50 @@ def _triton_w4a16(problem: Problem) -> str | None:
     return _triton(problem)
 
 
+def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:
+    """Dequantize and call the vendor's GEMM: on a GPU, from the M on at which that was measured to be faster."""
+
+    def unsupported(problem: Problem) -> str | None:
+        if problem.M < min_M[problem.codes_dtype]:
+            return f"is the slower one below M = {min_M[problem.codes_dtype]}"
+        return _triton(problem)
+
+    return unsupported
+
+
+def _scaled_mm(problem: Problem) -> str | None:
+    if problem.codes_dtype != torch.float8_e4m3fn or problem.x_dtype != torch.bfloat16:
+        return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
+    if not problem.target.startswith("sm_") or int(problem.target[3:]) < SCALED_MM_NVIDIA:
+        return f"scales rows on NVIDIA sm_{SCALED_MM_NVIDIA} and newer, not on {problem.target}"
+    if problem.M < SCALED_MM_MIN_M:
+        return f"is the slower one below M = {SCALED_MM_MIN_M}"
+    if problem.K % 16 or problem.N % 16:
+        return f"needs N and K in multiples of 16, not {problem.N} and {problem.K}"
+    return None
+
+
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "w4a16": (Kernel("w4a16_triton", "w4a16", _triton_w4a16), Kernel("w4a16_dequantize", "cpu", _cpu)),
+    "w4a16": (
+        Kernel("w4a16_vendor", "dequantize", _vendor(VENDOR_MIN_M)),
+        Kernel("w4a16_triton", "w4a16", _triton_w4a16),
+        Kernel("w4a16_dequantize", "cpu", _cpu),
+    ),
     "w4a16_cpu": (
         Kernel("w4a16_int4pack", "int4pack", _int4pack),
         Kernel("w4a16_int4pack_dequantize", "int4pack", _cpu),
     ),
     "w8a16": (
+        Kernel("w8a16_vendor", "dequantize", _vendor(VENDOR_MIN_M)),
         Kernel("w8a16_triton", "w8a16", _triton),
         Kernel("w8a16_int8pack", "cpu", _int8pack),
         Kernel("w8a16_dequantize", "cpu", _cpu),
     ),
-    "w8a8": (Kernel("w8a8_triton", "w8a8", _triton), Kernel("w8a8_cpu", "cpu", _cpu)),
+    "w8a8": (
+        Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm),
+        Kernel("w8a8_triton", "w8a8", _triton),
+        Kernel("w8a8_cpu", "cpu", _cpu),
+    ),
     "fp8_block": (
         Kernel("fp8_block_triton", "fp8_block", _triton),
         Kernel("fp8_block_cpu", "cpu", _cpu),
