@@ -43,6 +43,7 @@ if not out.is_terminal:
 err = Console(stderr=True)
 UsageError: Any = typer.BadParameter.__base__  # from click, or from the copy of it that newer typers carry
 INSPECTED_M = (1, 16, 256, 4096)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
 
 
@@ -60,6 +61,11 @@ JsonFile = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one, by default.")
+]
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="To compute in: float32 (default on a CPU), bfloat16, float16; else the model's."),
 ]
 
 
@@ -295,9 +301,16 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> tra
     return load_model(folder, device, dtype=dtype)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype | str:
-    """A CPU computes in float32: faster there than bfloat16, and without its rounding. A GPU in the model's own."""
-    return torch.float32 if device.type == "cpu" else "auto"
+def compute_dtype(device: torch.device, name: str | None = None) -> torch.dtype | str:
+    """The dtype that the user names, or what suits the device.
+
+    A CPU computes in float32: faster there than bfloat16, and without its rounding. A GPU in the model's own.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise QuantKitError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @app.command(name="eval")
@@ -312,6 +325,7 @@ def evaluate_command(
     dataset: Annotated[str | None, typer.Option(help="wikitext, c4 or ORG/NAME[:CONFIG][:SPLIT].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; windows do not overlap.")] = 1024,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -321,8 +335,9 @@ def evaluate_command(
     if text is not None and not Path(text).is_file():
         raise QuantKitError(f"--text {text}: no such file")
     where = pick_device(device)
-    subject = open_model(model, where, compute_dtype(where))
-    reference = open_model(against, where, compute_dtype(where)) if against else None
+    computed = compute_dtype(where, dtype)
+    subject = open_model(model, where, computed)
+    reference = open_model(against, where, computed) if against else None
     tokens = text_tokens(load_tokenizer(resolve(model)), text or dataset)
     with Bar(
         TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
@@ -434,6 +449,7 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 256,
     windows: Annotated[int, typer.Option(min=1, help="Evaluation windows of 1024 tokens.")] = 6,
+    dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
     records: Annotated[
@@ -450,7 +466,7 @@ def demo(
         def advance(name: str) -> None:
             bar.update(task, advance=1, description=name)
 
-        found = run_demo(folder, text, spec, windows, where, advance)
+        found = run_demo(folder, text, spec, windows, where, compute_dtype(where, dtype), advance)
     for table in quality_tables(found):
         out.print(rich_table(table))
     save_json(json_file, found)

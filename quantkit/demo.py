@@ -71,6 +71,7 @@ def run_demo(
     spec: CalibrationSpec,
     windows: int,
     device: torch.device,
+    dtype: torch.dtype | str,
     advance: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One quality record for the original and for each of `ROWS`, with `tokens_per_s` of decode at batch 1.
@@ -80,10 +81,10 @@ def run_demo(
         text: evaluation text, see `text_tokens`.
         spec: the calibration; its tokens are made once and serve every row.
         windows: evaluation windows of 1024 tokens.
+        dtype: to compute in, or 'auto', the model's own.
         advance: called with the name of what comes next.
     """
     tokenizer = load_tokenizer(folder)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     original = load_model(folder, device, dtype=dtype)
     tokens = text_tokens(tokenizer, text)
     prompt = tokens[:PROMPT].view(1, -1).to(device)
