@@ -68,7 +68,16 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
             )
             for r in group
         ]
-        header = ("scheme", "method", "bits/weight", "MB on disk", "perplexity", "ratio", "KL, nats", "top-1")
+        header: tuple[str, ...] = (
+            "scheme",
+            "method",
+            "bits/weight",
+            "MB on disk",
+            "perplexity",
+            "ratio",
+            "KL, nats",
+            "top-1",
+        )
         header += ("tokens/s",) if timed else ()
         out.append(Table(f"{model} on {text}", header, tuple(rows), conditions(group, "protocol")))
     return out

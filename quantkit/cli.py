@@ -178,7 +178,7 @@ def quantize(
         plan = read_recipe(recipe)
     else:
         plan = Recipe(read_scheme(scheme or "", group_size, asymmetric).label, method)
-    given = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    given: dict[str, Any] = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
     spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
     plan = replace(plan, calibration=spec)
     with Bar(
@@ -417,9 +417,7 @@ def bench(
         schemes = [parse_scheme(label) for label in scheme or DEFAULT_BENCHED]
         time_linears(list(SHAPES[shapes]), schemes)
         for one in [None, *schemes] if decode and shapes in CONFIGS else []:
-            subject = random_model(shapes, one, device=where)
-            time_decode(subject, shapes)
-            del subject
+            time_decode(random_model(shapes, one, device=where), shapes)
             if where.type == "cuda":
                 torch.cuda.empty_cache()
     else:

@@ -69,7 +69,7 @@ class QuantKitConfig(QuantizationConfigMixin):
                 raise QuantKitError(
                     f"config.json: module {name} names scheme {label!r}, which 'schemes' does not have"
                 )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes plain strings too
         self.format_version = format_version
         self.schemes = schemes
         self.modules = modules
@@ -221,7 +221,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
-    model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign]
+    model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign, assignment]
     return model
 
 
@@ -233,7 +233,10 @@ def install(
         linear = linear_called(model, name)
         replace_module(model, name, QuantLinear.from_quantized(quantized, linear.bias))
     model.config.quantization_config = config
-    model.hf_quantizer = QuantKitQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    for name, value in (
+        ("hf_quantizer", QuantKitQuantizer(config)),
+        ("is_quantized", True),
+        ("quantization_method", METHOD),
+    ):
+        setattr(model, name, value)
     return prepare(model)

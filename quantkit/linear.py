@@ -53,6 +53,12 @@ class QuantLinear(nn.Module):
             where it would otherwise find no weight and start from random numbers.
     """
 
+    codes: nn.Parameter
+    scales: nn.Parameter
+    zeros: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+    weight: torch.Tensor
     _hf_quantized_needs_local_tp = True  # transformers hands such a module its local shard
 
     def __init__(

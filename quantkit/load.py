@@ -93,7 +93,7 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
-    return model.to(device).eval() if device is not None else model.eval()
+    return model.to(device).eval() if device is not None else model.eval()  # type: ignore[arg-type]
 
 
 def placed(error: QuantKitError, folder: Path) -> QuantKitError:

@@ -97,4 +97,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def whole_model(folder: Path, device: torch.device) -> PreTrainedModel:
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
