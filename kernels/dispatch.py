@@ -14,14 +14,13 @@ import torch
 
 OLDEST_NVIDIA = 80  # the first with bfloat16 tensor cores
 AMD = ("gfx942", "gfx950")  # the matrix cores that the tests compile for
-INT8PACK_MAX_M = (
-    16  # rows up to which PyTorch's packed CPU kernels beat dequantizing; README.md has the times
-)
+# Rows of x up to which PyTorch's packed CPU kernels beat dequantizing; README.md has the times.
+INT8PACK_MAX_M = 16
+INT4PACK_MAX_M = 128
 SCALED_MM_NVIDIA = 90  # the first whose torch._scaled_mm takes one scale a row
 # Rows of x from which on, for a weight [28672, 4096] on an H200, the vendor's GEMM is the faster one.
 VENDOR_MIN_M = {torch.int32: 17, torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
 SCALED_MM_MIN_M = 32
-INT4PACK_MAX_M = 128
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,12 @@ def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:
     return unsupported
 
 
+def _vendor_w4a16(problem: Problem) -> str | None:
+    if problem.group_size % 8:  # it reads one scale a word of eight codes
+        return f"needs a group_size that is a multiple of 8, or 0, not {problem.group_size}"
+    return _vendor(VENDOR_MIN_M)(problem)
+
+
 def _scaled_mm(problem: Problem) -> str | None:
     if problem.codes_dtype != torch.float8_e4m3fn or problem.x_dtype != torch.bfloat16:
         return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
@@ -122,7 +127,7 @@ def _scaled_mm(problem: Problem) -> str | None:
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a16": (
-        Kernel("w4a16_vendor", "dequantize", _vendor(VENDOR_MIN_M)),
+        Kernel("w4a16_vendor", "dequantize", _vendor_w4a16),
         Kernel("w4a16_triton", "w4a16", _triton_w4a16),
         Kernel("w4a16_dequantize", "cpu", _cpu),
     ),

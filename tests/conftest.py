@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,23 @@ import transformers
 # Triton reads this when a kernel is defined, hence before any test module imports one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _mend_the_interpreter_of_triton_3_6() -> None:
+    """It takes int() of an array of one element for a loop's bound, which NumPy 2.4 refuses (triton issue 9171)."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") and version("triton").startswith("3.6."):
+    _mend_the_interpreter_of_triton_3_6()
 
 GARBAGE = 0x7F  # the byte 0x7F is NaN in e4m3, a large code in int8 and in integers of any width
 

@@ -14,9 +14,13 @@ CODES = {"w4a16": torch.int32, "w4a16_cpu": torch.uint8, "w8a16": INT8, "w8a8": 
 
 @pytest.mark.parametrize("op", ["w4a16", "w8a16", "w8a8", "fp8_block"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
-@pytest.mark.parametrize("M", [1, 16, 256, 4096])
-def test_every_gpu_has_a_triton_kernel_for_every_op(op, target, M):
-    assert kernel_name(op, target, M, 4096, 4096, BF16, CODES[op]) == f"{op}_triton"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_every_gpu_has_a_kernel_for_every_op_and_triton_decodes(op, target, dtype):
+    for M in (1, 16):
+        assert kernel_name(op, target, M, 4096, 4096, dtype, CODES[op]) == f"{op}_triton"
+    for M in (33, 256, 4096):
+        name = kernel_name(op, target, M, 4100, 4100, dtype, CODES[op])
+        assert name not in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -41,16 +45,17 @@ def test_a_cpu_uses_the_packed_kernels_where_they_run_and_win(op, M, N, K, codes
 
 
 @pytest.mark.parametrize(
-    ("target", "group_size", "reason"),
+    ("target", "M", "group_size", "reason"),
     [
-        ("sm_75", 128, "needs compute capability 8.0 (sm_80) or newer, not sm_75"),
-        ("gfx1100", 128, "runs on NVIDIA sm_80 and newer and on AMD gfx942 and gfx950, not on gfx1100"),
-        ("sm_90", 48, "needs a group_size that is a multiple of 32, or 0, not 48"),
+        ("sm_75", 1, 128, "needs compute capability 8.0 (sm_80) or newer, not sm_75"),
+        ("gfx1100", 1, 128, "runs on NVIDIA sm_80 and newer and on AMD gfx942 and gfx950, not on gfx1100"),
+        ("sm_90", 1, 48, "needs a group_size that is a multiple of 32, or 0, not 48"),
+        ("sm_90", 64, 12, "needs a group_size that is a multiple of 8, or 0, not 12"),
     ],
 )
-def test_no_kernel_lists_every_reason(target, group_size, reason):
-    with pytest.raises(ValueError, match=f"no kernel for w4a16 on {target}: w4a16_triton ") as error:
-        kernel_name("w4a16", target, 1, 64, 96, BF16, torch.int32, group_size)
+def test_no_kernel_lists_every_reason(target, M, group_size, reason):
+    with pytest.raises(ValueError, match=f"no kernel for w4a16 on {target}: ") as error:
+        kernel_name("w4a16", target, M, 64, 96, BF16, torch.int32, group_size)
     assert reason in str(error.value)
     assert f"w4a16_dequantize runs on a CPU, not on {target}" in str(error.value)
 
