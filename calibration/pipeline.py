@@ -20,9 +20,13 @@ from quantkit.errors import QuantKitError
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
 from quantkit.recipe import ModulePlan
+from quantkit.scheme import BLOCK, Scheme
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
 FP8_MAX = 448.0
+# weights rounded to nearest at a time: what that needs in between then stays below the 32 MB from which on
+# the C library asks the system for every allocation anew, and a CPU spends most of its time on page faults
+AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,9 @@ def quantize_block(
     folds: tuple[Fold, ...] = (),
     norms_plus_one: bool = False,
     stored_dtype: torch.dtype | None = None,
+    runs_on: bool = True,
 ) -> list[ModuleResult]:
-    """Packs the planned linears of a block and leaves their dequantized weights in it.
+    """Packs the planned linears of a block.
 
     Args:
         plans: by the linear's name inside the block.
@@ -189,24 +194,40 @@ def quantize_block(
         folds: where AWQ's scales can be put, for this architecture.
         norms_plus_one: the norms multiply by 1 + weight.
         stored_dtype: what the norms will be rounded to when they are stored; None: their own dtype.
+        runs_on: leave the dequantized weights in the block, because it is to be run.
     """
-    weights = {name: block.get_submodule(name).weight.detach().float() for name in plans}
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            bad = int((~torch.isfinite(weight)).sum())
-            raise QuantKitError(
-                f"{plans[name].name}: {bad} of {weight.numel()} weights are NaN or infinite; mend the source checkpoint"
-            )
+    weights = {name: finite_weight(block, plan, name) for name, plan in plans.items()}
     if any(plan.method == "awq" for plan in plans.values()):
+        weights = {name: weight.float() for name, weight in weights.items()}
         for fold in folds:
             fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
     results = []
     for name, plan in plans.items():
-        result = quantize_linear(weights[name], plan, statistics.get(name))
-        linear = block.get_submodule(name)
-        linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
+        result = quantize_linear(weights.pop(name), plan, statistics.get(name))
+        if runs_on:
+            linear = block.get_submodule(name)
+            linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
         results.append(result)
     return results
+
+
+def finite_weight(block: nn.Module, plan: ModulePlan, name: str) -> torch.Tensor:
+    weight = block.get_submodule(name).weight.detach()
+    if bad := not_finite(weight):
+        raise QuantKitError(
+            f"{plan.name}: {bad} of {weight.numel()} weights are NaN or infinite; mend the source checkpoint"
+        )
+    return weight
+
+
+def not_finite(tensor: torch.Tensor) -> int:
+    """How many of a tensor's values are NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    # the extremes first: quicker than a mask, and in no memory, which a mask of a large embedding takes
+    if all(map(torch.isfinite, tensor.aminmax())):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def fold_scale(
@@ -265,7 +286,10 @@ def fold_scale(
 
 
 def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatistics | None) -> ModuleResult:
-    """Packs one weight float32 [N, K] by its plan; falls back to rounding where GPTQ cannot, and says so."""
+    """Packs one weight [N, K], of any floating dtype, by its plan.
+
+    Falls back to rounding where GPTQ cannot, and says so.
+    """
     scheme, method, remark = plan.scheme, plan.method, plan.remark
     if needs_activations(plan) and (inputs is None or inputs.tokens == 0):
         raise QuantKitError(
@@ -287,19 +311,39 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
         grid = search_clip(weight, scheme, inputs.hessian)
         quantized = grid.pack(grid.round(weight))
     else:
-        quantized = rtn(weight, scheme)
+        quantized, weight_error = round_to_nearest(weight, scheme)
     if scheme.activation_scale == "static" and inputs is not None:
         scale = inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny).view(1) / FP8_MAX
         quantized = replace(quantized, input_scale=scale)
 
-    difference = weight - quantized.dequantize()
     if inputs is not None and inputs.tokens:
+        difference = weight - quantized.dequantize()
         signal = output_error(weight, inputs.hessian)
         error, kind = (
             (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0,
             "output",
         )
     else:
-        norm = weight.norm().item()
-        error, kind = difference.norm().item() / norm if norm else 0.0, "weight"
+        error, kind = weight_error, "weight"
     return ModuleResult(plan, quantized, method, error, kind, remark)
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> tuple[QuantizedTensor, float]:
+    """`rtn` of a weight [N, K] a few rows at a time, and |W - dequantized| / |W|."""
+    N, K = weight.shape
+    rows = max(1, AT_A_TIME // K // BLOCK) * BLOCK
+    pieces, lost, whole = [], 0.0, 0.0
+    for piece in weight.split(rows):
+        wide = piece.float()
+        pieces.append(rtn(wide, scheme))
+        lost += (wide - pieces[-1].dequantize()).norm().item() ** 2
+        whole += wide.norm().item() ** 2
+    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+    quantized = QuantizedTensor(
+        scheme,
+        (N, K),
+        torch.cat([piece.codes for piece in pieces]),
+        torch.cat([piece.scales for piece in pieces]),
+        torch.cat(zeros) if zeros else None,
+    )
+    return quantized, (lost / whole) ** 0.5 if whole else 0.0

@@ -98,7 +98,13 @@ class Job:
             statistics = collect(block, wanted, index, self.activations, self.device)
         kind = self.model.config.model_type
         return quantize_block(
-            block, plans, statistics, FOLDS.get(kind, ()), kind in NORMS_PLUS_ONE, self.dtype
+            block,
+            plans,
+            statistics,
+            FOLDS.get(kind, ()),
+            kind in NORMS_PLUS_ONE,
+            self.dtype,
+            runs_on=self.activations is not None,
         )
 
     def quantize_outer(self) -> list[ModuleResult]:
@@ -108,7 +114,7 @@ class Job:
             if needs_activations(plan):
                 plan = plan_without_activations(plan)
             plans[name] = plan
-        return quantize_block(self.model, plans, {}) if plans else []
+        return quantize_block(self.model, plans, {}, runs_on=False) if plans else []
 
     def advance(self, index: int) -> None:
         if self.activations is not None and index + 1 < len(self.blocks):
@@ -143,7 +149,7 @@ def quantize(
 
     Args:
         model: a causal language model, on any device; changed and returned. If the work breaks off, its
-            blocks so far hold dequantized weights: load it anew.
+            blocks so far may hold dequantized weights: load it anew.
         recipe: what to do.
         tokenizer: for calibration from a text.
         tokens: int64 [samples, seq_len] to calibrate on, in the place of the recipe's calibration.

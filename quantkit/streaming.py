@@ -1,10 +1,11 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
+import ctypes
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
-from quantkit.calibration.pipeline import ModuleResult, capture
+from quantkit.calibration.pipeline import ModuleResult, capture, not_finite
 from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
@@ -165,7 +166,11 @@ class BlockLoader:
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
-            check_finite(tensor, name, self.reader.tensors[name].file)
+            if bad := not_finite(tensor):
+                raise QuantKitError(
+                    f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
+                    "infinite; mend the source checkpoint"
+                )
             if tensor.shape != shapes[name.removeprefix(prefix)]:
                 raise QuantKitError(
                     f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
@@ -207,6 +212,7 @@ class BlockLoader:
             yield prefix
         finally:
             block.to("meta")
+            release_memory()
 
     def pack(
         self, module: nn.Module, prefix: str, results: list[ModuleResult]
@@ -243,13 +249,14 @@ class BlockLoader:
                 current.copy_(tensors[full])
 
 
-def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    # the extremes first: they need no memory, where a mask of a large embedding would
-    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise QuantKitError(
-            f"{file}: {name}: {bad} of {tensor.numel()} values are NaN or infinite; mend the source checkpoint"
-        )
+def release_memory() -> None:
+    """Gives freed memory back to the system.
+
+    glibc keeps allocations below 32 MB for later ones, in pieces that the next block does not quite fit: a
+    process then grows by tens of MB a block.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[str, Any] | None) -> None:
