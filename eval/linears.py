@@ -14,8 +14,8 @@ from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.eval.records import Record, environment
 from quantkit.eval.roofline import roof
 from quantkit.eval.timing import Timing, time_launches
-from quantkit.kernels.dispatch import kernel_name, target_of
-from quantkit.linear import CODE_DTYPES, QuantLinear
+from quantkit.kernels.dispatch import target_of
+from quantkit.linear import QuantLinear, kernel_of
 from quantkit.scheme import Scheme
 
 Shape = tuple[str, int, int]  # name, N, K
@@ -89,7 +89,7 @@ def bench_linears(
                     "M": M,
                     "scheme": scheme.label,
                     "group_size": scheme.group_size,
-                    "kernel": kernel_of(scheme, M, N, K, device),
+                    "kernel": kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16),
                     "us": timing.us,
                     "p20_us": timing.p20_us,
                     "p80_us": timing.p80_us,
@@ -136,6 +136,8 @@ def time_scheme(
         for _ in range(copies(first.nbytes, working_set) - 1)
     ]
     modules = [QuantLinear.from_quantized(q).to(device) for q in (first, *others)]
+    for module in modules:
+        module.repack(torch.bfloat16)
     exact = first.dequantize(torch.float64)
     for M, x in xs.items():
         with torch.no_grad():
@@ -177,11 +179,6 @@ def relative_error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
     """||y - x w^T|| / ||x w^T|| in float64, for y [M, N], x [M, K] and float64 w [N, K]."""
     expected = x.double() @ w.T
     return ((y.double() - expected).norm() / expected.norm()).item()
-
-
-def kernel_of(scheme: Scheme, M: int, N: int, K: int, device: torch.device) -> str:
-    codes = CODE_DTYPES[scheme.weight]
-    return kernel_name(scheme.op, target_of(device), M, N, K, torch.bfloat16, codes, scheme.group_size or 0)
 
 
 def model_shapes(model: nn.Module) -> list[Shape]:

@@ -27,8 +27,8 @@ from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import write_records
 from quantkit.eval.tables import quality_tables, rich_table, tables
-from quantkit.kernels.dispatch import kernel_name, target_of
-from quantkit.linear import CODE_DTYPES, QuantLinear
+from quantkit.kernels.dispatch import target_of
+from quantkit.linear import QuantLinear, kernel_of
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.quantize import Progress
 from quantkit.recipe import METHODS, CalibrationSpec, Recipe, read_recipe
@@ -237,12 +237,7 @@ def inspect(
             raise QuantKitError(f"{folder}: {name}.codes is missing; run quantkit verify {folder}")
         N, K = shapes[f"{name}.weight"].tolist()
         size = sum(t.stop - t.start for t in tensors.values() if t is not None)
-        kernels = {
-            M: kernel_name(
-                scheme.op, target, M, N, K, torch.bfloat16, CODE_DTYPES[scheme.weight], scheme.group_size or 0
-            )
-            for M in INSPECTED_M
-        }
+        kernels = {M: kernel_of(scheme, target, M, N, K, torch.bfloat16) for M in INSPECTED_M}
         rows.append({"name": name, "N": N, "K": K, "bytes": size, **entry, "kernels": kernels})
     table = Table(Column("module", overflow="fold"), "N", "K", "scheme", "method", "error", "bits", box=None)
     for row in rows:

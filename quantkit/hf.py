@@ -218,9 +218,14 @@ class SaveWithManifest:
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
+    offloaded = (
+        len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    )  # accelerate's hooks move the tensors
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
+            if not offloaded:
+                module.repack(model.dtype)
     model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign, assignment]
     return model
 

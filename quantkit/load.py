@@ -86,6 +86,8 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     CheckpointReader(folder)  # headers and sizes: a truncated file is named here
     if device is None and "device_map" not in kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None:
+        kwargs["device_map"] = {"": torch.device(device)}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     except QuantKitError as error:
@@ -93,7 +95,7 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
-    return model.to(device).eval() if device is not None else model.eval()  # type: ignore[arg-type]
+    return model.eval()
 
 
 def placed(error: QuantKitError, folder: Path) -> QuantKitError:

@@ -1,0 +1,67 @@
+"""QuantLinear: the order of a CPU's int4 kernel in the place of the neutral one, and back."""
+
+import copy
+
+import pytest
+import torch
+
+from quantkit.calibration.rtn import rtn
+from quantkit.linear import QuantLinear
+from quantkit.scheme import parse_scheme
+
+PACKED = ["w4a16-g32", "w4a16-g128-asym"]
+
+
+def linear(label: str, N: int = 48, K: int = 256) -> QuantLinear:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator)
+    return QuantLinear.from_quantized(rtn(weight, parse_scheme(label)), bias)
+
+
+@pytest.mark.parametrize("label", PACKED)
+def test_repacking_keeps_product_and_codes(label):
+    module, repacked = linear(label).bfloat16(), linear(label).bfloat16()
+    repacked.repack(torch.bfloat16)
+    assert repacked.codes is None
+    assert torch.equal(repacked.quantized().codes, module.codes)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    w = module.quantized().dequantize(torch.float64)
+    exact = x.double() @ w.T + module.bias.double()
+    # PyTorch's kernel rounds each dequantized weight and the result to bfloat16
+    bound = torch.finfo(torch.bfloat16).eps * (exact.abs() + x.double().abs() @ w.abs().T + module.bias.abs())
+    assert ((repacked(x).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("label", PACKED)
+def test_the_state_dict_is_neutral_and_in_the_same_order(label):
+    module, repacked = linear(label), linear(label)
+    repacked.repack(torch.bfloat16)
+    before, after = module.state_dict(), repacked.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    repacked.load_state_dict(before)
+    assert torch.equal(repacked.codes, module.codes)
+
+
+def test_moving_and_copying_bring_the_neutral_codes_back():
+    module, repacked = linear("w4a16-g32"), linear("w4a16-g32")
+    repacked.repack(torch.bfloat16)
+    clone = copy.deepcopy(repacked)
+    assert torch.equal(clone.quantized().codes, module.codes)
+    assert torch.equal(repacked.half().codes, module.codes)
+    assert repacked.packed is None
+
+
+@pytest.mark.parametrize("label", ["w8a16", "fp8", "w4a16-channel"])
+def test_what_has_no_order_of_its_own_stays(label):
+    module = linear(label, K=512)
+    module.repack(torch.bfloat16)
+    assert module.codes is not None
+
+
+def test_weights_are_held_once():
+    module = linear("w4a16-g128", N=128, K=1024)
+    neutral = module.weight_bytes
+    module.repack(torch.bfloat16)
+    # the kernel wants an offset beside each scale: 4 bytes a group on top of the 2 that are stored
+    assert module.weight_bytes == neutral + 128 * 8 * 4
