@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantkit.calibration.awq import fold_into_linear, fold_into_norm, search_scales, untie
-from quantkit.calibration.gptq import HessianError, InputStatistics, gptq, output_error
+from quantkit.calibration.gptq import DAMP_PERCENT, HessianError, InputStatistics, gptq, output_error
 from quantkit.calibration.grid import search_clip
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
@@ -205,14 +205,20 @@ def quantize_block(
     for name, plan in plans.items():
         result = quantize_linear(weights.pop(name), plan, statistics.get(name))
         if runs_on:
-            linear = block.get_submodule(name)
+            linear = linear_in(block, name)
             linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
         results.append(result)
     return results
 
 
+def linear_in(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"{name} is planned as a linear but is {type(module).__name__}"
+    return module
+
+
 def finite_weight(block: nn.Module, plan: ModulePlan, name: str) -> torch.Tensor:
-    weight = block.get_submodule(name).weight.detach()
+    weight = linear_in(block, name).weight.detach()
     if bad := not_finite(weight):
         raise QuantKitError(
             f"{plan.name}: {bad} of {weight.numel()} weights are NaN or infinite; mend the source checkpoint"
@@ -271,7 +277,7 @@ def fold_scale(
         if bias is not None:
             source.bias.data = bias
     else:
-        norm = source.weight.detach()
+        norm: torch.Tensor = source.weight.detach()  # type: ignore[operator, assignment]
         folded, s = fold_into_norm(norm.to(stored_dtype or norm.dtype), s, norms_plus_one)
         source.weight.data = folded.to(norm.dtype)
     scaled = inputs.scaled(1 / s)
@@ -281,7 +287,7 @@ def fold_scale(
             if name in statistics:
                 statistics[name] = scaled
         else:
-            linear = block.get_submodule(name)
+            linear = linear_in(block, name)
             linear.weight.data = (linear.weight.float() * s).to(linear.weight.dtype)
 
 
@@ -299,7 +305,7 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
         try:
             result = gptq(weight, inputs.hessian, scheme)
             quantized = result.quantized
-            if result.damp_percent > 0.01:
+            if result.damp_percent > DAMP_PERCENT:
                 remark = f"{remark}; " * bool(remark) + f"damping raised to {result.damp_percent:g}"
         except HessianError as error:
             method, remark, quantized = (
@@ -319,13 +325,9 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
     if inputs is not None and inputs.tokens:
         difference = weight - quantized.dequantize()
         signal = output_error(weight, inputs.hessian)
-        error, kind = (
-            (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0,
-            "output",
-        )
-    else:
-        error, kind = weight_error, "weight"
-    return ModuleResult(plan, quantized, method, error, kind, remark)
+        relative = (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0
+        return ModuleResult(plan, quantized, method, relative, "output", remark)
+    return ModuleResult(plan, quantized, method, weight_error, "weight", remark)
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> tuple[QuantizedTensor, float]:

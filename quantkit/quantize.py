@@ -58,7 +58,7 @@ def calibration_tokens(
 
 def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:
     """Refuses calibration tokens that the model does not have."""
-    largest, vocabulary = int(tokens.max()), model.get_input_embeddings().weight.shape[0]
+    largest, vocabulary = int(tokens.max()), model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if largest >= vocabulary:
         raise QuantKitError(
             f"{model.config.name_or_path}: its tokenizer gives token {largest}, but the model has a vocabulary "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def quantize_checkpoint(
         loader.unload_outer()
         for index, block in enumerate(job.blocks):
             with loader.loaded(index) as prefix:
-                write(f"block-{index:05d}", block, prefix, lambda index=index: job.quantize_block(index))
+                write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
                 job.advance(index)
         finish(writer, job, folder, calibration)
     return Summary(
