@@ -114,24 +114,20 @@ def scaled_error(
 def awq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    s: torch.Tensor,
     scheme: Scheme,
     *,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QuantizedTensor:
-    """Codes of weight * s [N, K], on a grid whose range is clipped to the least output error (section 4.1).
+    """Codes of a weight that has been scaled, on a grid whose range is clipped to the least output error (section 4.1).
 
     Args:
-        weight, hessian: of the unscaled model: [N, K] and the mean of x x^T [K, K].
-        s: input scales [K]; the caller folds 1 / s into what produces x.
+        weight: W diag(s) [N, K].
+        hessian: of the inputs divided by s: mean of x x^T / (s s^T) [K, K].
         scheme: int4.
         scale_dtype: of the stored scales.
     """
-    H = at_least_float32(hessian)
-    s = s.to(H.dtype)
-    scaled = weight.to(H.dtype) * s
-    grid = search_clip(scaled, scheme, H / torch.outer(s, s), scale_dtype)
-    return grid.pack(grid.round(scaled))
+    grid = search_clip(weight, scheme, hessian, scale_dtype)
+    return grid.pack(grid.round(weight))
 
 
 def tie(x: torch.Tensor, head_dim: int | None, repeats: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ The same source, tokenizer and seed give the same tokens; `tokens_sha256` tells 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import torch
 
 from quantkit.errors import QuantKitError
 
-SELF = "self"
 SEPARATOR = "<|endoftext|>"
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"),
@@ -34,33 +32,6 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 POOL = 16  # windows are drawn from the first POOL * samples ones, so a huge source is not read to its end
 GREEDY = 3  # tokens after a random first one that are the likeliest: LLM-QAT, arXiv:2305.17888, section 2.1
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a model was calibrated on, as saved into its checkpoint: the source's name, the seed, the token
-    count as samples x seq_len, and the SHA-256 of the tokens."""
-
-    name: str
-    samples: int
-    seq_len: int
-    seed: int
-    sha256: str
-
-
-def calibration_tokens(
-    name: str, model: Any, tokenizer: Any, samples: int = 128, seq_len: int = 512, seed: int = 0
-) -> tuple[torch.Tensor, Calibration]:
-    """Tokens int64 [samples, seq_len] of the named source (fewer rows if its text is short), and their record.
-
-    Raises:
-        QuantKitError: see `text_source` and `pack_tokens`.
-    """
-    if name == SELF:
-        tokens = sample_from_model(model, samples, seq_len, seed)
-    else:
-        tokens = pack_tokens(tokenizer, text_source(name), samples, seq_len, seed)
-    return tokens, Calibration(name, len(tokens), seq_len, seed, tokens_sha256(tokens))
 
 
 def text_source(name: str) -> Iterable[str]:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.calibration.awq import fold_into_linear, fold_into_norm, search_scales, untie
+from quantkit.calibration.awq import awq, fold_into_linear, fold_into_norm, search_scales, untie
 from quantkit.calibration.gptq import DAMP_PERCENT, HessianError, InputStatistics, gptq, output_error
-from quantkit.calibration.grid import search_clip
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.models import Fold
@@ -314,8 +313,7 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
                 rtn(weight, scheme),
             )
     elif method == "awq" and inputs is not None:
-        grid = search_clip(weight, scheme, inputs.hessian)
-        quantized = grid.pack(grid.round(weight))
+        quantized = awq(weight, inputs.hessian, scheme)
     else:
         quantized, weight_error = round_to_nearest(weight, scheme)
     if scheme.activation_scale == "static" and inputs is not None:

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from quantkit.calibration.data import (
-    Calibration,
-    calibration_tokens,
     evaluation_text,
     pack_tokens,
     sample_from_model,
@@ -170,16 +168,6 @@ def test_a_model_without_bos_starts_from_random_tokens(lm, monkeypatch):
     with torch.no_grad():
         greedy = lm[0](tokens).logits.argmax(-1)
     assert torch.equal(tokens[:, 1:4], greedy[:, :3])
-
-
-def test_calibration_record(lm, tmp_path):
-    model, tokenizer = lm
-    file = tmp_path / "text.txt"
-    file.write_text(evaluation_text()[:5000], encoding="utf-8")
-    tokens, record = calibration_tokens(str(file), model, tokenizer, samples=4, seq_len=32, seed=5)
-    assert record == Calibration(str(file), 4, 32, 5, tokens_sha256(tokens))
-    tokens, record = calibration_tokens("self", model, tokenizer, samples=2, seq_len=8)
-    assert record == Calibration("self", 2, 8, 0, tokens_sha256(tokens))
 
 
 def test_hash_is_of_little_endian_int64():
