@@ -23,7 +23,6 @@ from quantkit.scheme import Scheme
 
 DAMP_PERCENT = 0.01  # of mean(diag H), section 3.3 step 3
 LEAST_RAISE = 1e-3  # the damping tried after 0 has failed
-DRIFT_DAMP = 0.1  # of `compensate`; 0.1 and 0.03 were tried on a model of 27 M weights, 0.1 was better
 MOST_DAMP = 1.0  # the largest tried; a Hessian that needs more holds no information
 
 
@@ -45,30 +44,23 @@ class InputStatistics:
     Attributes:
         hessian: mean of x x^T, float32 [K, K]. A mean, so that it neither grows with the number of
             tokens nor loses the late ones to rounding.
-        drift: mean of (reference - x) x^T, float32 [K, K], where the reference is what x is in the
-            original model; None until a reference is given. For `compensate`.
         mean_abs, max_abs: mean and largest |x|, float32 [K].
         tokens: rows added.
     """
 
     def __init__(self, K: int, device: torch.device | str = "cpu") -> None:
         self.hessian = torch.zeros(K, K, device=device)
-        self.drift: torch.Tensor | None = None
         self.mean_abs = torch.zeros(K, device=device)
         self.max_abs = torch.zeros(K, device=device)
         self.tokens = 0
 
-    def add(self, x: torch.Tensor, reference: torch.Tensor | None = None) -> None:
-        """Add x [..., K], any floating dtype, and its reference of the same shape: always or never."""
+    def add(self, x: torch.Tensor) -> None:
+        """Add x [..., K], any floating dtype."""
         x = x.reshape(-1, x.shape[-1]).to(self.hessian)
         if not len(x):
             return
         total = self.tokens + len(x)
         self.hessian.addmm_(x.T, x, beta=self.tokens / total, alpha=1 / total)
-        if reference is not None:
-            difference = reference.reshape(x.shape).to(x) - x
-            drift = torch.zeros_like(self.hessian) if self.drift is None else self.drift
-            self.drift = drift.addmm_(difference.T, x, beta=self.tokens / total, alpha=1 / total)
         x = x.abs()
         self.mean_abs.lerp_(x.mean(0), len(x) / total)
         torch.maximum(self.max_abs, x.amax(0), out=self.max_abs)
@@ -78,7 +70,6 @@ class InputStatistics:
         """Statistics of x * factors, factors positive [K]."""
         out = InputStatistics(len(factors), factors.device)
         out.hessian = self.hessian * torch.outer(factors, factors)
-        out.drift = None if self.drift is None else self.drift * torch.outer(factors, factors)
         out.mean_abs, out.max_abs, out.tokens = self.mean_abs * factors, self.max_abs * factors, self.tokens
         return out
 
@@ -87,35 +78,6 @@ def output_error(error: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(E H E^T) for a weight error E [N, K]: the mean over tokens of the squared error of the output."""
     e = error.to(hessian.dtype)
     return ((e @ hessian) * e).sum().item()
-
-
-def compensate(
-    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, damp_percent: float = DRIFT_DAMP
-) -> torch.Tensor:
-    """The weight whose output from the drifted inputs x is closest to what the original inputs gave.
-
-    min over W* of E || W x_ref - W* x ||^2  is  W* = W + W D inv(H),  D = E[(x_ref - x) x^T], H = E[x x^T].
-
-    The layers before have been quantized, so x is not x_ref. Given W*, GPTQ repairs their error as well as
-    its own: the asymmetric calibration of GPTAQ (Li et al., ICML 2025, arXiv:2504.02692), here as a change
-    of target before Algorithm 1 instead of inside it.
-
-    Args:
-        weight: any floating dtype [N, K].
-        hessian, drift: H and D [K, K], see `InputStatistics`; float32 or float64.
-        damp_percent: added to the diagonal of H, in units of its mean. More keeps W* closer to W.
-
-    Returns:
-        W* in the Hessian's dtype [N, K]; W itself if every input was zero.
-
-    Raises:
-        HessianError: see `inverse_cholesky`.
-    """
-    w = weight.to(hessian.dtype)
-    if not hessian.diagonal().any():
-        return w
-    U, _ = inverse_cholesky(hessian, damp_percent)
-    return w + w @ drift @ U.T @ U
 
 
 def inverse_cholesky(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:

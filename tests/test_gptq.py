@@ -4,7 +4,6 @@ import torch
 from quantkit.calibration.gptq import (
     HessianError,
     InputStatistics,
-    compensate,
     gptq,
     inverse_cholesky,
     output_error,
@@ -183,49 +182,3 @@ def test_output_error_is_the_mean_squared_error_of_the_output():
     error = w - rtn(w, parse_scheme("w4a16")).dequantize(torch.float64)
     expected = (x @ error.T).square().sum(1).mean().item()
     assert output_error(error, x.T @ x / 500) == pytest.approx(expected, rel=1e-12)
-
-
-def drifted(tokens=2000):
-    """Original inputs, the same after earlier layers have been rounded, and a weight; float64."""
-    w, H = problem()
-    g = torch.Generator().manual_seed(4)
-    reference = torch.randn(tokens, K, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(H).T
-    noise = torch.randn(tokens, K // 4, generator=g, dtype=torch.float64)
-    return reference, reference + 0.1 * noise @ torch.randn(K // 4, K, generator=g, dtype=torch.float64), w
-
-
-def test_compensation_solves_the_regression_onto_the_original_outputs():
-    reference, x, w = drifted()
-    target = compensate(w, x.T @ x / len(x), (reference - x).T @ x / len(x), damp_percent=0.0)
-    expected = torch.linalg.lstsq(x, reference @ w.T).solution.T
-    # normal equations square the condition number of x
-    bound = K * torch.finfo(x.dtype).eps * torch.linalg.cond(x.T @ x) * w.norm()
-    assert (target - expected).norm() <= bound
-
-
-def test_compensation_brings_quantized_outputs_closer_to_the_original():
-    reference, x, w = drifted()
-    H, D = x.T @ x / len(x), (reference - x).T @ x / len(x)
-    outputs = lambda weight: x @ gptq(weight, H, parse_scheme("w4a16")).quantized.dequantize(torch.float64).T
-    error = lambda y: (y - reference @ w.T).square().sum()
-    assert error(outputs(compensate(w, H, D))) < error(outputs(w))
-
-
-def test_without_drift_there_is_nothing_to_compensate():
-    w, H = problem()
-    assert torch.equal(compensate(w, H, torch.zeros_like(H)), w)
-    assert torch.equal(compensate(w, torch.zeros_like(H), torch.zeros_like(H)), w)
-
-
-def test_drift_is_a_running_mean():
-    reference, x, _ = (t.float() for t in drifted(300))
-    statistics = InputStatistics(K)
-    for a, b in ((x[:100], reference[:100]), (x[100:], reference[100:])):
-        statistics.add(a.view(2, -1, K), b.view(2, -1, K))
-    exact = (reference.double() - x.double()).T @ x.double() / 300
-    # sums of 300 products of differences that were themselves rounded once
-    bound = 310 * 2**-24 * ((reference.double().abs() + x.double().abs()).T @ x.double().abs() / 300)
-    assert ((statistics.drift - exact).abs() <= bound).all()
-    factors = torch.rand(K) + 0.5
-    expected = (statistics.drift * factors[:, None]) * factors
-    assert torch.allclose(statistics.scaled(factors).drift, expected)
