@@ -265,16 +265,24 @@ class CheckpointWriter:
         write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
         draft = self.part(name).with_suffix(".tmp")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+        with draft.open("rb+") as file:
+            sync(file)
         draft.replace(self.part(name))
 
     def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
-        """What `write_part` stored under the name, in this run or a killed one before; None if nothing."""
+        """What `write_part` stored under the name, in this run or a killed one before; None if nothing whole."""
         path = self.part(name)
         if not path.exists():
             return None
+        try:
+            read_header(path)
+            notes = json.loads(path.with_suffix(".json").read_text())
+        except (QuantKitError, OSError, ValueError):
+            path.unlink()  # a damaged disk or a lost cache: the part is made again
+            return None
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        return tensors, json.loads(path.with_suffix(".json").read_text())
+        return tensors, notes
 
     def finish(
         self, order: dict[str, torch.Tensor], total_parameters: int, add_files: Callable[[Path], None]

@@ -441,7 +441,7 @@ def demo(
     calibration: Annotated[str, typer.Option(help="self, a text file, or a datasets name.")] = "self",
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a calibration sequence.")] = 256,
-    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows of 1024 tokens.")] = 6,
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows of 1024 tokens.")] = 4,
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,

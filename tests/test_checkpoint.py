@@ -317,6 +317,17 @@ def test_finished_blocks_are_not_done_again(source, tokens, tmp_path, monkeypatc
     assert done == [1]
 
 
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"\xff" * len(raw)])
+def test_a_damaged_part_is_made_again(damage, source, packed, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(), out, Recipe("w8a16", "rtn"), "cpu", progress=break_after(2))
+    part = tmp_path / "out.partial" / "block-00000.safetensors"
+    part.write_bytes(damage(part.read_bytes()))
+    quantize_checkpoint(source(), out, Recipe("w8a16", "rtn"), "cpu")
+    assert contents(out) == contents(packed("llama", "w8a16"))
+
+
 def test_an_unfinished_joining_is_done_again(source, packed, tmp_path, monkeypatch):
     def stop(*args):
         raise Killed
