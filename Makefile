@@ -1,6 +1,7 @@
 # make demo    the main job on the model that comes with the project
 # make test    the whole test suite
 # make lint    ruff and mypy
+# make tables  tables and plots of the documents, from docs/benchmarks/*.jsonl
 # make test-matrix    loading, generating, saving and compiling on the oldest supported transformers and Triton too
 #
 # All of them make the environment .venv first if there is none. PYTHON names the interpreter to make it with.
@@ -30,6 +31,7 @@ test-matrix: test $(OLDEST)/installed
 
 tables: $(VENV)/installed
 	$(VENV)/bin/python scripts/tables.py
+	$(VENV)/bin/python scripts/plots.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

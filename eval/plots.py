@@ -30,20 +30,24 @@ def plot_linears(records: Sequence[Record], path: str | Path) -> None:
 
 
 def plot_quality(records: Sequence[Record], path: str | Path) -> None:
-    """KL from the original against bits a weight, a marker a method, labelled by scheme."""
+    """KL from the original, a bar a scheme and method, labelled with the bits a weight; a panel a model."""
     from matplotlib.figure import Figure
 
     kept = [
         r for r in latest(records, "model", "text", "scheme", "method") if r["kl"] and r["bits_per_weight"]
     ]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    panel = figure.subplots()
-    for (model, method), group in grouped(kept, "model", "method").items():
-        bits, kl = [r["bits_per_weight"] for r in group], [r["kl"] for r in group]
-        panel.plot(bits, kl, linestyle="none", marker="o", label=f"{model}, {method}")
-        for r in group:
-            panel.annotate(r["scheme"], (r["bits_per_weight"], r["kl"]), fontsize="x-small")
-    panel.set(xlabel="bits a weight", ylabel="KL(original || quantized), nats", yscale="log")
-    panel.legend(fontsize="small")
+    models = grouped(kept, "model", "text")
+    rows = max(len(group) for group in models.values())
+    figure = Figure(figsize=(7 * len(models), 1.5 + 0.28 * rows), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for panel, ((model, text), group) in zip(panels, models.items(), strict=True):
+        names = [f"{r['scheme']} {r['method']}" for r in group]
+        bars = panel.barh(names, [r["kl"] for r in group])
+        panel.bar_label(
+            bars, [f"{r['bits_per_weight']:.2f} bits" for r in group], padding=3, fontsize="small"
+        )
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+        panel.set(title=f"{model} on {text}", xlabel="KL(original || quantized), nats", xscale="log")
     figure.supxlabel(conditions(kept), fontsize="x-small")
     figure.savefig(path, dpi=150)
