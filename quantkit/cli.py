@@ -42,6 +42,7 @@ if not out.is_terminal:
     out = Console(width=200)  # a pipe has no width of its own: leave no name cut off
 err = Console(stderr=True)
 UsageError: Any = typer.BadParameter.__base__  # from click, or from the copy of it that newer typers carry
+INTERRUPTED = 130  # what typer returns for Ctrl-C
 INSPECTED_M = (1, 16, 256, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
@@ -81,15 +82,14 @@ def main() -> None:
         fail(str(error))
     except UsageError as error:
         fail(error.format_message())
-    except (typer.Abort, KeyboardInterrupt):
-        err.print("interrupted", style="red")
-        sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(
             f"out of device memory ({str(error).splitlines()[0]}); use --device cpu, a smaller --samples or --window"
         )
     except OSError as error:
         fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    if code == INTERRUPTED:
+        err.print("interrupted", style="red")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -194,7 +194,13 @@ def quantize(
             module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
             step=lambda: bar.advance(task),
         )
-        summary = quantize_checkpoint(model, out_dir, plan, pick_device(device), progress=progress)
+        try:
+            summary = quantize_checkpoint(model, out_dir, plan, pick_device(device), progress=progress)
+        except KeyboardInterrupt:
+            bar.stop()
+            if (staging := out_dir.with_name(out_dir.name + ".partial")).exists():
+                err.print(f"{staging} keeps the finished blocks; the same command continues", soft_wrap=True)
+            raise
     worst = max(summary.modules, key=lambda name: summary.modules[name]["error"])
     out.print(
         f"{out_dir}: {len(summary.modules)} linears, {summary.bits_per_weight:.3f} bits a weight; "

@@ -29,7 +29,6 @@ ROWS = (  # scheme, method
     ("w4a16-g128", "rtn"),
     ("w4a16-g128", "awq"),
     ("w4a16-g128", "gptq"),
-    ("w4a16-g64", "gptq"),
     ("w4a16-g32", "gptq"),
     ("w4a16-g128-asym", "gptq"),
     ("w4a16-channel", "gptq"),

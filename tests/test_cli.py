@@ -446,3 +446,24 @@ def test_a_quantization_config_at_fault_is_named(refused, quantized):
     edit_config(quantized, quantization_config=good | {"modules": {"model.norm": {"scheme": "w8a16"}}})
     for verb in ("inspect", "eval"):
         refused(verb, quantized, words=("model.norm.codes", "missing"))
+
+
+def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, monkeypatch):
+    original, done = cli.module_line, []
+
+    def interrupt_in_the_second_block(module):
+        done.append(module["name"])
+        if ".layers.1." in module["name"]:
+            raise KeyboardInterrupt
+        return original(module)
+
+    monkeypatch.setattr(cli, "module_line", interrupt_in_the_second_block)
+    code, _, err = run("quantize", source(), tmp_path / "out", *QUICK)
+    assert code == 130
+    assert err.splitlines() == [
+        f"{tmp_path / 'out.partial'} keeps the finished blocks; the same command continues",
+        "interrupted",
+    ]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(cli, "module_line", original)
+    assert run("quantize", source(), tmp_path / "out", *QUICK)[0] == 0
