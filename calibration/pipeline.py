@@ -117,6 +117,13 @@ def capture(
             for recorder in recorders[1:]:
                 recorder.hidden.clear()
             recorders[0].hidden[-1] = recorders[0].hidden[-1].cpu()
+    except QuantKitError:
+        raise
+    except Exception as error:  # whatever a model does with a block's output that is not what Llama does
+        raise QuantKitError(
+            f"{type(model).__name__}: cannot be calibrated, since its blocks pass something else than hidden states "
+            f"({type(error).__name__}); use --method rtn"
+        ) from error
     finally:
         for i, block in enumerate(originals):
             blocks[i] = block

@@ -137,6 +137,8 @@ def clip(window: int, length: int, models: "list[PreTrainedModel]") -> tuple[int
     """The window that the models' contexts and the text's length allow, and what to say about it."""
     contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
     context = min((c for c in contexts if c), default=window)
+    if length < 2:
+        raise QuantKitError(f"the text has {length} tokens; a prediction needs at least 2")
     notes = []
     if window > context:
         notes.append(f"window clipped from {window} to the model's context of {context} tokens")

@@ -194,6 +194,15 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     draft = path.with_name(path.name + ".tmp")
@@ -243,6 +252,12 @@ class CheckpointWriter:
                 f"{self.staging}: another quantkit process is writing it; wait for it"
             ) from error
         record, text = self.staging / "job.json", json.dumps(self.job, indent=1, sort_keys=True)
+        if not record.exists() and any(path.name != "lock" for path in self.staging.iterdir()):
+            self.lock.close()
+            (self.staging / "lock").unlink()
+            raise QuantKitError(
+                f"{self.staging}: holds files that no quantkit run left; move them, or name another OUT"
+            )
         if not record.exists() or record.read_text() != text:
             for path in self.staging.iterdir():
                 if path.is_dir():
@@ -314,7 +329,10 @@ class CheckpointWriter:
             write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         add_files(folder)
         save_manifest(folder, entries)
+        for path in [*folder.iterdir(), folder]:
+            sync_path(path)
         folder.rename(self.out)
+        sync_path(self.out.parent)
         shutil.rmtree(self.staging)
 
 

@@ -134,7 +134,7 @@ def about(show: Annotated[bool, typer.Option("--version", callback=version, is_e
 def read_scheme(text: str, group_size: str | None, asymmetric: bool) -> Scheme:
     scheme = parse_scheme(text)
     if group_size is not None:
-        if group_size != "channel" and not group_size.isdigit():
+        if group_size != "channel" and not group_size.isdecimal():
             raise QuantKitError(
                 f"--group-size {group_size}: expected {', '.join(map(str, GROUP_SIZES))} or channel"
             )
@@ -201,6 +201,11 @@ def quantize(
             if (staging := out_dir.with_name(out_dir.name + ".partial")).exists():
                 err.print(f"{staging} keeps the finished blocks; the same command continues", soft_wrap=True)
             raise
+    if summary.calibration and summary.calibration["samples"] < spec.samples:
+        out.print(
+            f"note: the text gives {summary.calibration['samples']} of the {spec.samples} sequences asked for",
+            highlight=False,
+        )
     worst = max(summary.modules, key=lambda name: summary.modules[name]["error"])
     out.print(
         f"{out_dir}: {len(summary.modules)} linears, {summary.bits_per_weight:.3f} bits a weight; "
@@ -248,8 +253,10 @@ def inspect(
     table = Table(Column("module", overflow="fold"), "N", "K", "scheme", "method", "error", "bits", box=None)
     for row in rows:
         bits = f"{8 * row['bytes'] / (row['N'] * row['K']):.2f}"
-        error = f"{row['error']:.2%} {row['error_of']}"
-        table.add_row(row["name"], str(row["N"]), str(row["K"]), row["scheme"], row["method"], error, bits)
+        error = f"{row['error']:.2%} {row['error_of']}" if "error" in row else "-"
+        table.add_row(
+            row["name"], str(row["N"]), str(row["K"]), row["scheme"], row.get("method", "-"), error, bits
+        )
     out.print(table)
     packed = sum(row["bytes"] for row in rows)
     total = sum(t.stop - t.start for t in stored.values())
@@ -264,7 +271,7 @@ def inspect(
         spec = config.calibration
         out.print(f"calibrated on {spec['samples']} x {spec['seq_len']} tokens of {spec['source']}")
     columns = [Column(f"M = {M}", overflow="fold") for M in INSPECTED_M]
-    table = Table(f"kernel on {target}", *columns, box=None)
+    table = Table(f"kernel on {target}, bfloat16 x", *columns, box=None)
     for key in sorted({(row["scheme"], row["N"], row["K"]) for row in rows}):
         row = next(row for row in rows if (row["scheme"], row["N"], row["K"]) == key)
         table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *row["kernels"].values())
@@ -383,6 +390,7 @@ def bench(
     new: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
     linears: Annotated[bool, typer.Option("--linears/--no-linears", help="Time the linears.")] = True,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Time prefill and decode.")] = True,
+    dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
     records: Annotated[
@@ -398,6 +406,10 @@ def bench(
     if model is not None and scheme:
         raise QuantKitError("--scheme goes with --shapes; a directory has its scheme")
     where = pick_device(device)
+    if shapes is not None and decode and device is None and where.type == "cpu":
+        raise QuantKitError(
+            "--shapes: decode builds the whole model; give --no-decode, or --device cpu to do it here"
+        )
     Ms, batches = m or list(INSPECTED_M), batch or [1]
     found: list[dict[str, Any]] = []
 
@@ -422,13 +434,14 @@ def bench(
             if where.type == "cuda":
                 torch.cuda.empty_cache()
     else:
-        subject = open_model(str(model), where, compute_dtype(where))
+        computed = compute_dtype(where, dtype)
+        subject = open_model(str(model), where, computed)
         name = Path(against or str(model)).name
         time_decode(subject, name)
         packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}
         time_linears(model_shapes(subject), sorted(packed, key=lambda s: s.label))
         if against:
-            time_decode(open_model(against, where, compute_dtype(where)), name)
+            time_decode(open_model(against, where, computed), name)
     for kind in ("linear", "decode"):
         if chosen := [record for record in found if record["kind"] == kind]:
             for table in tables(chosen):

@@ -5,6 +5,7 @@ accord: without the import it warns 'Unknown quantization type' and then stops a
 `QuantLinear.weight`), because their shape is not that of a weight.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantkit.errors import QuantKitError
 from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
-from quantkit.scheme import Scheme
+from quantkit.scheme import PRESETS, Scheme
 
 FORMAT_VERSION = 1
 METHOD = "quantkit"
@@ -61,8 +62,10 @@ class QuantKitConfig(QuantizationConfigMixin):
                 f"config.json: quantkit format_version {format_version}, but this quantkit reads up to "
                 f"{FORMAT_VERSION}; install a newer quantkit"
             )
-        if not (isinstance(schemes, dict) and isinstance(modules, dict)):
-            raise QuantKitError("config.json: 'schemes' and 'modules' must be mappings; copy it again")
+        if not (isinstance(schemes, dict) and isinstance(modules, dict) and modules):
+            raise QuantKitError(
+                "config.json: 'schemes' and 'modules' must be mappings, not empty; copy it again"
+            )
         for name, entry in modules.items():
             label = entry.get("scheme") if isinstance(entry, dict) else None
             if not isinstance(label, str) or label not in schemes:
@@ -79,9 +82,17 @@ class QuantKitConfig(QuantizationConfigMixin):
     def scheme_of(self, module: str) -> Scheme:
         label = self.modules[module]["scheme"]
         try:
-            return Scheme(**self.schemes[label])
+            scheme = Scheme(**self.schemes[label])
         except TypeError as error:
             raise QuantKitError(f"config.json: scheme {label!r} cannot be read: {error}") from error
+        preset = PRESETS.get(scheme.name)
+        if preset is None or scheme != replace(
+            preset, group_size=scheme.group_size, symmetric=scheme.symmetric
+        ):
+            raise QuantKitError(
+                f"config.json: scheme {label!r} is not one that this quantkit knows; copy it again"
+            )
+        return scheme
 
 
 @register_quantizer(METHOD)

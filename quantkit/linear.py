@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import quantkit.kernels.ops  # noqa: F401  (defines torch.ops.quantkit)
+from quantkit.errors import QuantKitError
 from quantkit.kernels.dispatch import kernel_name
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.packing import CODES_PER_WORD, QuantizedTensor
@@ -49,7 +50,10 @@ def kernel_of(scheme: Scheme, target: str, M: int, N: int, K: int, x_dtype: torc
         op = "w4a16_cpu"
     else:
         op = scheme.op
-    return kernel_name(op, target, M, N, K, x_dtype, CODE_DTYPES[scheme.weight], scheme.group_size or 0)
+    try:
+        return kernel_name(op, target, M, N, K, x_dtype, CODE_DTYPES[scheme.weight], scheme.group_size or 0)
+    except ValueError as error:
+        raise QuantKitError(f"{error}; use --device cpu") from error
 
 
 class QuantLinear(nn.Module):

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkit.checkpoint import CheckpointReader, damage, read_json
 from quantkit.errors import QuantKitError
 from quantkit.hf import METHOD, QuantKitConfig
-from quantkit.linear import tensor_specs
+from quantkit.kernels.dispatch import target_of
+from quantkit.linear import QuantLinear, kernel_of, tensor_specs
 
 
 def read_quantized_config(folder: Path) -> QuantKitConfig:
@@ -95,6 +96,10 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and not module.scales.is_meta:
+            N, K = module.out_features, module.in_features
+            kernel_of(module.scheme, target_of(module.scales.device), 1, N, K, model.dtype)
     return model.eval()
 
 

@@ -1,11 +1,11 @@
 """Quantizing a model in memory, and what that shares with quantizing from directory to directory."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkit.calibration import data
 from quantkit.calibration.pipeline import (
@@ -56,8 +56,21 @@ def calibration_tokens(
         raise QuantKitError(f"{spec.source}: {error}") from error
 
 
+def check_context(seq_len: int, config: PretrainedConfig) -> None:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and seq_len > context:
+        raise QuantKitError(
+            f"calibration sequences of {seq_len} tokens exceed the model's context of {context}; lower seq_len"
+        )
+
+
 def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:
-    """Refuses calibration tokens that the model does not have."""
+    """Refuses calibration tokens that are not int64 [samples, seq_len] of the model's vocabulary and context."""
+    if tokens.dim() != 2 or not tokens.numel() or tokens.dtype != torch.int64 or int(tokens.min()) < 0:
+        raise QuantKitError(
+            f"calibration tokens are {tokens.dtype} {list(tokens.shape)}; expected int64 [samples, seq_len], none negative"
+        )
+    check_context(tokens.shape[1], model.config)
     largest, vocabulary = int(tokens.max()), model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if largest >= vocabulary:
         raise QuantKitError(
@@ -97,6 +110,8 @@ class Job:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
         kind = self.model.config.model_type
+        if kind not in FOLDS:
+            plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(
             block,
             plans,
@@ -124,6 +139,12 @@ class Job:
         schemes = {plan.scheme.label: plan.scheme.to_dict() for plan in self.plans.values()}
         order = {name: self.modules[name] for name in self.plans}
         return QuantKitConfig(schemes, order, self.recipe.to_dict(), calibration)
+
+
+def without_folds(plan: ModulePlan, kind: str) -> ModulePlan:
+    if plan.method != "awq":
+        return plan
+    return replace(plan, remark=f"no place known for AWQ's scales in {kind}: its clip search alone")
 
 
 def plan_without_activations(plan: ModulePlan) -> ModulePlan:
@@ -162,6 +183,7 @@ def quantize(
     calibration = None
     if job.needs_tokens:
         if tokens is None:
+            check_context(recipe.calibration.seq_len, model.config)
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)

@@ -71,6 +71,8 @@ class Recipe:
             except re.error as error:
                 raise QuantKitError(f"recipe: {rule.match!r} is not a regular expression: {error}") from error
         spec = self.calibration
+        if not 0 <= spec.seed < 2**63:
+            raise QuantKitError(f"recipe: seed {spec.seed}; expected a number from 0 to 2^63 - 1")
         if spec.samples < 1 or spec.seq_len < 2:
             raise QuantKitError(
                 f"recipe: calibration of {spec.samples} x {spec.seq_len} tokens; needs at least 1 x 2"
@@ -90,7 +92,7 @@ def read_recipe(path: Path) -> Recipe:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise QuantKitError(f"recipe {path}: not found") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise QuantKitError(
             f"recipe {path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from error
@@ -148,6 +150,11 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
         QuantKitError: nothing is left to quantize, a rule matches no linear, or it asks for a tied LM head.
     """
     block_name, blocks = decoder_blocks(model)
+    for name, parameter in blocks.named_parameters(block_name):
+        if parameter.dim() == 3:
+            raise QuantKitError(
+                f"{name}: {list(parameter.shape)} is a stack of experts; mixtures of experts are not supported yet"
+            )
     inside = linears(blocks, f"{block_name}.")
     unused = {rule.match for rule in recipe.rules}
     tied = tied_linears(model)

@@ -95,7 +95,7 @@ def parse_scheme(text: str) -> Scheme:
             scheme = replace(scheme, symmetric=option == "sym")
         elif option == "channel":
             scheme = replace(scheme, group_size=None)
-        elif option[0:1] == "g" and option[1:].isdigit():
+        elif option[0:1] == "g" and option[1:].isdecimal():
             scheme = replace(scheme, group_size=int(option[1:]))
         else:
             raise QuantKitError(

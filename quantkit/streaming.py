@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.calibration.pipeline import ModuleResult, capture, not_finite
-from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter
+from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
 from quantkit.linear import replace_module
@@ -26,6 +26,7 @@ from quantkit.quantize import (
     Job,
     Progress,
     calibration_tokens,
+    check_context,
     check_tokens,
     default_device,
     describe_calibration,
@@ -38,9 +39,10 @@ OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: modules as in config.json, weights packed, their bits, bytes of weights before and after."""
+    """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after."""
 
     modules: dict[str, dict[str, Any]]
+    calibration: dict[str, Any] | None
     packed_weights: int
     bits_per_weight: float
     source_bytes: int
@@ -82,6 +84,7 @@ def quantize_checkpoint(
     calibration = None
     if job.needs_tokens:
         if tokens is None:
+            check_context(recipe.calibration.seq_len, config)
             tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
         check_tokens(tokens, model)
@@ -89,6 +92,8 @@ def quantize_checkpoint(
     files = [folder / "config.json", *reader.files]
     fingerprint = {
         "quantkit": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
         "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "recipe": recipe.to_dict(),
         "calibration": calibration,
@@ -135,6 +140,7 @@ def quantize_checkpoint(
         finish(writer, job, folder, calibration)
     return Summary(
         job.modules,
+        calibration,
         packed_weights,
         8 * packed_code_bytes / packed_weights,
         sum(t.stop - t.start for t in reader.tensors.values()),
@@ -160,6 +166,22 @@ class BlockLoader:
         self.job, self.reader, self.device = job, reader, device
         tied = getattr(job.model, "all_tied_weights_keys", {})
         self.names = [name for name in job.model.state_dict() if name not in tied]
+        for target, origin in tied.items():
+            both = target in reader.tensors and origin in reader.tensors
+            if both and sha256(reader.tensors[target]) != sha256(reader.tensors[origin]):
+                raise QuantKitError(
+                    f"{reader.folder / 'config.json'}: ties {target} to {origin}, but the files hold two different "
+                    "tensors; set tie_word_embeddings to false"
+                )
+        unknown = {n for n in reader.tensors if n.startswith(f"{job.prefix}.")} - set(self.names)
+        unknown = {
+            name for name in unknown if not name.endswith("rotary_emb.inv_freq")
+        }  # of old Llama exports
+        if unknown:
+            raise QuantKitError(
+                f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
+                "have; they belong to different models"
+            )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
