@@ -109,7 +109,7 @@ class CheckpointReader:
         for path in self.files:
             self.tensors.update(read_header(path))
 
-    def load(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, as they are stored.
 
         Raises:
@@ -126,7 +126,7 @@ class CheckpointReader:
         loaded = {}
         for path, wanted in by_file.items():
             try:
-                with safe_open(path, framework="pt", device=str(device)) as file:
+                with safe_open(path, framework="pt") as file:
                     # clone: a tensor that views the mapped file would keep its pages counted as ours
                     loaded.update({name: file.get_tensor(name).clone() for name in wanted})
             except (SafetensorError, OSError) as error:

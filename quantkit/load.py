@@ -11,6 +11,7 @@ from quantkit.errors import QuantKitError
 from quantkit.hf import METHOD, QuantKitConfig
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of, tensor_specs
+from quantkit.source import first_line
 
 
 def read_quantized_config(folder: Path) -> QuantKitConfig:
@@ -46,6 +47,7 @@ def verify(folder: Path) -> list[str]:
     reader = CheckpointReader(folder)
     stored = reader.tensors
     lines = damage(folder)
+    shapes = reader.load([guard for name in config.modules if (guard := f"{name}.weight") in stored])
     for name in config.modules:
         names = [f"{name}.weight", f"{name}.codes", f"{name}.scales"]
         absent = [tensor for tensor in names if tensor not in stored]
@@ -54,7 +56,7 @@ def verify(folder: Path) -> list[str]:
             continue
         scheme = config.scheme_of(name)
         N = stored[f"{name}.codes"].shape[0]
-        shape = reader.load([f"{name}.weight"])[f"{name}.weight"].tolist()
+        shape = shapes[f"{name}.weight"].tolist()
         if len(shape) != 2 or shape[0] != N:
             lines.append(f"{name}.weight: holds {shape}, expected [N, K] with N = {N} as codes has it")
             continue
@@ -94,8 +96,7 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     except QuantKitError as error:
         raise placed(error, folder) from error
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuantKitError(f"{folder}: transformers cannot load it: {reason}") from error
+        raise QuantKitError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, QuantLinear) and not module.scales.is_meta:
             N, K = module.out_features, module.in_features
