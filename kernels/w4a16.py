@@ -3,10 +3,13 @@
     w[n, k] = (q[n, k] - zeros[n, k // G]) * scales[n, k // G]                                       (1)
     y[m, n] = sum over groups g of scales[n, g] * (sum over k in g of x[m, k] (q - zero)) + bias[n]  (2)
 
-Codes are in the neutral layout: int32 [N, ceil(K/8)], eight codes a word, the first in the lowest bits. q - zero is a
-small integer, exact in x.dtype, so the tensor cores multiply exact operands and only (2) rounds, in float32.
-Bytes: K/2 + 2 K/G a row of weights; that is the limit up to M of about 64. Instructions: about 10 a weight (shift,
-mask, subtract, convert, and the way through shared memory), three times what the memory would allow on Hopper.
+This file has the definition and what the two kernels share: `w4a16_decode.py` for a few rows of x, bound by the bytes
+of the weight, and `w4a16_wide.py` for more, bound by the tensor cores. Both read the tiles of `int4tiles.py` and
+multiply transposed, w x^T, since the weight must be the operand that comes from registers.
+
+Instructions for eight weights on NVIDIA: 3 shifts, 4 LOP3 that mask a pair and set the exponent, 4 packed FMA that
+subtract the zero: 1.4 a weight. With the bits of 128 (bfloat16) or 1024 (float16) above it a code q reads as 128 + q or
+1024 + q, and subtracting 128 + zero is exact.
 """
 
 import torch
@@ -14,12 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CODES_PER_WORD: tl.constexpr = tl.constexpr(8)
-SYMMETRIC_ZERO: tl.constexpr = tl.constexpr(8)
-
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int) -> Tensor:
-    """Equation (1): float64 [N, K], on any device."""
+    """Equation (1) from the neutral layout: float64 [N, K], on any device."""
     k = torch.arange(K, device=codes.device)
     q = codes[:, k // 8] >> (k % 8 * 4) & 0xF
     group = k // group_size if group_size else k * 0
@@ -29,70 +29,130 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: 
 def reference(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """x w^T + bias in float64, on any device."""
+    """x w^T + bias in float64 from the neutral layout, on any device."""
     y = x.double() @ dequantize(codes, scales, zeros, group_size, x.shape[1]).T
     return y if bias is None else y + bias.double()
 
 
-def config(M: int, N: int, K: int, group_size: int, x_dtype: torch.dtype) -> dict[str, int]:
-    """Launch parameters. BLOCK_K divides the group, so that a tile of a row has one scale and one zero."""
-    block_k = next(size for size in (128, 64, 32) if group_size % size == 0)
-    if x_dtype == torch.float32:  # no tensor cores at full precision: small tiles keep the registers
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": min(block_k, 32), "num_warps": 4, "num_stages": 2}
-    # decode: narrow tiles, so that N = 4096 still fills 132 SMs; dispatch sends larger M to the vendor's GEMM
-    return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": block_k, "num_warps": 2, "num_stages": 4}
+def reference_epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
+    """What the kernels do to x w^T + bias [M, N] before they store it, in the dtype of y."""
+    if swiglu:
+        gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
+        y = (torch.nn.functional.silu(gate) * up).flatten(1)
+    return y if residual is None else y + residual
+
+
+def has_inline_asm() -> bool:
+    """Whether kernels may use PTX: on an NVIDIA GPU, not in Triton's interpreter and not on AMD."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+_UNPACK = """{
+.reg .b32 a, b, c, magic;
+mov.b32 magic, MAGIC;
+shr.u32 a, $4, 4;
+shr.u32 b, $4, 8;
+shr.u32 c, $4, 12;
+lop3.b32 $0, $4, 0x000f000f, magic, 0xea;
+lop3.b32 $1, a, 0x000f000f, magic, 0xea;
+lop3.b32 $2, b, 0x000f000f, magic, 0xea;
+lop3.b32 $3, c, 0x000f000f, magic, 0xea;
+}"""
+UNPACK_BF16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x43004300"))  # 128 + q
+UNPACK_F16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x64006400"))  # 1024 + q
+ADD_BF16 = tl.constexpr("{\n.reg .b32 one;\nmov.b32 one, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, one, $2;\n}")
+ADD_F16 = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
+MUL_BF16 = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")
+MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+MOVE = tl.constexpr("mov.b32 $0, $1;")
 
 
 @triton.jit
-def w4a16_kernel(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-    M, N, K, stride_xm,
-    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
-    words = tl.cdiv(K, CODES_PER_WORD)
-    groups = tl.cdiv(K, G) if G > 0 else 1
-    shifts = tl.arange(0, CODES_PER_WORD) * 4
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + m[:, None] * stride_xm + k[None, :], mask=in_m[:, None] & (k < K)[None, :], other=0.0
-        )
-        word = k0 // CODES_PER_WORD + tl.arange(0, BLOCK_K // CODES_PER_WORD)
-        packed = tl.load(
-            codes_ptr + n[:, None] * words + word[None, :],
-            mask=in_n[:, None] & (word < words)[None, :],
-            other=0,
-        )
-        q = (packed[:, :, None] >> shifts[None, None, :]) & 0xF
-        group = n * groups + (k0 // G if G > 0 else 0)
-        scale = tl.load(scales_ptr + group, mask=in_n, other=0.0).to(tl.float32)
-        if zeros_ptr is None:
-            q -= SYMMETRIC_ZERO
-        else:
-            q -= tl.load(zeros_ptr + group, mask=in_n, other=0).to(tl.int32)[:, None, None]
-        w = q.reshape(BLOCK_N, BLOCK_K).to(x.dtype)
-        acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scale[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+def load_pair(ptr, offset, mask, dtype: tl.constexpr):
+    """Two neighbours in one word: int32 at ptr + offset -> [..., 2] of a 16-bit dtype."""
+    word = tl.load(ptr + offset, mask=mask, other=0)
+    pair = tl.join(word & 0xFFFF, (word >> 16) & 0xFFFF)
+    return pair.to(tl.uint16).to(dtype, bitcast=True)
 
 
-def w4a16_triton(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
-) -> Tensor:
-    """Equation (2) on the GPU that holds the tensors; arguments as in `ops.w4a16`, x [M, K] with contiguous columns.
+@triton.jit
+def _twice(bits):
+    return bits | (bits << 16)
 
-    Returns:
-        y of x.dtype [M, N], within u |y| + (K + 8) 2^-23 (|x| @ |w|) of `reference`, u the unit roundoff of x.dtype.
+
+@triton.jit
+def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Words of `int4tiles.py` as operands of the tensor cores: q - zero, times the scale where scales are given.
+
+    q: int32 [c, g, W, R, P, S]: W warps, R strips, P groups of S instructions (16 columns) each.
+    zeros: uint8 [c, g, W, R, P, h] or None, every zero is 8. scales: floats of the same shape or None.
+    Returns dtype [c, g, W, R, P, S, h, c8, e].
     """
-    (M, K), N = x.shape, codes.shape[0]
-    y = x.new_empty(M, N)
-    launch = config(M, N, K, group_size, x.dtype)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
-    w4a16_kernel[grid](x, codes, scales, zeros, bias, y, M, N, K, x.stride(0), G=group_size, **launch)
-    return y
+    if ASM:
+        if dtype == tl.bfloat16:
+            o = tl.inline_asm_elementwise(
+                UNPACK_BF16, "=r,=r,=r,=r,r", [q], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            )
+        else:
+            o = tl.inline_asm_elementwise(
+                UNPACK_F16, "=r,=r,=r,=r,r", [q], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            )
+        w = tl.join(tl.join(o[0], o[2]), tl.join(o[1], o[3]))  # [..., h, c8], a pair (e) each
+        SIGN_AND_MAGIC: tl.constexpr = 0xC300 if dtype == tl.bfloat16 else 0xE400
+        if zeros is None:
+            minus = tl.full((1, 1, 1, 1, 1, 1, 1, 1), SIGN_AND_MAGIC + 8, tl.int32)
+        else:
+            minus = (zeros.to(tl.int32) | SIGN_AND_MAGIC)[:, :, :, :, :, None, :, None]
+        minus = tl.broadcast_to(_twice(minus), w.shape)
+        if dtype == tl.bfloat16:
+            w = tl.inline_asm_elementwise(ADD_BF16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
+        else:
+            w = tl.inline_asm_elementwise(ADD_F16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
+        if scales is not None:
+            bits = scales.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+            by = tl.broadcast_to(_twice(bits)[:, :, :, :, :, None, :, None], w.shape)
+            if dtype == tl.bfloat16:
+                w = tl.inline_asm_elementwise(MUL_BF16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
+            else:
+                w = tl.inline_asm_elementwise(MUL_F16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
+        pair = tl.join(w & 0xFFFF, (w >> 16) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+        # No instruction. Marked impure, it ends Triton's search for where the operand comes from: past a tl.join it
+        # would take the codes for narrow data and choose an operand layout with four columns side by side.
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(MOVE, "=r,r", [pair], tl.bfloat16, is_pure=False, pack=2)
+        else:
+            return tl.inline_asm_elementwise(MOVE, "=r,r", [pair], tl.float16, is_pure=False, pack=2)
+    else:
+        w = tl.join(tl.join(q, q >> 8), tl.join(q >> 4, q >> 12))
+        code = tl.join(w & 0xF, (w >> 16) & 0xF)
+        if zeros is None:
+            code -= 8
+        else:
+            code -= zeros.to(tl.int32)[:, :, :, :, :, None, :, None, None]
+        if scales is None:
+            return code.to(dtype)
+        return (code * scales.to(tl.float32)[:, :, :, :, :, None, :, None, None]).to(dtype)
+
+
+@triton.jit
+def store_outputs(
+    y, first, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr
+):
+    """Bias, SwiGLU and residual for y float32 [BLOCK_N, len(m)], rows `first`... of w; then y_ptr [M, N], transposed.
+
+    With SWIGLU the first 8 rows of a strip of 16 are gates, the others what they gate: N / 2 outputs.
+    """
+    n = first + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    outputs = N
+    if SWIGLU:
+        gate, up = tl.split(y.reshape(BLOCK_N // 16, 2, 8, y.shape[1]).permute(0, 2, 3, 1))
+        y = (gate / (1 + tl.exp(-gate)) * up).reshape(BLOCK_N // 2, y.shape[1])
+        n = first // 2 + tl.arange(0, BLOCK_N // 2)
+        outputs = N // 2
+    at = m.to(tl.int64)[None, :] * outputs + n[:, None]
+    mask = (m < M)[None, :] & (n < outputs)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,288 @@
+"""W4A16 for a few rows of x (M <= 16): bound by the bytes of the weight, K/2 + 2 K/G a row.
+
+A warp owns R strips of 16 rows and some of the groups of K. It loads its tiles straight into registers (16 bytes a
+lane, no shared memory, no barrier), `depth` groups ahead, and multiplies with mma.m16n8k16, x padded to 8 or 16 rows;
+each group's product is scaled and added in float32. The warps of a program are a batch of products: `warps_n` of them
+share x, `warps_k` share strips, and their sums meet in shared memory at the end.
+
+With `programs` > 0 the work is cut into that many equal ranges of (strips, groups), whatever the tiles (stream-K).
+A range that ends inside a tile leaves its sums in a workspace; the last of the programs that share the tile adds them in
+a fixed order, so results are the same in every run, and sets the tile's counter to zero for the next launch.
+
+Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 8, R = 4) to 2.5 (M = 16, R = 2).
+The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
+"""
+
+from functools import cache
+from itertools import count
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.int4tiles import PAD_K, STRIP
+from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair, store_outputs
+
+if hasattr(tl.extra, "cuda"):
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MAX_M = 16
+COUNTERS = 4096  # of one launch: tiles that may be shared
+LAUNCHES = 256  # launches in flight on one GPU that have counters of their own
+
+Config = dict[str, int]
+
+
+def config(M: int, N: int, K: int, group_size: int) -> Config:
+    """Launch parameters that are good for 132 multiprocessors; `quantkit tune` finds better ones for a shape."""
+    strips = -(-N // STRIP)
+    if M <= 8:
+        few = strips < 1024  # too few for four strips a warp
+        chosen = dict(rows=1, depth=4) if few else dict(rows=4, depth=1)
+        return dict(chosen, warps_n=1, warps_k=4, stages=1, programs=0, max_registers=168 if few else 128)
+    tiles = -(-strips // 8)
+    steps = -(-K // (2 * PAD_K))
+    programs = min(264, tiles * steps)
+    return dict(
+        rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=programs * (tiles < 200 or tiles > 264),
+        max_registers=128,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_tiles(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr):
+    """C tiles of each of R strips: int32 [c, g, W, R, C, kt]. Undefined where not inside, where the scales are zero."""
+    r = tl.arange(0, R)[None, None, None, :, None, None]
+    tile = tl.arange(0, C)[None, None, None, None, :, None]
+    at = unit[None, None, :, None, None, None] * (C * 128) + r * stride_strip + tile * 128
+    mask = inside[:, :, :, :, :, None] & (tile >= 0)
+    return tl.load(ptr + at, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def load_x(ptr, m, k, M, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K: tl.constexpr):
+    """x of each warp's columns k... in the order of the tensor cores, straight from memory: [W, C * 64, MH * 8]."""
+    k8 = tl.arange(0, C * 8)[None, None, :, None, None] * 8
+    at = k[None, :, None, None, None] + k8  # dims m, W, eights of columns, MH, column of eight
+    at = tl.max_contiguous(ptr + at, (1, 1, 1, 1, 2))  # 4 bytes a lane, as the instruction wants them
+    mask = m < M
+    if not EVEN_K:
+        mask = mask & (k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :] < K)
+    x = tl.load(at, mask=mask & (k8 >= 0), other=0.0)
+    return x.permute(1, 2, 4, 3, 0).reshape(W, C * 64, MH * 8)
+
+
+@triton.jit
+def load_x_shared(x_ptr, stride_xm, k, M, K, C: tl.constexpr, MH: tl.constexpr, EVEN_K: tl.constexpr):
+    """The same for columns that several warps share; Triton stages it in shared memory: [len(k), C * 64, MH * 8]."""
+    m = tl.arange(0, MH * 8)[None, :, None]
+    columns = k[:, None, None] + tl.arange(0, C * 64)[None, None, :]
+    mask = m < M
+    if not EVEN_K:
+        mask = mask & (columns < K)
+    return tl.load(x_ptr + m * stride_xm + columns, mask=mask, other=0.0).permute(0, 2, 1)
+
+
+@triton.jit
+def sum_last(y):
+    """Sum over the last dimension, 1, 2, 4 or 8 long, in a fixed order: it is brought into one thread and added."""
+    LENGTH: tl.constexpr = y.shape[-1]
+    if LENGTH == 1:
+        return tl.sum(y, axis=len(y.shape) - 1)
+    else:
+        a, b = tl.split(y.reshape(y.shape[:-1] + [LENGTH // 2, 2]))
+        return sum_last(a + b)
+
+
+@triton.jit
+def w4a16_decode_kernel(
+    x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
+    M, N, K, stride_xm,
+    G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
+    W: tl.constexpr = WN * WK
+    BLOCK_N: tl.constexpr = WN * R * 16
+    COLUMNS: tl.constexpr = MH * 8
+    P: tl.constexpr = 2 if G > 0 and G % 64 != 0 else 1
+    S: tl.constexpr = C * 4 // P
+    SLICES: tl.constexpr = WK if STAGES > 1 else W  # of x that are loaded at a time
+    if PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    units = tl.cdiv(K, 128) * 2 // C
+    groups = tl.cdiv(units * C * 64, G) if G > 0 else 1
+    strips = tl.cdiv(N, 16)
+    steps = tl.cdiv(units, WK * D)
+    if STREAM:
+        programs = tl.num_programs(0)
+        total = tl.cdiv(N, BLOCK_N).to(tl.int64) * steps
+        begin = (pid * total // programs).to(tl.int32)
+        stop = ((pid + 1) * total // programs).to(tl.int32)
+        first, last = begin // steps, (stop - 1) // steps
+    else:
+        first, last = pid, pid
+    w = tl.arange(0, W)
+    c = tl.arange(0, 4)
+    g = tl.arange(0, 8)
+    kt = tl.arange(0, 4)
+    m_of_lane = (
+        tl.arange(0, MH)[None, None, None, :, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
+    )
+    x_lane_ptr = x_ptr + (m_of_lane * stride_xm + tl.arange(0, 8)[None, None, None, None, :])
+    stride_strip = units * (C * 128)
+    for tile in range(first, last + 1):
+        if STREAM:
+            s0 = tl.maximum(begin - tile * steps, 0)
+            s1 = tl.minimum(stop - tile * steps, steps)
+        else:
+            s0, s1 = 0, steps
+        unit = w % WK + s0 * (WK * D)
+        shared_unit = tl.arange(0, WK) + s0 * (WK * D)
+        end = tl.minimum(units, s1 * (WK * D))
+        strip = tile * (WN * R) + w // WK * R  # [W]
+        lane_word = (
+            g[None, :, None, None, None, None] * 16
+            + c[:, None, None, None, None, None] * 4
+            + kt[None, None, None, None, None, :]
+        )
+        q_ptr = tiles_ptr + (strip[None, None, :, None, None, None].to(tl.int64) * stride_strip + lane_word)
+        row_at = (strip[None, None, :, None, None] * groups) * 8 + g[None, :, None, None, None]
+        row_at += 0 * c[:, None, None, None, None] + tl.arange(0, R)[None, None, None, :, None] * (groups * 8)
+        if ASM:  # hides that lanes read neighbours, or Triton would give a lane several rows, not its own
+            row_at = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1)
+        part = tl.arange(0, P)[None, None, None, None, :]
+        exists = strip[None, None, :, None, None] + tl.arange(0, R)[None, None, None, :, None] < strips
+        qs, ss, zs = (), (), ()
+        for d in tl.static_range(D):
+            ahead = unit + d * WK
+            group = (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+            inside = (ahead < end)[None, None, :, None, None]
+            if not EVEN_N:
+                inside = inside & exists
+            qs = qs + (load_tiles(q_ptr, inside, ahead, stride_strip, R, C),)
+            ss = ss + (load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE),)
+            if zeros_ptr is not None:
+                zs = zs + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+        acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
+        if PDL:
+            gdc_wait()
+        for _ in tl.range(s0, s1, num_stages=STAGES):
+            for _d in tl.static_range(D):
+                if STAGES > 1:
+                    x = load_x_shared(x_ptr, stride_xm, shared_unit * (C * 64), M, K, C, MH, EVEN_K)
+                else:
+                    x = load_x(x_lane_ptr, m_of_lane, unit * (C * 64), M, K, C, W, MH, EVEN_K)
+                ahead = unit + D * WK
+                group = (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+                inside = (ahead < end)[None, None, :, None, None]
+                if not EVEN_N:
+                    inside = inside & exists
+                q = load_tiles(q_ptr, inside, ahead, stride_strip, R, C)
+                s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
+                zeros = None
+                if zeros_ptr is not None:
+                    z = zs[0]
+                    zeros = tl.join(z & 0xFF, (z >> 8) & 0xFF)
+                    zs = zs[1:] + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+                # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
+                a = fragments(qs[0].reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)
+                a = a.permute(4, 3, 2, 6, 1, 5, 7, 0, 8).reshape(P * R * W, 16, S * 16)
+                b = x.reshape(1, SLICES, P, S * 16, COLUMNS).permute(2, 0, 1, 3, 4)
+                b = tl.broadcast_to(b, (P, R * W // SLICES, SLICES, S * 16, COLUMNS))
+                product = tl.dot(a, b.reshape(P * R * W, S * 16, COLUMNS), input_precision="ieee")
+                scale = ss[0].to(tl.float32).permute(4, 3, 2, 5, 1, 0)  # P R W h g c
+                scale = scale.reshape(P * R * W, 16, 1, 4, 1)
+                scale = tl.broadcast_to(scale, (P * R * W, 16, MH, 4, 2)).reshape(P * R * W, 16, COLUMNS)
+                acc += product * scale
+                qs = qs[1:] + (q,)
+                ss = ss[1:] + (s,)
+                unit += WK
+                shared_unit += WK
+        y = acc.reshape(P, R, WN, WK, 16, COLUMNS).permute(2, 1, 4, 5, 0, 3)
+        y = sum_last(y.reshape(BLOCK_N, COLUMNS, P * WK))
+        m = tl.arange(0, COLUMNS)
+        if STREAM and s1 - s0 < steps:
+            first_sharer = (((tile * steps + 1).to(tl.int64) * programs - 1) // total).to(tl.int32)
+            last_sharer = (((tile + 1) * steps).to(tl.int64) * programs - 1) // total
+            last_sharer = last_sharer.to(tl.int32)
+            at = tl.arange(0, BLOCK_N)[:, None] * COLUMNS + m[None, :]
+            # a program shares at most the tile it begins in and the tile it ends in
+            mine = (2 * pid + (s0 > 0).to(tl.int32)).to(tl.int64) * (BLOCK_N * COLUMNS)
+            tl.store(partial_ptr + mine + at, y, mask=m[None, :] < M)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+            if arrived == last_sharer - first_sharer:
+                y = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+                for i in range(first_sharer, last_sharer + 1):
+                    theirs = (2 * i + (i > first_sharer).to(tl.int32)).to(tl.int64) * (BLOCK_N * COLUMNS)
+                    y += tl.load(partial_ptr + theirs + at, mask=m[None, :] < M, other=0.0, cache_modifier=".cg")
+                tl.store(counter_ptr + tile, 0)
+                store_outputs(
+                    y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU
+                )
+        else:
+            store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros for stream-K, one row a launch in turn; a launch leaves its row at zero."""
+    return torch.zeros(LAUNCHES, COUNTERS, dtype=torch.int32, device=device)
+
+
+_launch = count()
+
+
+def w4a16_decode(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    N: int,
+    swiglu: bool,
+    launch: Config | None = None,
+) -> Tensor:
+    """Equation (2) of `w4a16.py`; arguments as in `ops.w4a16_tiles`, x [M, K] with contiguous columns, M <= MAX_M.
+
+    launch: as `config` returns it, and its default.
+
+    Returns:
+        y of x.dtype [M, N], [M, N/2] with swiglu, within u |y| + (K + 8) 2^-23 (|x| @ |w|) of the reference, u the
+        unit roundoff of x.dtype.
+    """
+    (M, K), strips = x.shape, tiles.shape[0]
+    if M > MAX_M:
+        raise ValueError(f"w4a16_decode: x has {M} rows, expected at most {MAX_M}; use w4a16_wide")
+    chosen = launch or config(M, N, K, group_size)
+    rows, warps_n, warps_k = chosen["rows"], chosen["warps_n"], chosen["warps_k"]
+    while rows > strips:
+        rows //= 2
+    block_n, columns = warps_n * rows * STRIP, 8 if M <= 8 else 16
+    y = x.new_empty(M, N // 2 if swiglu else N)
+    programs, blocks = chosen["programs"], triton.cdiv(N, block_n)
+    stream = programs > 0 and blocks <= COUNTERS
+    partial = counters = None
+    if stream:
+        partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
+        counters = _counters(x.device)[next(_launch) % LAUNCHES]
+    asm = has_inline_asm() and x.is_cuda
+    pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    options = dict(launch_pdl=True) if pdl else {}
+    if asm and chosen["max_registers"]:
+        options["maxnreg"] = chosen["max_registers"]
+    w4a16_decode_kernel[(programs if stream else blocks,)](
+        x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
+        y, partial, counters, M, N, K, x.stride(0),
+        G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
+        EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=K % PAD_K == 0, C=1 if group_size % PAD_K else 2, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
+        D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, ASM=asm, PDL=pdl,
+        num_warps=warps_n * warps_k, num_stages=1, **options,
+    )  # fmt: skip
+    return y
