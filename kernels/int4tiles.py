@@ -64,7 +64,9 @@ def pack_tiles(
     for c in range(4):
         for h in range(2):
             for c8 in range(2):
-                pair = words[:, h, :, :, :, c8] >> 8 * c  # the codes e = 0, 1 of lane c, low first: [s g t kt]
+                pair = (
+                    words[:, h, :, :, :, c8] >> 8 * c
+                )  # the codes e = 0, 1 of lane c, low first: [s g t kt]
                 spread = (pair & 0xF) | (pair & 0xF0) << 12
                 tiles[:, :, :, c] |= (spread << 4 * (2 * h + c8)).transpose(1, 2)
 

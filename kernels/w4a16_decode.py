@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.int4tiles import PAD_K, STRIP
+from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair, store_outputs
 
 if hasattr(tl.extra, "cuda"):
@@ -129,9 +129,7 @@ def w4a16_decode_kernel(
     c = tl.arange(0, 4)
     g = tl.arange(0, 8)
     kt = tl.arange(0, 4)
-    m_of_lane = (
-        tl.arange(0, MH)[None, None, None, :, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
-    )
+    m_of_lane = tl.arange(0, MH)[None, None, None, :, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
     x_lane_ptr = x_ptr + (m_of_lane * stride_xm + tl.arange(0, 8)[None, None, None, None, :])
     stride_strip = units * (C * 128)
     for tile in range(first, last + 1):
@@ -153,7 +151,9 @@ def w4a16_decode_kernel(
         row_at = (strip[None, None, :, None, None] * groups) * 8 + g[None, :, None, None, None]
         row_at += 0 * c[:, None, None, None, None] + tl.arange(0, R)[None, None, None, :, None] * (groups * 8)
         if ASM:  # hides that lanes read neighbours, or Triton would give a lane several rows, not its own
-            row_at = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1)
+            row_at = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1
+            )
         part = tl.arange(0, P)[None, None, None, None, :]
         exists = strip[None, None, :, None, None] + tl.arange(0, R)[None, None, None, :, None] < strips
         qs, ss, zs = (), (), ()
@@ -177,7 +177,9 @@ def w4a16_decode_kernel(
                 else:
                     x = load_x(x_lane_ptr, m_of_lane, unit * (C * 64), M, K, C, W, MH, EVEN_K)
                 ahead = unit + D * WK
-                group = (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+                group = (
+                    (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+                )
                 inside = (ahead < end)[None, None, :, None, None]
                 if not EVEN_N:
                     inside = inside & exists
@@ -219,11 +221,11 @@ def w4a16_decode_kernel(
                 y = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
                 for i in range(first_sharer, last_sharer + 1):
                     theirs = (2 * i + (i > first_sharer).to(tl.int32)).to(tl.int64) * (BLOCK_N * COLUMNS)
-                    y += tl.load(partial_ptr + theirs + at, mask=m[None, :] < M, other=0.0, cache_modifier=".cg")
+                    y += tl.load(
+                        partial_ptr + theirs + at, mask=m[None, :] < M, other=0.0, cache_modifier=".cg"
+                    )
                 tl.store(counter_ptr + tile, 0)
-                store_outputs(
-                    y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU
-                )
+                store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
         else:
             store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
 
@@ -272,6 +274,8 @@ def w4a16_decode(
     if stream:
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
         counters = _counters(x.device)[next(_launch) % LAUNCHES]
+    tiles_of_unit = 1 if group_size % PAD_K else 2
+    whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = has_inline_asm() and x.is_cuda
     pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
     options = dict(launch_pdl=True) if pdl else {}
@@ -281,7 +285,7 @@ def w4a16_decode(
         x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
         y, partial, counters, M, N, K, x.stride(0),
         G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
-        EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=K % PAD_K == 0, C=1 if group_size % PAD_K else 2, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
+        EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip

@@ -37,20 +37,20 @@ def load_weights(
     q_ptr, scales_ptr, zeros_ptr, row_at, exists, unit, units, stride_strip,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Tiles, scales and zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P, h] and [c, g, W, R, P] or None."""
+    """Tiles, scales and, if there are any, zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P, h], [c, g, W, R, P]."""
+    unit = tl.full((1, 1, 1, 1, 1), unit, tl.int32)
+    inside = exists & (unit < units)
     r = tl.arange(0, R)[None, None, None, :, None, None]
     tile = tl.arange(0, C)[None, None, None, None, :, None]
-    inside = exists & (unit < units)
-    at = unit * (C * 128) + r * (W * stride_strip) + tile * 128
-    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0))
+    at = unit[:, :, :, :, :, None] * (C * 128) + r * (W * stride_strip) + tile * 128
+    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)
     part = tl.arange(0, P)[None, None, None, None, :]
     group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
     s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
-    z = None
-    if zeros_ptr is not None:
-        pair = tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0)
-        z = tl.join(pair & 0xFF, (pair >> 8) & 0xFF)
-    return q, s, z
+    if zeros_ptr is None:
+        return q, s
+    else:
+        return q, s, tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0)
 
 
 @triton.jit
@@ -84,8 +84,10 @@ def w4a16_wide_kernel(
     q_ptr = tiles_ptr + (strip[:, :, :, :, :, None].to(tl.int64) * stride_strip + lane_word)
     row_at = (strip + r * W) * (groups * 8) + g[None, :, None, None, None] + 0 * c[:, None, None, None, None]
     if ASM:  # as in w4a16_decode.py
-        row_at = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1)
-    q, s, z = load_weights(
+        row_at = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1
+        )
+    held = load_weights(
         q_ptr, scales_ptr, zeros_ptr, row_at, exists, 0, units, stride_strip, G, SCALE_DTYPE, W, R, C, P
     )
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -99,16 +101,19 @@ def w4a16_wide_kernel(
         if not EVEN_K:
             mask = mask & (columns < K)[None, :]
         x = tl.load(x_ptr + m[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
-        q_next, s_next, z_next = load_weights(
+        ahead = load_weights(
             q_ptr, scales_ptr, zeros_ptr, row_at, exists, unit + 1, units, stride_strip,
             G, SCALE_DTYPE, W, R, C, P,
         )  # fmt: skip
-        w = fragments(q.reshape(4, 8, W, R, P, S), z, s, x.dtype, ASM)
+        zeros = None
+        if zeros_ptr is not None:
+            zeros = tl.join(held[2] & 0xFF, (held[2] >> 8) & 0xFF)
+        w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, held[1], x.dtype, ASM)
         w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(BLOCK_N, C * 64)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         if ASM:
             acc = tl.inline_asm_elementwise(MOVE, "=r,r", [acc], tl.float32, is_pure=False, pack=1)
-        q, s, z = q_next, s_next, z_next
+        held = ahead
     store_outputs(acc, block * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
 
 
