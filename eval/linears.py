@@ -1,24 +1,29 @@
-"""Time of the packed linears, shape by shape, beside the same product in bfloat16 and the device's limit.
+"""Time of the packed linears, shape by shape, beside the same product in bfloat16, peers and the device's limit.
 
 Weights and inputs are random. A time is reported only with the error of the very kernel that was timed, and
 withheld when that error is not of rounding's size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantkit.eval.peers import Peer, Product, present
 from quantkit.eval.random_weights import STD, random_quantized
-from quantkit.eval.records import Record, environment
-from quantkit.eval.roofline import roof
+from quantkit.eval.records import Record, environment, version
+from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of
+from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
+from quantkit.source import first_line
 
 Shape = tuple[str, int, int]  # name, N, K
+Measured = tuple[int, Timing, float, Record]  # M, time, relative error, the fields that say what was timed
 
 SHAPES: dict[str, list[Shape]] = {
     "llama-3-8b": [
@@ -51,6 +56,8 @@ def bench_linears(
     working_set: int = WORKING_SET,
     seed: int = 0,
     commit: str | None = None,
+    peers: Sequence[Peer] = (),
+    say: Callable[[str], None] = print,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Times y = x w^T for bfloat16 x [M, K] and a packed w [N, K].
@@ -61,10 +68,12 @@ def bench_linears(
         replays: samples a time.
         working_set: bytes of distinct weights that the launches of one sample go through.
         commit: see `records.environment`.
+        peers: other libraries' kernels to time on the same weights, where they can be imported.
+        say: told what could not be timed.
         on_record: called with each record as it is made.
 
     Returns:
-        One record a (shape, scheme, M). `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x
+        One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x
         unrounded and the product in float64: for schemes that round x to 8 bits it holds that rounding too.
         `limit_us` counts each weight, input and output byte once, and is null on a CPU. Where `rel_error`
         exceeds `ERROR_BOUNDS`, the times are null and `refused` says why.
@@ -72,15 +81,16 @@ def bench_linears(
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     limits, made_with = roof(device), environment(device, commit)
+    peers = present(peers, schemes, device, say)
     records = []
     for name, N, K in shapes:
         xs = {M: torch.randn(M, K, generator=generator, device=device).bfloat16() for M in Ms}
-        bf16 = {M: t for M, t, _ in time_bf16(N, K, xs, generator, replays, working_set)}
+        bf16 = time_bf16(N, K, xs, generator, replays, working_set)
         for scheme in schemes:
-            for M, timing, error, nbytes in time_scheme(scheme, N, K, xs, generator, replays, working_set):
-                moved = nbytes + 2 * M * (N + K)
-                eight_bit = scheme.activation is not None
-                limit = limits.seconds(moved, 2 * M * N * K, eight_bit) * 1e6 if limits else None
+            weights = random_copies(scheme, N, K, generator, working_set)
+            exact = weights[0].dequantize(torch.float64)
+            theirs = [time_peer(p, weights, exact, xs, replays, say) for p in peers if p.scheme == scheme]
+            for M, timing, error, timed in chain(time_ours(weights, exact, xs, replays), *theirs):
                 record = {
                     "kind": "linear",
                     "shape": name,
@@ -89,17 +99,10 @@ def bench_linears(
                     "M": M,
                     "scheme": scheme.label,
                     "group_size": scheme.group_size,
-                    "kernel": kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16),
-                    "us": timing.us,
-                    "p20_us": timing.p20_us,
-                    "p80_us": timing.p80_us,
-                    "limit_us": limit,
-                    "limit_source": limits.source if limits else None,
+                    **timed,
+                    **speeds(weights[0], M, timing, limits),
                     "bf16_us": bf16[M].us,
-                    "GB_per_s": moved / timing.us * 1e-3,
-                    "TFLOP_per_s": 2 * M * N * K / timing.us * 1e-6,
                     "rel_error": error,
-                    "x_dtype": "bfloat16",
                     **made_with,
                 }
                 record = withhold(record, ERROR_BOUNDS[scheme.activation])
@@ -107,6 +110,22 @@ def bench_linears(
                 if on_record is not None:
                     on_record(record)
     return records
+
+
+def speeds(q: QuantizedTensor, M: int, timing: Timing, limits: Roof | None) -> Record:
+    """The fields of a record that follow from the time of one product with x [M, K]."""
+    N, K = q.shape
+    moved, operations = q.nbytes + 2 * M * (N + K), 2 * M * N * K
+    eight_bit = q.scheme.activation is not None
+    return {
+        "us": timing.us,
+        "p20_us": timing.p20_us,
+        "p80_us": timing.p80_us,
+        "limit_us": limits.seconds(moved, operations, eight_bit) * 1e6 if limits else None,
+        "limit_source": limits.source if limits else None,
+        "GB_per_s": moved / timing.us * 1e-3,
+        "TFLOP_per_s": operations / timing.us * 1e-6,
+    }
 
 
 def withhold(record: Record, bound: float) -> Record:
@@ -119,30 +138,67 @@ def withhold(record: Record, bound: float) -> Record:
     return {**record, **times, "rel_error": finite, "refused": f"rel_error {error:.3g} exceeds {bound}"}
 
 
-def time_scheme(
-    scheme: Scheme,
-    N: int,
-    K: int,
-    xs: dict[int, torch.Tensor],
-    generator: torch.Generator,
-    replays: int,
-    working_set: int,
-) -> Iterator[tuple[int, Timing, float, int]]:
-    """Yields M, time, relative error and bytes of the packed weight, for each x [M, K]."""
-    device = generator.device
-    first = random_quantized(scheme, N, K, device, generator)
-    others = [
-        random_quantized(scheme, N, K, device, generator)
-        for _ in range(copies(first.nbytes, working_set) - 1)
-    ]
-    modules = [QuantLinear.from_quantized(q).to(device) for q in (first, *others)]
+def random_copies(
+    scheme: Scheme, N: int, K: int, generator: torch.Generator, working_set: int
+) -> list[QuantizedTensor]:
+    """Different weights of one shape, together larger than `working_set`."""
+    first = random_quantized(scheme, N, K, generator.device, generator)
+    others = range(copies(first.nbytes, working_set) - 1)
+    return [first, *(random_quantized(scheme, N, K, generator.device, generator) for _ in others)]
+
+
+def time_ours(
+    weights: Sequence[QuantizedTensor], exact: torch.Tensor, xs: dict[int, torch.Tensor], replays: int
+) -> Iterator[Measured]:
+    """QuantLinear on each x [M, K]; `exact` is the first weight, float64 [N, K]."""
+    device = exact.device
+    modules = [QuantLinear.from_quantized(q).to(device) for q in weights]
     for module in modules:
         module.repack(torch.bfloat16)
-    exact = first.dequantize(torch.float64)
+    scheme, (N, K) = weights[0].scheme, weights[0].shape
     for M, x in xs.items():
-        with torch.no_grad():
-            error = relative_error(modules[0](x), x, exact)
-        yield M, time_launches(launches(modules, x), device, replays), error, first.nbytes
+        kernel = kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16)
+        yield M, *measure(modules, x, exact, replays), {"kernel": kernel, "x_dtype": "bfloat16"}
+
+
+def time_peer(
+    peer: Peer,
+    weights: Sequence[QuantizedTensor],
+    exact: torch.Tensor,
+    xs: dict[int, torch.Tensor],
+    replays: int,
+    say: Callable[[str], None],
+) -> Iterator[Measured]:
+    """Another library's kernel on the same weights and inputs. An M at which it fails is named and left out."""
+    timed = {
+        "kernel": peer.name,
+        "library": f"{peer.library} {version(peer.library)}",
+        "x_dtype": str(peer.x_dtype).removeprefix("torch."),
+    }
+    where = f"{peer.name} {weights[0].scheme.label} {weights[0].shape}"
+    try:
+        products = [peer.build(q) for q in weights]
+    except Exception as failure:  # of any kind, here and below: the run goes on
+        say(f"{where}: {first_line(failure)}")
+        return
+    for M, x in xs.items():
+        if peer.max_M is not None and M > peer.max_M:
+            continue
+        try:
+            timing, error = measure(products, x.to(peer.x_dtype), exact, replays)
+        except Exception as failure:
+            say(f"{where}, M = {M}: {first_line(failure)}")
+        else:
+            yield M, timing, error, timed
+
+
+def measure(
+    products: Sequence[Product], x: torch.Tensor, exact: torch.Tensor, replays: int
+) -> tuple[Timing, float]:
+    """Time of one of equivalent products with x [M, K], and the relative error of the first, whose weight is `exact`."""
+    with torch.no_grad():
+        error = relative_error(products[0](x), x, exact)
+    return time_launches(launches(products, x), x.device, replays), error
 
 
 def time_bf16(
@@ -152,21 +208,18 @@ def time_bf16(
     generator: torch.Generator,
     replays: int,
     working_set: int,
-) -> Iterator[tuple[int, Timing, int]]:
-    """Yields M, time and bytes of the weight of F.linear in bfloat16 (cuBLAS on NVIDIA), for each x [M, K]."""
+) -> dict[int, Timing]:
+    """Time of F.linear in bfloat16 (cuBLAS on NVIDIA) for each x [M, K]."""
     device = generator.device
     weights = [
         torch.randn(N, K, generator=generator, device=device, dtype=torch.bfloat16) * STD
         for _ in range(copies(2 * N * K, working_set))
     ]
     products = [lambda x, w=w: F.linear(x, w) for w in weights]
-    for M, x in xs.items():
-        yield M, time_launches(launches(products, x), device, replays), 2 * N * K
+    return {M: time_launches(launches(products, x), device, replays) for M, x in xs.items()}
 
 
-def launches(
-    products: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor
-) -> list[Callable[[], torch.Tensor]]:
+def launches(products: Sequence[Product], x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     return [lambda product=product: product(x) for product in products]  # type: ignore[misc]
 
 

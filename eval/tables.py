@@ -84,22 +84,33 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def linear_tables(records: Sequence[Record]) -> list[Table]:
-    """One table a shape and device: a row a scheme, a column an M."""
+    """One table a shape and device: a row a scheme and below them a row a peer, a column an M."""
     out = []
-    kept = latest(records, "device", "shape", "N", "K", "scheme", "M")
+    kept = latest(in_series(records), "device", "shape", "N", "K", "series", "M")
+    kept.sort(key=is_peer)
     for (_, shape, N, K), group in grouped(kept, "device", "shape", "N", "K").items():
         Ms = sorted({r["M"] for r in group})
-        by_scheme = grouped(group, "scheme")
+        by_series = grouped(group, "series")
         bf16 = {r["M"]: r["bf16_us"] for r in group}
         rows = [("bfloat16", *(number(bf16[M], ".1f") for M in Ms))]
-        for (scheme,), measured in by_scheme.items():
+        for (series,), measured in by_series.items():
             cells = {r["M"]: linear_cell(r) for r in measured}
-            rows.append((str(scheme), *(cells.get(M, "") for M in Ms)))
-        caption = "us / multiple of the limit / speed-up over bfloat16. " + conditions(group)
+            rows.append((str(series), *(cells.get(M, "") for M in Ms)))
+        caption = "us / multiple of the limit / speed-up over bfloat16. " + conditions(group, "library")
         out.append(
             Table(f"{shape} (N {N}, K {K})", ("scheme", *(f"M={M}" for M in Ms)), tuple(rows), caption)
         )
     return out
+
+
+def is_peer(record: Record) -> bool:
+    """Whether the record of a linear is of another library's kernel."""
+    return record.get("library") is not None
+
+
+def in_series(records: Sequence[Record]) -> list[Record]:
+    """The records of linears, each with the name of its row or line: the scheme, and the kernel if it is a peer's."""
+    return [{**r, "series": f"{r['scheme']} {r['kernel']}" if is_peer(r) else r["scheme"]} for r in records]
 
 
 def linear_cell(record: Record) -> str:

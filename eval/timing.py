@@ -1,5 +1,6 @@
 """Time of one launch: the median over replays of a CUDA graph of many, or of wall-clock calls on a CPU."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 WARMUP = 3  # replays before the clock starts, so that the GPU has left its idle clocks
+LAUNCHES = 32  # in a graph, at least: its own start-up takes several microseconds
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ def time_launches(launches: Sequence[Callable[[], Any]], device: torch.device, r
     Args:
         launches: closures over distinct weights, together larger than the cache, or the weights of a
             repeated launch would be served from it.
-        replays: samples. On CUDA a sample is one replay of a graph of all L, divided by L; on a CPU it is one call.
+        replays: samples. On CUDA a sample is one replay of a graph that goes round the L until it holds `LAUNCHES`,
+            divided by what it holds; on a CPU it is one call.
     """
     if device.type == "cuda":
         seconds = graph_seconds(launches, device, replays)
@@ -37,10 +40,13 @@ def time_launches(launches: Sequence[Callable[[], Any]], device: torch.device, r
 
 
 def graph_seconds(launches: Sequence[Callable[[], Any]], device: torch.device, replays: int) -> list[float]:
-    """Seconds a launch in each replay of one graph of all launches."""
+    """Seconds a launch in each replay of one graph of whole rounds of the launches."""
+    rounds = math.ceil(LAUNCHES / len(launches))
 
     def run() -> None:
-        for launch in launches:  # nothing keeps the outputs: all launches write to the same memory
+        for launch in [
+            *launches
+        ] * rounds:  # nothing keeps the outputs: all launches write to the same memory
             launch()
 
     with torch.cuda.device(device), torch.no_grad():
@@ -54,7 +60,7 @@ def graph_seconds(launches: Sequence[Callable[[], Any]], device: torch.device, r
             graph.replay()
             end.record()
             end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e-3 / len(launches))
+            samples.append(start.elapsed_time(end) * 1e-3 / (rounds * len(launches)))
     return samples
 
 

@@ -23,6 +23,7 @@ from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
+from quantkit.eval.peers import PEERS
 from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import write_records
@@ -389,6 +390,12 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
     linears: Annotated[bool, typer.Option("--linears/--no-linears", help="Time the linears.")] = True,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers/--no-peers", help="With --shapes: also time vLLM's kernels and the like, if there."
+        ),
+    ] = True,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Time prefill and decode.")] = True,
     dtype: Dtype = None,
     device: Device = None,
@@ -420,7 +427,15 @@ def bench(
 
     def time_linears(shape_list: list[Any], schemes: list[Scheme]) -> None:
         if linears:
-            bench_linears(shape_list, schemes, Ms, where, on_record=lambda r: keep(r, "linears.jsonl"))
+            bench_linears(
+                shape_list,
+                schemes,
+                Ms,
+                where,
+                peers=PEERS if peers and shapes is not None else (),
+                say=lambda line: out.print(escape(line), highlight=False, soft_wrap=True),
+                on_record=lambda r: keep(r, "linears.jsonl"),
+            )
 
     def time_decode(subject: Any, name: str) -> None:
         for size in batches if decode else []:

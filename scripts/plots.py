@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quantkit.eval.plots import plot_linears, plot_quality
+from quantkit.eval.plots import plot_linears, plot_quality, plot_times
 from quantkit.eval.records import read_records
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -10,7 +10,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def main() -> None:
     (DOCS / "plots").mkdir(exist_ok=True)
-    plot_linears(read_records(DOCS / "benchmarks" / "linears.jsonl"), DOCS / "plots" / "linears.png")
+    linears = read_records(DOCS / "benchmarks" / "linears.jsonl")
+    plot_linears(linears, DOCS / "plots" / "linears.png")
+    plot_times(linears, DOCS / "plots" / "w4a16.png")
     plot_quality(read_records(DOCS / "benchmarks" / "quality.jsonl"), DOCS / "plots" / "quality.png")
 
 

@@ -1,5 +1,7 @@
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,30 @@ def test_a_call_is_timed_each_and_the_launches_take_turns():
     )
     assert calls == ["a", "b"] + ["a", "b"] * 3  # the first two warm up
     assert 0 < time.p20_us <= time.us <= time.p80_us
+
+
+@pytest.mark.parametrize(("distinct", "rounds"), [(1, 32), (3, 11), (31, 2), (32, 1), (33, 1)])
+def test_a_graph_holds_32_launches_or_more_in_whole_rounds(distinct, rounds, monkeypatch):
+    calls = []
+
+    class Clock:
+        """A millisecond a launch."""
+
+        def record(self):
+            self.at = len(calls)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Clock())
+    monkeypatch.setattr(timing, "capture", lambda run: SimpleNamespace(replay=run))
+    launches = [lambda i=i: calls.append(i) for i in range(distinct)]
+    assert timing.graph_seconds(launches, torch.device("cuda"), replays=2) == [1e-3, 1e-3]
+    assert calls == [*range(distinct)] * rounds * (timing.WARMUP + 2)
 
 
 @pytest.mark.parametrize("label", [None, *SCHEMES])

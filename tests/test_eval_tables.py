@@ -3,9 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from quantkit.errors import QuantKitError
-from quantkit.eval.plots import plot_linears, plot_quality
+from quantkit.eval.plots import plot_linears, plot_quality, plot_times
 from quantkit.eval.records import write_records
 from quantkit.eval.tables import fill, markdown, rich_table, tables, update
 
@@ -19,6 +20,10 @@ DOCUMENT = "# Results\n\n<!-- table:speed -->\nold\n<!-- /table -->\n\nThe end.\
 def linear(scheme="w4a16-g128", M=1, us=20.0, **changes):
     shape = dict(kind="linear", shape="gate_up", N=28672, K=4096, limit_us=14.1, bf16_us=58.0)
     return {**shape, **MADE, "scheme": scheme, "M": M, "us": us, **changes}
+
+
+def peer(kernel="marlin", M=1, us=10.0, library="vllm 0.23.0", **changes):
+    return linear(M=M, us=us, kernel=kernel, library=library, **changes)
 
 
 def quality(scheme="w4a16-g128", method="gptq", kl=0.04, **changes):
@@ -63,6 +68,22 @@ def test_a_later_record_replaces_the_earlier_of_the_same_setting():
     (table,) = tables([linear(us=30.0), linear(us=20.0, commit="def5678")])
     assert table.rows[-1] == ("w4a16-g128", "20.0 / 1.42 / 2.90")
     assert "commit def5678;" in table.caption
+
+
+def test_a_peer_has_a_row_of_its_own_below_the_schemes():
+    (table,) = tables(
+        [peer(), linear(), peer("gemlite", 16, 15.0, "gemlite 0.6"), peer(us=11.0), linear("fp8")]
+    )
+    assert [row[0] for row in table.rows] == [
+        "bfloat16",
+        "w4a16-g128",
+        "fp8",
+        "w4a16-g128 marlin",
+        "w4a16-g128 gemlite",
+    ]
+    assert table.rows[1][1] == "20.0 / 1.42 / 2.90"
+    assert table.rows[3][1:] == ("11.0 / 0.78 / 5.27", "")
+    assert "vllm 0.23.0 or gemlite 0.6; NVIDIA H200;" in table.caption
 
 
 def test_devices_are_not_mixed_in_a_table():
@@ -167,3 +188,85 @@ def test_plots_are_drawn(tmp_path):
     assert (
         "w8a16" in (tmp_path / "quality.svg").read_text() or "<svg" in (tmp_path / "quality.svg").read_text()
     )
+
+
+TIMES = [
+    *(linear(M=M, us=20.0 + M) for M in (1, 16, 256)),
+    *(peer(M=M, us=10.0 + M) for M in (1, 16)),
+    *(peer("gemlite", M, None, "gemlite 0.6") for M in (1, 16)),
+    *(linear("fp8", M=M) for M in (1, 16, 256)),
+    *(linear(shape="o", N=4096, M=M, limit_us=None) for M in (256, 1, 16)),
+    *(linear(shape="down", M=M) for M in (1, 16)),
+]
+
+
+def drawn(records, path, monkeypatch, **options):
+    """The figure that plot_times saves."""
+    figures = []
+    save = Figure.savefig
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+        plot_times(records, path, **options)
+    return figures[0]
+
+
+def test_times_have_a_panel_a_shape_and_a_line_a_kernel_that_was_timed(tmp_path, monkeypatch):
+    figure = drawn(TIMES, tmp_path / "times.png", monkeypatch)
+    first, second = figure.axes
+    assert first.get_title() == "gate_up (N 28672, K 4096)\nNVIDIA H200"
+    assert second.get_title().startswith("o (N 4096")
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    lines = [[*zip(line.get_xdata(), line.get_ydata(), strict=True)] for line in first.lines]
+    assert lines == [
+        [(1, 14.1), (16, 14.1), (256, 14.1)],
+        [(1, 58.0), (16, 58.0), (256, 58.0)],
+        [(1, 21.0), (16, 36.0), (256, 276.0)],
+        [(1, 11.0), (16, 26.0)],
+    ]
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == [
+        "limit",
+        "bfloat16",
+        "w4a16-g128",
+        "w4a16-g128 marlin",
+    ]
+    # no limit on that device, no peers: what is there has its place and color all the same
+    assert [line.get_color() for line in second.lines] == [line.get_color() for line in first.lines[1:3]]
+    assert [*second.lines[1].get_xdata()] == [1, 16, 256]
+
+
+def test_times_of_peers_alone_are_drawn(tmp_path, monkeypatch):
+    figure = drawn([peer(M=M) for M in (1, 2, 4)], tmp_path / "times.png", monkeypatch)
+    assert len(figure.axes[0].lines) == 3
+
+
+def test_times_are_the_same_bytes_twice(tmp_path):
+    for name in ("a", "b"):
+        plot_times(TIMES, tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_times_at_too_few_m_are_refused(tmp_path):
+    with pytest.raises(QuantKitError, match="no shape has times of w8a16 at 3 values of M"):
+        plot_times(TIMES, tmp_path / "times.png", scheme="w8a16")
+    assert not (tmp_path / "times.png").exists()
+
+
+def test_speedups_are_of_our_kernels_alone(tmp_path):
+    plot_linears([linear(), linear(M=16)], tmp_path / "ours.png")
+    plot_linears([linear(), linear(M=16), peer(), peer(M=16)], tmp_path / "with_peers.png")
+    assert (tmp_path / "ours.png").read_bytes() == (tmp_path / "with_peers.png").read_bytes()
+
+
+def test_the_plots_command_draws_every_plot(tmp_path):
+    write_records(tmp_path / "docs" / "benchmarks" / "linears.jsonl", TIMES)
+    write_records(tmp_path / "docs" / "benchmarks" / "quality.jsonl", [quality()])
+    script = tmp_path / "scripts" / "plots.py"
+    script.parent.mkdir()
+    script.write_text((ROOT / "scripts" / "plots.py").read_text())  # it finds docs/ beside its own folder
+    runpy.run_path(str(script), run_name="__main__")
+    assert {p.name for p in (tmp_path / "docs" / "plots").iterdir()} == {
+        "linears.png",
+        "quality.png",
+        "w4a16.png",
+    }
