@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.kernels.int4tiles import unpack_tiles
+
 FP8 = torch.float8_e4m3fn
 TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest code
 SCALE_FLOOR = 2.0**-100  # a row of zeros gets this scale, so that 0 / scale is 0 and not NaN
@@ -141,6 +143,30 @@ def w4a16_dequantize(
         return dequantize_int4(codes[rows], scales[rows], part, group_size, x.shape[1])
 
     return linear(x, len(codes), bias, weight)
+
+
+def epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
+    """What follows y = x w^T + bias [M, N]: SwiGLU over gates and ups in turns of 8 columns, then the residual."""
+    if swiglu:
+        gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
+        y = (F.silu(gate) * up).flatten(1)
+    return y if residual is None else y + residual
+
+
+def w4a16_tiles_dequantize(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    N: int,
+    swiglu: bool,
+) -> Tensor:
+    """The same for the tiles of a GPU, which no model on a CPU holds: a definition to compare with."""
+    codes, scales, zeros = unpack_tiles(tiles, scales, zeros, group_size, N, x.shape[1])
+    return epilogue(w4a16_dequantize(x, codes, scales, zeros, bias, group_size), residual, swiglu)
 
 
 def w8a16_dequantize(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

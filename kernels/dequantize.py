@@ -15,10 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.w4a16 import CODES_PER_WORD, SYMMETRIC_ZERO
+from quantkit.kernels.cpu import epilogue
+from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
+from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair
 from quantkit.kernels.w8a16 import decode_e4m3
 
 BLOCK_N, BLOCK_K = 16, 256  # weights a program: enough bytes in flight, one scale a row and group
+CODES_PER_WORD: tl.constexpr = tl.constexpr(8)
+SYMMETRIC_ZERO: tl.constexpr = tl.constexpr(8)
+TILE_WARPS, TILES = 4, 2  # strips and tiles a program, for int4 tiles
 
 
 @triton.jit
@@ -40,6 +45,40 @@ def dequantize_int4_kernel(
     else:
         q -= tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.int32)[:, :, None]
     w = (q * scale[:, :, None]).to(w_ptr.dtype.element_ty).reshape(BLOCK_N, BLOCK_K)
+    tl.store(w_ptr + n * K + k, w, mask=(n < N) & (k < K))
+
+
+@triton.jit
+def dequantize_tiles_kernel(
+    tiles_ptr, scales_ptr, zeros_ptr, w_ptr, N, K,
+    G: tl.constexpr, SCALE_DTYPE: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = 1 if G == 0 else (1 if G % (C * 64) == 0 else (C if G % 64 == 0 else C * 2))
+    S: tl.constexpr = C * 4 // P
+    units = tl.cdiv(K, 128) * 2 // C
+    groups = tl.cdiv(units * C * 64, G) if G > 0 else 1
+    unit = tl.program_id(0)
+    c = tl.arange(0, 4)[:, None, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None, None]
+    strip = (tl.program_id(1) * W + tl.arange(0, W))[None, None, :, None, None]
+    inside = strip < tl.cdiv(N, 16)
+    tile = tl.arange(0, C)[None, None, None, None, :, None]
+    kt = tl.arange(0, 4)[None, None, None, None, None, :]
+    at = (strip[:, :, :, :, :, None].to(tl.int64) * units + unit) * (C * 128) + tile * 128
+    at += g[:, :, :, :, :, None] * 16 + c[:, :, :, :, :, None] * 4 + kt
+    q = tl.load(tiles_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)  # c g W R=1 C kt
+    part = tl.arange(0, P)[None, None, None, None, :]
+    group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+    row_at = (strip * groups + group) * 8 + g + 0 * c
+    scales = load_pair(scales_ptr, row_at, inside, SCALE_DTYPE)
+    zeros = None
+    if zeros_ptr is not None:
+        pair = tl.load(zeros_ptr + row_at, mask=inside, other=0)
+        zeros = tl.join(pair & 0xFF, (pair >> 8) & 0xFF)
+    w = fragments(q.reshape(4, 8, W, 1, P, S), zeros, scales, w_ptr.dtype.element_ty, ASM)
+    w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(W * 16, C * 64)
+    n = (tl.program_id(1) * (W * 16) + tl.arange(0, W * 16)).to(tl.int64)[:, None]
+    k = unit * (C * 64) + tl.arange(0, C * 64)[None, :]
     tl.store(w_ptr + n * K + k, w, mask=(n < N) & (k < K))
 
 
@@ -72,6 +111,32 @@ def w4a16_vendor(
         codes, scales, zeros, w, N, K, G=group_size or K, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4
     )
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def w4a16_tiles_vendor(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    N: int,
+    swiglu: bool,
+) -> Tensor:
+    """Equations (1) and (3) from `int4tiles.py`; arguments as in `ops.w4a16_tiles`, x [M, K]; as `w4a16_vendor`."""
+    K = x.shape[1]
+    w = x.new_empty(N, K)
+    # PTX multiplies in x.dtype: the product is rounded once only where the scale has that dtype
+    asm = has_inline_asm() and x.is_cuda and scales.dtype == x.dtype
+    grid = (-(-K // PAD_K) * PAD_K // (TILES * TILE_K), triton.cdiv(N, TILE_WARPS * STRIP))
+    dequantize_tiles_kernel[grid](
+        tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), w, N, K,
+        G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16,
+        W=TILE_WARPS, C=TILES, ASM=asm, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    return epilogue(y, residual, swiglu)
 
 
 def w8a16_vendor(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from quantkit.kernels import tuned
+
 OLDEST_NVIDIA = 80  # the first with bfloat16 tensor cores
 AMD = ("gfx942", "gfx950")  # the matrix cores that the tests compile for
 # Rows of x up to which PyTorch's packed CPU kernels beat dequantizing; README.md has the times.
@@ -19,8 +21,10 @@ INT8PACK_MAX_M = 16
 INT4PACK_MAX_M = 128
 SCALED_MM_NVIDIA = 90  # the first whose torch._scaled_mm takes one scale a row
 # Rows of x from which on, for a weight [28672, 4096] on an H200, the vendor's GEMM is the faster one.
-VENDOR_MIN_M = {torch.int32: 17, torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
+VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
 SCALED_MM_MIN_M = 32
+DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
+WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Kernel:
     name: str
     module: str
     unsupported: Callable[[Problem], str | None]  # why this kernel cannot run the problem, None when it can
+    slower_past: int | None = (
+        None  # rows of x past which the next kernel is taken, unless a table says otherwise
+    )
 
     @property
     def run(self) -> Callable[..., torch.Tensor]:
@@ -90,10 +97,16 @@ def _triton(problem: Problem) -> str | None:
     return None
 
 
-def _triton_w4a16(problem: Problem) -> str | None:
-    if problem.group_size % 32:
-        return f"needs a group_size that is a multiple of 32, or 0, not {problem.group_size}"
+def _wide(problem: Problem) -> str | None:
+    if problem.x_dtype == torch.float32:
+        return "takes float16 or bfloat16 x, not torch.float32"
     return _triton(problem)
+
+
+def _decode(problem: Problem) -> str | None:
+    if problem.M > DECODE_MAX_M:
+        return f"takes {DECODE_MAX_M} rows of x, not {problem.M}"
+    return _wide(problem)
 
 
 def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:
@@ -110,7 +123,7 @@ def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:
 def _vendor_w4a16(problem: Problem) -> str | None:
     if problem.group_size % 8:  # it reads one scale a word of eight codes
         return f"needs a group_size that is a multiple of 8, or 0, not {problem.group_size}"
-    return _vendor(VENDOR_MIN_M)(problem)
+    return _triton(problem)
 
 
 def _scaled_mm(problem: Problem) -> str | None:
@@ -128,8 +141,13 @@ def _scaled_mm(problem: Problem) -> str | None:
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a16": (
         Kernel("w4a16_vendor", "dequantize", _vendor_w4a16),
-        Kernel("w4a16_triton", "w4a16", _triton_w4a16),
         Kernel("w4a16_dequantize", "cpu", _cpu),
+    ),
+    "w4a16_tiles": (
+        Kernel("w4a16_decode", "w4a16_decode", _decode),
+        Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M),
+        Kernel("w4a16_tiles_vendor", "dequantize", _triton),
+        Kernel("w4a16_tiles_dequantize", "cpu", _cpu),
     ),
     "w4a16_cpu": (
         Kernel("w4a16_int4pack", "int4pack", _int4pack),
@@ -165,21 +183,33 @@ def target_of(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=4096)
-def select(op: str, problem: Problem) -> Kernel:
-    """The kernel that runs this problem.
+def choose(op: str, problem: Problem) -> tuple[Kernel, dict[str, int] | None]:
+    """The kernel that runs this problem, and how it is launched if a table (`tuned.py`) says so.
 
     Raises:
         ValueError: the op is unknown, or no kernel supports the problem; the message has every kernel's reason.
     """
     if op not in KERNELS:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(KERNELS)}")
+    measured = tuned.lookup(op, problem.target, problem.M, problem.N, problem.K, problem.group_size)
+    if measured:
+        for kernel in KERNELS[op]:
+            if kernel.name == measured[0] and kernel.unsupported(problem) is None:
+                return kernel, measured[1] or None
     reasons = []
     for kernel in KERNELS[op]:
         reason = kernel.unsupported(problem)
+        if reason is None and kernel.slower_past is not None and problem.M > kernel.slower_past:
+            reason = f"is the slower one past M = {kernel.slower_past}"
         if reason is None:
-            return kernel
+            return kernel, None
         reasons.append(f"{kernel.name} {reason}")
     raise ValueError(f"no kernel for {op} on {problem.target}: " + "; ".join(reasons))
+
+
+def select(op: str, problem: Problem) -> Kernel:
+    """The kernel that runs this problem; see `choose` for the errors."""
+    return choose(op, problem)[0]
 
 
 def kernel_name(

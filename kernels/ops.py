@@ -1,4 +1,5 @@
-"""The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w8a16, w8a8, fp8_block, w4a16_cpu}`.
+"""The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
+w4a16_cpu, w8a16, w8a8, fp8_block}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -7,7 +8,7 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     w8a16      y = x w^T + bias        w[n, k] = codes[n, k] * scales[n, 0]
     w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
-    w4a16_cpu  w4a16 for weights in the order of `int4pack.py`
+    w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
 
 An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. The fake implementation
 makes the same checks, so a wrong shape is reported while torch.compile traces.
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.cpu import BLOCK, CODES_PER_WORD
-from quantkit.kernels.dispatch import Problem, select, target_of
+from quantkit.kernels.dispatch import Problem, choose, target_of
 from quantkit.kernels.int4pack import GROUP_SIZES
+from quantkit.kernels.int4tiles import tiled_shape
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
@@ -26,6 +28,10 @@ INT8_MAX_K = (2**31 - 1) // 127**2  # more columns could overflow the int32 sum
 
 SCHEMAS = {
     "w4a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
+    "w4a16_tiles": (
+        "(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? residual, "
+        "int group_size, int N, bool swiglu) -> Tensor"
+    ),
     "w4a16_cpu": (
         "(Tensor x, Tensor packed, Tensor scales_and_zeros, Tensor? residual, Tensor? bias, int group_size) -> Tensor"
     ),
@@ -101,18 +107,21 @@ def _check_8bit(
         raise ValueError(f"{op}: K is {K}, expected at most {INT8_MAX_K} for int8 (int32 sums); use w8a16")
 
 
-def _run(op: str, x: Tensor, codes: Tensor, *rest: Tensor | int | None, group_size: int = 0) -> Tensor:
-    """Choose the kernel and run it over the rows of x [..., K]."""
-    N, K = codes.shape[0], x.shape[-1]
-    y_shape = (*x.shape[:-1], N)
+def _run(
+    op: str, x: Tensor, codes: Tensor, *rest: Tensor | int | None, N: int, outputs: int, group_size: int = 0
+) -> Tensor:
+    """Choose the kernel and run it over the rows of x [..., K]: y [..., outputs]."""
+    K = x.shape[-1]
+    y_shape = (*x.shape[:-1], outputs)
     M = x.numel() // K
     if M == 0 or N == 0:
         return x.new_empty(y_shape)
-    kernel = select(op, Problem(target_of(x.device), M, N, K, x.dtype, codes.dtype, group_size))
+    kernel, launch = choose(op, Problem(target_of(x.device), M, N, K, x.dtype, codes.dtype, group_size))
     rows = x.reshape(M, K)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    return kernel.run(rows, codes, *rest).view(y_shape)
+    y = kernel.run(rows, codes, *rest) if launch is None else kernel.run(rows, codes, *rest, launch=launch)
+    return y.view(y_shape)
 
 
 def w4a16(
@@ -135,7 +144,81 @@ def w4a16(
         ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
     """
     _check_w4a16(x, codes, scales, zeros, bias, group_size)
-    return _run("w4a16", x, codes, scales, zeros, bias, group_size, group_size=group_size)
+    N = len(codes)
+    return _run("w4a16", x, codes, scales, zeros, bias, group_size, N=N, outputs=N, group_size=group_size)
+
+
+def _check_w4a16_tiles(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    N: int,
+    swiglu: bool,
+) -> int:
+    """Returns the columns of y."""
+    op = "w4a16_tiles"
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x is {_names((x.dtype,))}, expected {_names(FLOATS)}; convert x")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [..., K]; reshape it")
+    if group_size < 0 or group_size % 32:
+        raise ValueError(
+            f"{op}: group_size is {group_size}, expected a multiple of 32, or 0 for one scale a row"
+        )
+    if swiglu and N % 16:
+        raise ValueError(
+            f"{op}: N is {N}, expected a multiple of 16 for SwiGLU: 8 gates, 8 ups; use two products"
+        )
+    strips, along_k, groups = tiled_shape(N, x.shape[-1], group_size)
+    _expect(op, "tiles", tiles, (strips, along_k, 8, 4, 4), (torch.int32,), x)
+    _expect(op, "scales", scales, (strips, groups, 8, 2), FLOATS[1:], x)
+    if zeros is not None:
+        _expect(op, "zeros", zeros, (strips, groups, 8, 2), (torch.uint8,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+    outputs = N // 2 if swiglu else N
+    if residual is not None:
+        _expect(op, "residual", residual, (*x.shape[:-1], outputs), (x.dtype,), x)
+    return outputs
+
+
+def w4a16_tiles(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    N: int,
+    swiglu: bool,
+) -> Tensor:
+    """4-bit weights in tiles, as `int4tiles.pack_tiles` returns them, times floating activations, and what follows.
+
+    Args:
+        x: float [..., K].
+        tiles: int32 [strips, tiles, 8, 4, 4].
+        scales: float16 or bfloat16 [strips, groups, 8, 2].
+        zeros: uint8 of the same shape, or None: every zero is 8.
+        bias: float [N] or None.
+        residual: x.dtype [..., N] ([..., N/2] with swiglu), added last, or None.
+        group_size: columns that share a scale, a multiple of 32, or 0 for one scale a row.
+        swiglu: y = silu(gate) * up, rows of w in turns of 8 gates and 8 ups (`packing.merge_rows`).
+
+    Returns:
+        y of x.dtype [..., N], [..., N/2] with swiglu.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
+    """
+    outputs = _check_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
+    flat = None if residual is None else residual.view(-1, outputs)
+    rest = (scales, zeros, bias, flat, group_size, N, swiglu)
+    return _run("w4a16_tiles", x, tiles, *rest, N=N, outputs=outputs, group_size=group_size)
 
 
 def _check_w4a16_cpu(
@@ -171,13 +254,15 @@ def w4a16_cpu(
 ) -> Tensor:
     """4-bit weights in the order of this CPU, as `int4pack.pack_cpu` returns them, times x [..., K]; see `w4a16`."""
     _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
-    return _run("w4a16_cpu", x, packed, scales_and_zeros, residual, bias, group_size, group_size=group_size)
+    N = len(packed)
+    rest = (scales_and_zeros, residual, bias, group_size)
+    return _run("w4a16_cpu", x, packed, *rest, N=N, outputs=N, group_size=group_size)
 
 
 def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """8-bit weights (int8 or float8_e4m3fn [N, K], scales float32 [N, 1]) times floating activations; see `w4a16`."""
     _check_8bit("w8a16", x, codes, scales, None, bias)
-    return _run("w8a16", x, codes, scales, bias)
+    return _run("w8a16", x, codes, scales, bias, N=len(codes), outputs=len(codes))
 
 
 def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -193,7 +278,7 @@ def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, b
     Returns and raises as `w4a16`.
     """
     _check_8bit("w8a8", x, codes, scales, input_scale, bias)
-    return _run("w8a8", x, codes, scales, input_scale, bias)
+    return _run("w8a8", x, codes, scales, input_scale, bias, N=len(codes), outputs=len(codes))
 
 
 def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -202,7 +287,7 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
     scales: float32 [ceil(N/128), ceil(K/128)]. The rest as in `w4a16`.
     """
     _check_8bit("fp8_block", x, codes, scales, None, bias)
-    return _run("fp8_block", x, codes, scales, bias)
+    return _run("fp8_block", x, codes, scales, bias, N=len(codes), outputs=len(codes))
 
 
 def _result(x: Tensor, codes: Tensor) -> Tensor:
@@ -212,6 +297,11 @@ def _result(x: Tensor, codes: Tensor) -> Tensor:
 def _fake_w4a16(x, codes, scales, zeros, bias, group_size):
     _check_w4a16(x, codes, scales, zeros, bias, group_size)
     return _result(x, codes)
+
+
+def _fake_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu):
+    outputs = _check_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
+    return x.new_empty((*x.shape[:-1], outputs))
 
 
 def _fake_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size):
@@ -236,6 +326,7 @@ def _fake_fp8_block(x, codes, scales, bias):
 
 for _name, _implementation, _fake in (
     ("w4a16", w4a16, _fake_w4a16),
+    ("w4a16_tiles", w4a16_tiles, _fake_w4a16_tiles),
     ("w4a16_cpu", w4a16_cpu, _fake_w4a16_cpu),
     ("w8a16", w8a16, _fake_w8a16),
     ("w8a8", w8a8, _fake_w8a8),

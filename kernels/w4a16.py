@@ -34,14 +34,6 @@ def reference(
     return y if bias is None else y + bias.double()
 
 
-def reference_epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
-    """What the kernels do to x w^T + bias [M, N] before they store it, in the dtype of y."""
-    if swiglu:
-        gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
-        y = (torch.nn.functional.silu(gate) * up).flatten(1)
-    return y if residual is None else y + residual
-
-
 def has_inline_asm() -> bool:
     """Whether kernels may use PTX: on an NVIDIA GPU, not in Triton's interpreter and not on AMD."""
     return torch.version.hip is None and not triton.knobs.runtime.interpret

@@ -233,6 +233,10 @@ def w4a16_decode_kernel(
 @cache
 def _counters(device: torch.device) -> Tensor:
     """Zeros for stream-K, one row a launch in turn; a launch leaves its row at zero."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "w4a16_decode: its first launch is being captured; run the product once before the capture"
+        )
     return torch.zeros(LAUNCHES, COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -278,7 +282,7 @@ def w4a16_decode(
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = has_inline_asm() and x.is_cuda
     pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
-    options = dict(launch_pdl=True) if pdl else {}
+    options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
     if asm and chosen["max_registers"]:
         options["maxnreg"] = chosen["max_registers"]
     w4a16_decode_kernel[(programs if stream else blocks,)](

@@ -8,12 +8,13 @@ from torch import nn
 
 import quantkit.kernels.ops  # noqa: F401  (defines torch.ops.quantkit)
 from quantkit.errors import QuantKitError
-from quantkit.kernels.dispatch import kernel_name
+from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
+from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
 from quantkit.packing import CODES_PER_WORD, QuantizedTensor
 from quantkit.scheme import Scheme
 
-REPACKED = ("packed", "scales_and_zeros", "residual")
+REPACKED = ("packed", "packed_scales", "packed_zeros")
 CODE_DTYPES = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -43,13 +44,26 @@ def tensor_specs(
     return specs
 
 
+def repacked_op(
+    scheme: Scheme,
+    target: str,
+    N: int,
+    K: int,
+    x_dtype: torch.dtype,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> str | None:
+    """The op of the layout that `QuantLinear.repack` chooses for a device of this target; None: the neutral one."""
+    if scheme.weight != "int4":
+        return None
+    if target == "cpu":
+        why_not = not_packable(N, K, scheme.group_size or K, x_dtype, scale_dtype)
+        return None if why_not else "w4a16_cpu"
+    return None if not_tileable(scheme.group_size or 0, x_dtype, scale_dtype) else "w4a16_tiles"
+
+
 def kernel_of(scheme: Scheme, target: str, M: int, N: int, K: int, x_dtype: torch.dtype) -> str:
     """Name of the kernel that a loaded QuantLinear [N, K] runs for x [M, K] on a target of `kernels.dispatch`."""
-    packable = scheme.weight == "int4" and target == "cpu"
-    if packable and not not_packable(N, K, scheme.group_size or K, x_dtype, torch.bfloat16):
-        op = "w4a16_cpu"
-    else:
-        op = scheme.op
+    op = repacked_op(scheme, target, N, K, x_dtype) or scheme.op
     try:
         return kernel_name(op, target, M, N, K, x_dtype, CODE_DTYPES[scheme.weight], scheme.group_size or 0)
     except ValueError as error:
@@ -60,14 +74,16 @@ class QuantLinear(nn.Module):
     """y = x @ dequantize(codes, scales, zeros)^T + bias, by the kernel that dispatch picks for the device.
 
     Codes and scales are parameters (not buffers) so that transformers' tensor parallelism shards them. `repack`
-    puts the codes into an order that the device reads faster, in the place of the neutral ones; saving and
-    moving to another device bring those back.
+    puts int4 weights into an order that the device reads faster, in the place of the neutral ones; saving brings
+    those back, and moving to another device the order of that one.
 
     Attributes:
         scheme: what the tensors mean.
         codes, scales, zeros, input_scale: the neutral layout of `quantkit.packing`; the last two may be None.
-            codes is None while repacked: ask `quantized()`.
-        packed, scales_and_zeros, residual: the layout of `kernels/int4pack.py`, None unless repacked.
+            codes is None while repacked, on a GPU scales and zeros too: ask `quantized()`.
+        packed, packed_scales, packed_zeros: on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
+            `kernels/int4tiles.py` does; None unless repacked.
+        repacked_for: the dtype of x that they were packed for, or None.
         bias: [out_features] in the model's dtype, or None.
         weight: int64 [2], the numbers (N, K). In a checkpoint it stands under the name that a plain model
             gives its weight, so that a reader that does not know quantkit meets a shape mismatch and stops,
@@ -75,14 +91,15 @@ class QuantLinear(nn.Module):
     """
 
     codes: nn.Parameter | None
-    scales: nn.Parameter
+    scales: nn.Parameter | None
     zeros: nn.Parameter | None
     input_scale: nn.Parameter | None
     bias: nn.Parameter | None
     weight: torch.Tensor
     packed: torch.Tensor | None
-    scales_and_zeros: torch.Tensor | None
-    residual: torch.Tensor | None
+    packed_scales: torch.Tensor | None
+    packed_zeros: torch.Tensor | None
+    repacked_for: torch.dtype | None = None
     _hf_quantized_needs_local_tp = True  # transformers hands such a module its local shard
 
     def __init__(
@@ -128,14 +145,24 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The packed weight in the neutral layout."""
+        codes, scales, zeros = self._neutral()
         return QuantizedTensor(
-            self.scheme,
-            (self.out_features, self.in_features),
-            self.codes if self.packed is None else unpack_cpu(self.packed),  # type: ignore[arg-type]
-            self.scales,
-            self.zeros,
-            self.input_scale,
+            self.scheme, (self.out_features, self.in_features), codes, scales, zeros, self.input_scale
         )
+
+    def _neutral(self) -> tuple[Any, Any, Any]:
+        """codes, scales and zeros in the neutral layout."""
+        if self.packed is None:
+            return self.codes, self.scales, self.zeros
+        if self.device.type == "cpu":
+            return unpack_cpu(self.packed), self.scales, self.zeros
+        group_size, N, K = self.scheme.group_size or 0, self.out_features, self.in_features
+        return unpack_tiles(self.packed, self.packed_scales, self.packed_zeros, group_size, N, K)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return (self.codes if self.packed is None else self.packed).device  # type: ignore[union-attr]
 
     @property
     def weight_bytes(self) -> int:
@@ -144,26 +171,35 @@ class QuantLinear(nn.Module):
         return sum(t.nbytes for name, t in tensors if name not in ("bias", "weight"))
 
     def repack(self, x_dtype: torch.dtype) -> None:
-        """Puts int4 codes on a CPU into the order of PyTorch's own kernel, where that is the faster one for x_dtype."""
-        if self.codes is None or self.scheme.weight != "int4" or self.codes.device.type != "cpu":
+        """Puts an int4 weight into the order that its device reads fastest for x of this dtype, if it has one."""
+        if self.codes is None or self.scales is None or self.device.type not in ("cpu", "cuda"):
             return
-        group_size = self.scheme.group_size or self.in_features
-        if not_packable(self.out_features, self.in_features, group_size, x_dtype, self.scales.dtype):
+        target = target_of(self.device)
+        N, K = self.out_features, self.in_features
+        op = repacked_op(self.scheme, target, N, K, x_dtype, self.scales.dtype)
+        if op == "w4a16_cpu":
+            weights = pack_cpu(self.codes, self.scales, self.zeros, self.scheme.group_size or K)
+        elif op == "w4a16_tiles":
+            weights = pack_tiles(self.codes, self.scales, self.zeros, self.scheme.group_size or 0, K)
+            self.scales = self.zeros = None
+        else:
             return
-        self.packed, self.scales_and_zeros, self.residual = pack_cpu(
-            self.codes, self.scales, self.zeros, group_size
-        )
         self.codes = None
+        self.packed, self.packed_scales, self.packed_zeros = weights
+        self.repacked_for = x_dtype
 
     def unpack(self) -> None:
         """Undoes `repack`."""
         if self.packed is not None:
-            self.codes = nn.Parameter(unpack_cpu(self.packed), requires_grad=False)
-            self.packed = self.scales_and_zeros = self.residual = None
+            for name, tensor in zip(("codes", "scales", "zeros"), self._neutral(), strict=True):
+                setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            self.packed = self.packed_scales = self.packed_zeros = self.repacked_for = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.packed is not None:  # first, where the parameter would stand: the order decides the shards
-            destination[prefix + "codes"] = unpack_cpu(self.packed)
+        if self.packed is not None:  # first, where the parameters would stand: the order decides the shards
+            for name, tensor in zip(("codes", "scales", "zeros"), self._neutral(), strict=True):
+                if tensor is not None:
+                    destination[prefix + name] = tensor.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -172,9 +208,11 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.quantkit
+        weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias)
+        if self.packed is not None and self.device.type == "cpu":
+            return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)
         if self.packed is not None:
-            group_size = self.scheme.group_size or self.in_features
-            return ops.w4a16_cpu(x, self.packed, self.scales_and_zeros, self.residual, self.bias, group_size)
+            return ops.w4a16_tiles(x, *weights, None, self.scheme.group_size or 0, self.out_features, False)
         if self.scheme.op == "w4a16":
             return ops.w4a16(x, self.codes, self.scales, self.zeros, self.bias, self.scheme.group_size or 0)
         if self.scheme.op == "w8a16":
@@ -185,6 +223,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantLinear":
         """Moves between devices, but `.half()` and `.to(dtype)` change the bias alone: codes are not numbers to cast."""
+        x_dtype = self.repacked_for
         self.unpack()
         stored = {id(p) for name, p in self.named_parameters() if name != "bias"}
 
@@ -192,7 +231,10 @@ class QuantLinear(nn.Module):
             out = fn(tensor)
             return tensor.to(out.device) if id(tensor) in stored and out.dtype != tensor.dtype else out
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        if x_dtype is not None:
+            self.repack(fn(torch.empty(0, dtype=x_dtype)).dtype)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, bias={self.bias is not None}"

@@ -98,9 +98,9 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         raise QuantKitError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
     for module in model.modules():
-        if isinstance(module, QuantLinear) and not module.scales.is_meta:
+        if isinstance(module, QuantLinear) and module.device.type != "meta":
             N, K = module.out_features, module.in_features
-            kernel_of(module.scheme, target_of(module.scales.device), 1, N, K, model.dtype)
+            kernel_of(module.scheme, target_of(module.device), 1, N, K, model.dtype)
     return model.eval()
 
 
