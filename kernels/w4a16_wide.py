@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP
-from quantkit.kernels.w4a16 import MOVE, fragments, has_inline_asm, load_pair, store_outputs
+from quantkit.kernels.w4a16 import MOVE, fragments, halves, ptx_level, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -37,7 +37,7 @@ def load_weights(
     q_ptr, scales_ptr, zeros_ptr, row_at, exists, unit, units, stride_strip,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Tiles, scales and, if there are any, zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P, h], [c, g, W, R, P]."""
+    """Tiles, scales and, if there are any, zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P] and the same."""
     unit = tl.full((1, 1, 1, 1, 1), unit, tl.int32)
     inside = exists & (unit < units)
     r = tl.arange(0, R)[None, None, None, :, None, None]
@@ -46,7 +46,7 @@ def load_weights(
     q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)
     part = tl.arange(0, P)[None, None, None, None, :]
     group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
-    s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
+    s = tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0)
     if zeros_ptr is None:
         return q, s
     else:
@@ -108,7 +108,7 @@ def w4a16_wide_kernel(
         zeros = None
         if zeros_ptr is not None:
             zeros = tl.join(held[2] & 0xFF, (held[2] >> 8) & 0xFF)
-        w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, held[1], x.dtype, ASM)
+        w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, halves(held[1], SCALE_DTYPE), x.dtype, ASM)
         w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(BLOCK_N, C * 64)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         if ASM:
@@ -142,8 +142,8 @@ def w4a16_wide(
     block_m, rows, warps = chosen["block_m"], chosen["rows"], chosen["warps"]
     y = x.new_empty(M, N // 2 if swiglu else N)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, rows * warps * STRIP))
-    asm = has_inline_asm() and x.is_cuda
-    pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    asm = ptx_level(x)
+    pdl = asm >= 90
     options = dict(launch_pdl=True) if pdl else {}
     w4a16_wide_kernel[grid](
         x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
