@@ -68,7 +68,7 @@ def dequantize_tiles_kernel(
     at += g[:, :, :, :, :, None] * 16 + c[:, :, :, :, :, None] * 4 + kt
     q = tl.load(tiles_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)  # c g W R=1 C kt
     part = tl.arange(0, P)[None, None, None, None, :]
-    group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+    group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
     row_at = (strip * groups + group) * 8 + g + 0 * c
     scales = halves(tl.load(scales_ptr + row_at, mask=inside, other=0), SCALE_DTYPE)
     zeros = None

@@ -161,7 +161,9 @@ def w4a16_decode_kernel(
         qs, ss, zs = (), (), ()
         for d in tl.static_range(D):
             ahead = unit + d * WK
-            group = (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+            group = (
+                (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+            )
             inside = (ahead < end)[None, None, :, None, None]
             if not EVEN_N:
                 inside = inside & exists
@@ -180,7 +182,9 @@ def w4a16_decode_kernel(
                     x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
                 ahead = unit + D * WK
                 group = (
-                    (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+                    (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64))
+                    if G > 0
+                    else 0 * part
                 )
                 inside = (ahead < end)[None, None, :, None, None]
                 if not EVEN_N:
