@@ -55,10 +55,11 @@ lop3.b32 $3, c, 0x000f000f, magic, 0xea;
 }"""
 UNPACK_BF16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x43004300"))  # 128 + q
 UNPACK_F16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x64006400"))  # 1024 + q
-ADD_BF16 = tl.constexpr("add.rn.bf16x2 $0, $1, $2;")
-FMA_BF16 = tl.constexpr("{\n.reg .b32 one;\nmov.b32 one, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, one, $2;\n}")
+ADD_BF16 = tl.constexpr("add.rn.bf16x2 $0, $1, $2;")  # sm_90 has these two; FMA does the same with more registers
+MUL_BF16 = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+ADD_BF16_FMA = tl.constexpr("{\n.reg .b32 i;\nmov.b32 i, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, i, $2;\n}")
+MUL_BF16_FMA = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")
 ADD_F16 = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
-MUL_BF16 = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")
 MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 
@@ -102,15 +103,17 @@ def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
         minus = tl.broadcast_to(_twice(minus), w.shape)
         if dtype == tl.bfloat16 and ASM >= 90:
             w = tl.inline_asm_elementwise(ADD_BF16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
-        elif dtype == tl.bfloat16:  # the same with more registers
-            w = tl.inline_asm_elementwise(FMA_BF16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
+        elif dtype == tl.bfloat16:
+            w = tl.inline_asm_elementwise(ADD_BF16_FMA, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
         else:
             w = tl.inline_asm_elementwise(ADD_F16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
         if scales is not None:
             bits = scales.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
             by = tl.broadcast_to(_twice(bits)[:, :, :, :, :, None, :, None], w.shape)
-            if dtype == tl.bfloat16:
+            if dtype == tl.bfloat16 and ASM >= 90:
                 w = tl.inline_asm_elementwise(MUL_BF16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
+            elif dtype == tl.bfloat16:
+                w = tl.inline_asm_elementwise(MUL_BF16_FMA, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
             else:
                 w = tl.inline_asm_elementwise(MUL_F16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
         pair = tl.join(w & 0xFFFF, (w >> 16) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
