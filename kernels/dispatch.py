@@ -103,6 +103,12 @@ def _wide(problem: Problem) -> str | None:
     return _triton(problem)
 
 
+def _hopper(problem: Problem) -> str | None:
+    if problem.target != "sm_90":
+        return f"is written for sm_90, not for {problem.target}"
+    return _wide(problem)
+
+
 def _decode(problem: Problem) -> str | None:
     if problem.M > DECODE_MAX_M:
         return f"takes {DECODE_MAX_M} rows of x, not {problem.M}"
@@ -145,6 +151,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "w4a16_tiles": (
         Kernel("w4a16_decode", "w4a16_decode", _decode),
+        Kernel("w4a16_hopper", "w4a16_hopper", _hopper),
         Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M),
         Kernel("w4a16_tiles_vendor", "dequantize", _triton),
         Kernel("w4a16_tiles_dequantize", "cpu", _cpu),
