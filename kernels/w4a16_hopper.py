@@ -26,6 +26,9 @@ SCALE = "{{\nadd.rn.{0}x2 $0, $1, $2;\nmul.rn.{0}x2 $0, $0, $3;\n}}"
 SCALE_BF16 = gl.constexpr(SCALE.format("bf16"))  # (q - zero) * scale, two at a time
 SCALE_F16 = gl.constexpr(SCALE.format("f16"))
 
+# Triton 3.9's name, and 3.6's
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 Config = dict[str, int]
 
 
@@ -156,7 +159,7 @@ def w4a16_hopper_kernel(
     _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
     for i in gl.static_range(STAGES - 1):
         mbarrier.expect(full.index(i), x_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(x_desc, [m0, i * (C * 64)], full.index(i), ring.index(i))
+        load_tile(x_desc, [m0, i * (C * 64)], full.index(i), ring.index(i))
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     other = gl.zeros((BLOCK_N, C * 64), DTYPE, gl.DotOperandLayout(0, MMA, 2))
     for pair in range(0, steps, 2):
@@ -181,9 +184,7 @@ def w4a16_hopper_kernel(
             ahead = unit + STAGES - 1
             slot = ahead % STAGES
             mbarrier.expect(full.index(slot), x_desc.block_type.nbytes, pred=ahead < steps)
-            tma.async_copy_global_to_shared(
-                x_desc, [m0, ahead * (C * 64)], full.index(slot), ring.index(slot), pred=ahead < steps
-            )
+            load_tile(x_desc, [m0, ahead * (C * 64)], full.index(slot), ring.index(slot), pred=ahead < steps)
     acc, other = warpgroup_mma_wait(0, deps=(acc, other))
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(full.index(i))
