@@ -134,7 +134,8 @@ def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
             code -= zeros.to(tl.int32)[:, :, :, :, :, None, :, None, None]
         if scales is None:
             return code.to(dtype)
-        return (code * scales.to(tl.float32)[:, :, :, :, :, None, :, None, None]).to(dtype)
+        else:
+            return (code * scales.to(tl.float32)[:, :, :, :, :, None, :, None, None]).to(dtype)
 
 
 @triton.jit

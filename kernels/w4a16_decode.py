@@ -279,13 +279,19 @@ def w4a16_decode(
         rows //= 2
     block_n, columns = warps_n * rows * STRIP, 8 if M <= 8 else 16
     y = x.new_empty(M, N // 2 if swiglu else N)
-    programs, blocks = chosen["programs"], triton.cdiv(N, block_n)
+    tiles_of_unit = 1 if group_size % PAD_K else 2
+    blocks, steps = (
+        triton.cdiv(N, block_n),
+        triton.cdiv(tiles.shape[1] // tiles_of_unit, warps_k * chosen["depth"]),
+    )
+    programs = min(
+        chosen["programs"], blocks * steps
+    )  # one without a step would be counted, but not waited for
     stream = programs > 0 and blocks <= COUNTERS
     partial = counters = None
     if stream:
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
         counters = _counters(x.device)[next(_launch) % LAUNCHES]
-    tiles_of_unit = 1 if group_size % PAD_K else 2
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = ptx_level(x)
     pdl = asm >= 90

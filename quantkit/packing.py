@@ -11,14 +11,17 @@ Neutral layout, the one on disk (FORMAT.md): rows are output features.
            [ceil(N/128), ceil(K/128)]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from quantkit.errors import QuantKitError
 from quantkit.scheme import Scheme
 
 CODES_PER_WORD = 8  # 4-bit codes in an int32
 SYMMETRIC_ZERO = 8
+TURN = 8  # rows of one part, then as many of the other, where gates and ups are interleaved
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -86,3 +89,75 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> QuantizedTensor:
+    """One weight from several that multiply the same x: q, k and v, or gate and up. Codes and scales stay as they are.
+
+    Args:
+        parts: weights [N_i, K] of one scheme.
+        interleave: two parts of equal N, in turns of 8 rows: what the int4 kernels want for SwiGLU, gates first.
+
+    Returns:
+        The weight [sum of N_i, K], rows of the first part first.
+
+    Raises:
+        QuantKitError: the parts differ in scheme, K, dtype of the scales, device or static activation scale, or
+            rows of two parts would meet in one block of fp8-block.
+    """
+    if not parts:
+        raise QuantKitError(
+            "merge_rows: found no parts, expected at least one weight; pass the weights to merge"
+        )
+    first = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        for what, found, expected in (
+            ("scheme", part.scheme.label, first.scheme.label),
+            ("K", part.shape[1], first.shape[1]),
+            ("dtype of scales", part.scales.dtype, first.scales.dtype),
+            ("device", part.codes.device, first.codes.device),
+        ):
+            if found != expected:
+                raise QuantKitError(
+                    f"merge_rows: part {i} has {what} {found}, expected {expected} as part 0; keep them apart"
+                )
+        if first.input_scale is not None and not torch.equal(first.input_scale, part.input_scale):  # type: ignore[arg-type]
+            raise QuantKitError(
+                f"merge_rows: part {i} has input_scale {part.input_scale.item():g}, expected "  # type: ignore[union-attr]
+                f"{first.input_scale.item():g} as part 0; calibrate them together or keep them apart"
+            )
+    rows = [part.shape[0] for part in parts]
+    block = first.scheme.block_size
+    if interleave and (len(parts) != 2 or rows[0] != rows[1] or rows[0] % TURN):
+        raise QuantKitError(
+            f"merge_rows: interleaved parts have N {', '.join(map(str, rows))}, expected two of the same multiple "
+            f"of {TURN}; merge them without interleave"
+        )
+    if block and interleave:
+        raise QuantKitError(
+            f"merge_rows: {first.scheme.label} has one scale for {block} rows, expected one a row or "
+            f"group to interleave; merge them without interleave"
+        )
+    if block and any(n % block for n in rows[:-1]):
+        raise QuantKitError(
+            f"merge_rows: {first.scheme.label} parts have N {', '.join(map(str, rows))}, expected multiples of "
+            f"{block} before the last, or two parts would share a block; keep them apart"
+        )
+
+    def merge(tensors: list[torch.Tensor]) -> torch.Tensor:
+        bits = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors]
+        if interleave:
+            merged = torch.stack([t.unflatten(0, (-1, TURN)) for t in bits], 1).flatten(0, 2)
+        else:
+            merged = torch.cat(bits)
+        return merged.view(tensors[0].dtype)
+
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantizedTensor(
+        first.scheme,
+        (sum(rows), first.shape[1]),
+        merge([part.codes for part in parts]),
+        merge([part.scales for part in parts]),
+        merge(zeros) if zeros else None,
+        first.input_scale,
+    )

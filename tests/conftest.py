@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 
+from rounding import Random
+
 # Triton reads this when a kernel is defined, hence before any test module imports one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -66,6 +68,12 @@ def _poison(allocate):
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def random() -> Random:
+    """The same operands in every test."""
+    return Random(torch.Generator().manual_seed(0))
 
 
 # Small models of every supported architecture, with what makes each of them different switched on.

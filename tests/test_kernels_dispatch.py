@@ -2,25 +2,75 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from quantkit.kernels.dispatch import KERNELS, kernel_name
+from quantkit.kernels import tuned
+from quantkit.kernels.dispatch import KERNELS, Problem, choose, kernel_name
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
-CODES = {"w4a16": torch.int32, "w4a16_cpu": torch.uint8, "w8a16": INT8, "w8a8": INT8, "fp8_block": FP8}
+CODES = {
+    "w4a16": torch.int32,
+    "w4a16_tiles": torch.int32,
+    "w4a16_cpu": torch.uint8,
+    "w8a16": INT8,
+    "w8a8": INT8,
+    "fp8_block": FP8,
+}
+DECODES = {"w4a16": "w4a16_vendor", "w4a16_tiles": "w4a16_decode"}  # the others have one Triton kernel
+
+
+@pytest.fixture(autouse=True)
+def _only_the_kernels_own_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tuned, "lookup", lambda *problem: None)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
 
 
 @pytest.mark.parametrize("op", ["w4a16", "w8a16", "w8a8", "fp8_block"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
-def test_every_gpu_has_a_kernel_for_every_op_and_triton_decodes(op, target, dtype):
+def test_every_gpu_has_a_kernel_for_every_op(op, target, dtype):
     for M in (1, 16):
-        assert kernel_name(op, target, M, 4096, 4096, dtype, CODES[op]) == f"{op}_triton"
+        assert kernel_name(op, target, M, 4096, 4096, dtype, CODES[op]) == DECODES.get(op, f"{op}_triton")
     for M in (33, 256, 4096):
         name = kernel_name(op, target, M, 4100, 4100, dtype, CODES[op])
         assert name not in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    ("M", "name"),
+    [
+        (1, "w4a16_decode"),
+        (16, "w4a16_decode"),
+        (17, "w4a16_wide"),
+        (256, "w4a16_wide"),
+        (257, "w4a16_tiles_vendor"),
+    ],
+)
+def test_the_rows_of_x_decide_how_tiles_are_multiplied(target, M, name):
+    for dtype in (torch.float16, BF16):
+        assert kernel_name("w4a16_tiles", target, M, 4096, 4096, dtype, torch.int32, 128) == name
+    by_float32 = kernel_name("w4a16_tiles", target, M, 4096, 4096, torch.float32, torch.int32, 128)
+    assert by_float32 == "w4a16_tiles_vendor"
+
+
+def test_a_table_decides_which_kernel_runs_and_how_unless_it_cannot(monkeypatch):
+    launch = {"rows": 2}
+    measured = {1: ("w4a16_wide", launch), 2: ("w4a16_tiles_vendor", {}), 33: ("w4a16_decode", launch)}
+    monkeypatch.setattr(tuned, "lookup", lambda op, target, M, N, K, group_size: measured.get(M))
+    chosen = {
+        M: choose("w4a16_tiles", Problem("sm_90", M, 4096, 4096, BF16, torch.int32, 128))
+        for M in (1, 2, 3, 33)
+    }
+    assert (chosen[1][0].name, chosen[1][1]) == ("w4a16_wide", launch)
+    assert (chosen[2][0].name, chosen[2][1]) == ("w4a16_tiles_vendor", None)
+    assert (chosen[3][0].name, chosen[3][1]) == ("w4a16_decode", None)
+    assert (chosen[33][0].name, chosen[33][1]) == ("w4a16_wide", None)  # decode takes 16 rows
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -49,7 +99,7 @@ def test_a_cpu_uses_the_packed_kernels_where_they_run_and_win(op, M, N, K, codes
     [
         ("sm_75", 1, 128, "needs compute capability 8.0 (sm_80) or newer, not sm_75"),
         ("gfx1100", 1, 128, "runs on NVIDIA sm_80 and newer and on AMD gfx942 and gfx950, not on gfx1100"),
-        ("sm_90", 1, 48, "needs a group_size that is a multiple of 32, or 0, not 48"),
+        ("sm_90", 1, 12, "needs a group_size that is a multiple of 8, or 0, not 12"),
         ("sm_90", 64, 12, "needs a group_size that is a multiple of 8, or 0, not 12"),
     ],
 )
@@ -62,7 +112,7 @@ def test_no_kernel_lists_every_reason(target, M, group_size, reason):
 
 def test_an_unknown_op_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown op 'w3a16'; known: w4a16, w4a16_cpu, w8a16, w8a8, fp8_block"
+        ValueError, match="unknown op 'w3a16'; known: w4a16, w4a16_tiles, w4a16_cpu, w8a16, w8a8, fp8_block"
     ):
         kernel_name("w3a16", "cpu", 1, 1, 1, BF16, torch.int32)
 

@@ -7,6 +7,7 @@ import torch
 
 from quantkit.calibration.rtn import rtn
 from quantkit.linear import QuantLinear
+from quantkit.packing import QuantizedTensor
 from quantkit.scheme import parse_scheme
 
 PACKED = ["w4a16-g32", "w4a16-g128-asym"]
@@ -18,12 +19,19 @@ def linear(label: str, N: int = 48, K: int = 256) -> QuantLinear:
     return QuantLinear.from_quantized(rtn(weight, parse_scheme(label)), bias)
 
 
+def assert_same_weight(weight: QuantizedTensor, expected: QuantizedTensor) -> None:
+    assert (weight.scheme, weight.shape) == (expected.scheme, expected.shape)
+    found, stored = weight.tensors(), expected.tensors()
+    assert list(found) == list(stored)
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+
+
 @pytest.mark.parametrize("label", PACKED)
 def test_repacking_keeps_product_and_codes(label):
     module, repacked = linear(label).bfloat16(), linear(label).bfloat16()
     repacked.repack(torch.bfloat16)
     assert repacked.codes is None
-    assert torch.equal(repacked.quantized().codes, module.codes)
+    assert_same_weight(repacked.quantized(), module.quantized())
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     w = module.quantized().dequantize(torch.float64)
     exact = x.double() @ w.T + module.bias.double()
@@ -43,13 +51,47 @@ def test_the_state_dict_is_neutral_and_in_the_same_order(label):
     assert torch.equal(repacked.codes, module.codes)
 
 
-def test_moving_and_copying_bring_the_neutral_codes_back():
-    module, repacked = linear("w4a16-g32"), linear("w4a16-g32")
+@pytest.mark.parametrize("label", PACKED)
+def test_a_copy_keeps_the_packing(label):
+    module, repacked = linear(label), linear(label)
     repacked.repack(torch.bfloat16)
     clone = copy.deepcopy(repacked)
-    assert torch.equal(clone.quantized().codes, module.codes)
-    assert torch.equal(repacked.half().codes, module.codes)
+    assert clone.codes is None
+    assert clone.repacked_for == torch.bfloat16
+    assert torch.equal(clone.packed, repacked.packed)
+    assert clone.packed.data_ptr() != repacked.packed.data_ptr()
+    assert_same_weight(clone.quantized(), module.quantized())
+
+
+@pytest.mark.parametrize("label", PACKED)
+@pytest.mark.parametrize("move", [lambda m: m.cpu(), lambda m: m.to("cpu"), lambda m: m.bfloat16()])
+def test_moving_packs_again_and_keeps_the_product(label, move):
+    module, repacked = linear(label).bfloat16(), linear(label).bfloat16()
+    repacked.repack(torch.bfloat16)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    before = repacked(x)
+    assert move(repacked) is repacked
+    assert repacked.repacked_for == torch.bfloat16
+    assert torch.equal(repacked(x), before)
+    assert_same_weight(repacked.quantized(), module.quantized())
+
+
+@pytest.mark.parametrize("label", PACKED)
+def test_half_leaves_the_neutral_layout_since_the_cpu_packs_for_bfloat16_alone(label):
+    module, repacked = linear(label), linear(label)
+    repacked.repack(torch.bfloat16)
+    repacked.half()
     assert repacked.packed is None
+    assert repacked.repacked_for is None
+    assert repacked.bias.dtype == torch.float16
+    assert_same_weight(repacked.quantized(), module.quantized())
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).half()
+    assert torch.equal(repacked(x), module.half()(x))
+
+
+def test_what_was_never_packed_moves_without_packing():
+    module = linear("w4a16-g32").bfloat16().cpu()
+    assert module.packed is None
 
 
 @pytest.mark.parametrize("label", ["w8a16", "fp8", "w4a16-channel"])

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from quantkit.packing import QuantizedTensor, expand_groups, pack_int4, unpack_int4
+from quantkit.calibration.rtn import rtn
+from quantkit.errors import QuantKitError
+from quantkit.linear import QuantLinear
+from quantkit.packing import QuantizedTensor, expand_groups, merge_rows, pack_int4, unpack_int4
 from quantkit.scheme import parse_scheme
 
 
@@ -89,3 +94,111 @@ def test_tensors_lists_what_is_stored_and_its_bytes():
     assert (list(plain.tensors()), plain.nbytes) == (["codes", "scales"], 15 + 12)
     static = QuantizedTensor(parse_scheme("fp8-static"), (3, 5), codes, scale, input_scale=torch.ones(1))
     assert (list(static.tensors()), static.nbytes) == (["codes", "scales", "input_scale"], 15 + 12 + 4)
+
+
+def quantized(
+    label: str, N: int, K: int = 200, seed: int = 0, scale_dtype: torch.dtype = torch.bfloat16
+) -> QuantizedTensor:
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    part = rtn(weight, parse_scheme(label), scale_dtype=scale_dtype)
+    return replace(part, input_scale=torch.tensor([0.5])) if label == "fp8-static" else part
+
+
+MERGED = ["w4a16-g32", "w4a16-g128-asym", "w4a16-channel", "w8a16", "w8a8", "fp8", "fp8-static", "fp8-w8a16"]
+
+
+@pytest.mark.parametrize("label", MERGED)
+def test_merged_rows_are_the_parts_rows_one_part_after_the_other(label):
+    parts = [quantized(label, N, seed=N) for N in (24, 8, 10)]
+    merged = merge_rows(parts)
+    assert merged.shape == (42, 200)
+    assert merged.scheme == parts[0].scheme
+    assert merged.codes.dtype == parts[0].codes.dtype
+    assert torch.equal(merged.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    # what one linear would store
+    whole = QuantLinear(merged.scheme, 200, 42, scale_dtype=merged.scales.dtype)
+    assert {k: t.shape for k, t in merged.tensors().items()} == {
+        k: t.shape for k, t in whole.quantized().tensors().items()
+    }
+
+
+@pytest.mark.parametrize("label", MERGED)
+def test_a_merged_product_is_the_parts_products_side_by_side(label):
+    parts = [quantized(label, N, seed=N) for N in (32, 16, 16)]
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(9))
+    apart = torch.cat([QuantLinear.from_quantized(part)(x) for part in parts], 1)
+    merged = merge_rows(parts)
+    magnitude = x.abs() @ merged.dequantize().abs().T
+    error = (QuantLinear.from_quantized(merged)(x) - apart).abs()
+    assert (error <= 208 * 2**-23 * magnitude).all()  # K float32 additions in another order
+
+
+@pytest.mark.parametrize("label", MERGED)
+def test_interleaved_rows_stand_in_turns_of_eight(label):
+    gate, up = quantized(label, 24), quantized(label, 24, seed=1)
+    w = merge_rows([gate, up], interleave=True).dequantize()
+    assert w.shape == (48, 200)
+    assert torch.equal(w.view(3, 2, 8, 200)[:, 0].flatten(0, 1), gate.dequantize())
+    assert torch.equal(w.view(3, 2, 8, 200)[:, 1].flatten(0, 1), up.dequantize())
+
+
+def test_merged_blocks_of_fp8_stay_whole():
+    parts = [
+        quantized("fp8-block", 256),
+        quantized("fp8-block", 128, seed=1),
+        quantized("fp8-block", 40, seed=2),
+    ]
+    merged = merge_rows(parts)
+    assert merged.scales.shape == (4, 2)
+    assert torch.equal(merged.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_one_part_alone_is_itself():
+    part = quantized("w4a16-g32-asym", 24)
+    for name, tensor in merge_rows([part]).tensors().items():
+        assert torch.equal(tensor, part.tensors()[name])
+
+
+REFUSED = [  # parts, interleave, what the message must say
+    ((), False, "found no parts, expected at least one weight"),
+    (("w4a16-g32", "w4a16-g64"), False, "part 1 has scheme w4a16-g64, expected w4a16-g32 as part 0"),
+    (("w4a16-g32", "w4a16-g32-asym"), False, "part 1 has scheme w4a16-g32-asym, expected w4a16-g32"),
+    (("w8a16", ("w8a16", 16, 100)), False, "part 1 has K 100, expected 200 as part 0"),
+    (
+        ("w4a16-g32", ("w4a16-g32", 16, 200, 0, torch.float16)),
+        False,
+        "part 1 has dtype of scales torch.float16, expected torch.bfloat16 as part 0",
+    ),
+    (
+        ("fp8-block", "fp8-block"),
+        False,
+        "fp8-block parts have N 16, 16, expected multiples of 128 before the last",
+    ),
+    ((("fp8-block", 128), ("fp8-block", 128)), True, "fp8-block has one scale for 128 rows"),
+    (("w8a16", "w8a16", "w8a16"), True, "interleaved parts have N 16, 16, 16, expected two"),
+    (
+        ("w8a16", ("w8a16", 24)),
+        True,
+        "interleaved parts have N 16, 24, expected two of the same multiple of 8",
+    ),
+    (
+        (("w8a16", 12), ("w8a16", 12)),
+        True,
+        "interleaved parts have N 12, 12, expected two of the same multiple of 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("parts", "interleave", "message"), REFUSED, ids=[r[2][:40] for r in REFUSED])
+def test_parts_that_cannot_be_merged_say_what_differs(parts, interleave, message):
+    weights = [quantized(p, 16) if isinstance(p, str) else quantized(*p) for p in parts]
+    with pytest.raises(QuantKitError, match=r"^merge_rows: ") as error:
+        merge_rows(weights, interleave)
+    assert message in str(error.value)
+
+
+def test_parts_with_other_activation_scales_stay_apart():
+    part = quantized("fp8-static", 16)
+    other = replace(part, input_scale=torch.tensor([0.25]))
+    with pytest.raises(QuantKitError, match=r"part 1 has input_scale 0\.25, expected 0\.5 as part 0"):
+        merge_rows([part, other])

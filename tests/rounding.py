@@ -1,0 +1,69 @@
+"""Random operands of a product, and the bound that its rounding errors keep: for the tests of the kernels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+FP8 = torch.float8_e4m3fn
+
+
+def triton_runs(dtype: torch.dtype) -> bool:
+    return GPU or dtype != torch.bfloat16
+
+
+@dataclass
+class Random:
+    """Fresh tensors from one seed on the test's device."""
+
+    generator: torch.Generator
+
+    def x(self, M: int, K: int, dtype: torch.dtype) -> Tensor:
+        """Activations with one outlier column and, where there are several rows, a row of zeros."""
+        x = torch.randn(M, K, generator=self.generator)
+        x[:, K // 3] *= 50
+        if M > 1:
+            x[M // 2] = 0
+        return x.to(DEVICE, dtype)
+
+    def int4(self, N: int, K: int) -> Tensor:
+        shape = (N, -(-K // 8))
+        words = torch.randint(-(2**31), 2**31, shape, generator=self.generator).to(torch.int32)
+        if K % 8:  # the neutral layout: columns past K hold the code 0
+            words[:, -1] &= (1 << 4 * (K % 8)) - 1
+        return words.to(DEVICE)
+
+    def bytes8(self, N: int, K: int, dtype: torch.dtype) -> Tensor:
+        """All codes but the NaNs of e4m3."""
+        codes = torch.randint(-127, 128, (N, K), generator=self.generator).to(DEVICE, torch.int8)
+        if dtype == torch.int8:
+            return codes
+        return (codes.abs().clamp(max=0x7E) | codes & -128).view(FP8)  # magnitude and sign bit
+
+    def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.rand(*shape, generator=self.generator) * 0.02 + 0.001).to(DEVICE, dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.randint(0, 16, shape, generator=self.generator).to(DEVICE, torch.uint8)
+
+    def bias(self, N: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(N, generator=self.generator).to(DEVICE, dtype)
+
+
+def assert_within(
+    y: Tensor, expected: Tensor, magnitude: Tensor, K: int, roundings: int = 0, lost: float = 0.0
+) -> None:
+    """|y - expected| <= u |expected| + ((K + 8) 2^-23 + roundings u + lost) magnitude, u the unit roundoff of y.
+
+    The first term is the rounding of y itself; the second that of K float32 additions and of the scales; then what an
+    implementation rounds before the product (`roundings` times to x.dtype), or a tensor core loses (`lost`).
+    magnitude is |x| @ |w| + |bias|.
+    """
+    unit = torch.finfo(y.dtype).eps / 2
+    smallest = torch.finfo(y.dtype).smallest_normal * unit  # half of the smallest subnormal
+    bound = unit * expected.abs() + ((K + 8) * 2**-23 + roundings * unit + lost) * magnitude + smallest
+    error = (y.double() - expected).abs()
+    worst = (error / bound).max().item()
+    assert worst <= 1, f"error is {worst:.2f}x the rounding bound"  # NaN fails too
