@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from quantkit import cli
 from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
 
-VERBS = ("quantize", "inspect", "verify", "eval", "bench", "demo")
+VERBS = ("quantize", "inspect", "verify", "eval", "bench", "tune", "demo")
 QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
 GPTQ = ("--scheme", "w4a16-g32", "--device", "cpu", "--samples", "2", "--seq-len", "16")
 
