@@ -299,7 +299,7 @@ def writable(path: Path) -> None:
         tuned.read(path)
 
 
-def rows(entries: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+def chosen_rows(entries: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     """Cells of a table: weight, groups, M, what was chosen, its time, the default's, and how many times faster."""
     for e in entries:
         launch = " ".join(f"{name}={value}" for name, value in e["launch"].items())

@@ -28,7 +28,7 @@ from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import quality_tables, rich_table, tables
-from quantkit.eval.tune import BUCKETS, Weight, rows, save, tune, writable
+from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writable
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of
@@ -540,7 +540,7 @@ def tune_command(
     table = Table(
         "weight (N, K)", "group", "M", "kernel", Column("launch", overflow="fold"), *right, box=None
     )
-    for cells in rows(found):
+    for cells in chosen_rows(found):
         table.add_row(*cells)
     out.print(table)
     out.print(f"{path}: {len(found)} entries written", highlight=False, soft_wrap=True)

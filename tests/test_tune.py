@@ -1,6 +1,7 @@
 """Tables of measured launches: what is worth timing, what is chosen, what is written, and how a table is obeyed."""
 
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -85,13 +86,14 @@ def test_no_program_of_a_candidate_is_without_work():
         for M in (1, 16):
             for launch in w4a16_decode.candidates(M, N, K, 128, multiprocessors=132):
                 tiles = -(-N // (16 * launch["rows"] * launch["warps_n"]))
-                steps = -(-(-(-K // 128)) // (launch["warps_k"] * launch["depth"]))
+                steps = math.ceil(math.ceil(K / 128) / (launch["warps_k"] * launch["depth"]))
                 assert launch["programs"] <= tiles * steps
 
 
 def test_candidates_follow_the_number_of_multiprocessors():
     few, many = (w4a16_decode.candidates(16, 28672, 4096, 128, mp) for mp in (24, 132))
-    assert max(launch["programs"] for launch in few) < max(launch["programs"] for launch in many)
+    assert 4 * 24 in {launch["programs"] for launch in few}
+    assert 4 * 132 in {launch["programs"] for launch in many}
 
 
 @pytest.mark.parametrize("M", [16, 32, 64, 128, 4096])
@@ -257,8 +259,8 @@ def test_an_entry_reaches_down_to_the_next_bucket():
     assert least_M(3, [3]) == 2
 
 
-@pytest.mark.parametrize("group_size", [0, 32])
-def test_a_table_is_made_and_obeyed(monkeypatch, folder, group_size):
+@pytest.mark.parametrize(("M", "least", "group_size"), [(3, 2, 32), (20, 17, 0)])
+def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
     """The whole way in Triton's interpreter, on a CPU that calls itself sm_90: tune, save, choose, multiply."""
     N, K = 32, 128
     if not GPU:
@@ -266,7 +268,7 @@ def test_a_table_is_made_and_obeyed(monkeypatch, folder, group_size):
     seen: list = []
     table = tune(
         [(N, K, group_size)] * 2,
-        [3, 20],
+        [M],
         DEVICE,
         replays=3,
         working_set=3000,
@@ -277,20 +279,18 @@ def test_a_table_is_made_and_obeyed(monkeypatch, folder, group_size):
         say=pytest.fail,
     )
     label = f"g{group_size}" if group_size else "channel"
-    assert [name for name, _ in seen[::2]] == [f"(32, 128) w4a16-{label} M = {M}" for M in (3, 20)]
-    assert seen[1::2] == table["entries"]
-    assert [(e["M"], e["least_M"]) for e in table["entries"]] == [(3, 2), (20, 17)]
+    (one,) = table["entries"]  # a weight that is named twice is measured once
+    assert seen[0][0] == f"(32, 128) w4a16-{label} M = {M}"
+    assert seen[1:] == [one]
+    assert (one["M"], one["least_M"], one["group_size"]) == (M, least, group_size)
     assert {"device", "torch", "triton", "commit", "date"} <= set(table)
-    for e in table["entries"]:
-        assert 0 < e["us"] <= e["default_us"] or e["launch"]
-        assert 0 < e["rel_error"] < 0.01
-    path = folder / "sm_90.json"
-    save(path, table)
+    assert 0 < one["us"] <= one["default_us"]
+    assert 0 < one["rel_error"] < 0.01
+    save(folder / "sm_90.json", table)
     dispatch.forget()
-    for e in table["entries"]:
-        problem = Problem("sm_90", e["M"], N, K, torch.float16, torch.int32, group_size)
-        kernel, launch = choose("w4a16_tiles", problem)
-        assert (kernel.name, launch or {}) == (e["kernel"], e["launch"])
+    problem = Problem("sm_90", M, N, K, torch.float16, torch.int32, group_size)
+    kernel, launch = choose("w4a16_tiles", problem)
+    assert (kernel.name, launch or {}) == (one["kernel"], one["launch"])
 
 
 def test_a_gpu_that_stopped_is_said(monkeypatch):
@@ -335,7 +335,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             save(path, {"entries": [entry(16)]})
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         save(path, {"entries": [entry(16, us=float("nan"))]})
     assert path.read_text() == before
     assert [file.name for file in path.parent.iterdir()] == ["sm_90.json"]
