@@ -484,9 +484,7 @@ def tune_command(
     ] = None,
     group_size: Annotated[
         list[str] | None,
-        typer.Option(
-            help="32, 64, 128 or channel, one an option; 128. Not with --model alone, which has its own."
-        ),
+        typer.Option(help="32, 64, 128 or channel, one an option; 128, or the model's own, by default."),
     ] = None,
     out_file: Annotated[
         Path | None,
