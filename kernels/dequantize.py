@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair
+from quantkit.kernels.w4a16 import fragments, halves, ptx_level
 from quantkit.kernels.w8a16 import decode_e4m3
 
 BLOCK_N, BLOCK_K = 16, 256  # weights a program: enough bytes in flight, one scale a row and group
@@ -68,9 +68,9 @@ def dequantize_tiles_kernel(
     at += g[:, :, :, :, :, None] * 16 + c[:, :, :, :, :, None] * 4 + kt
     q = tl.load(tiles_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)  # c g W R=1 C kt
     part = tl.arange(0, P)[None, None, None, None, :]
-    group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+    group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
     row_at = (strip * groups + group) * 8 + g + 0 * c
-    scales = load_pair(scales_ptr, row_at, inside, SCALE_DTYPE)
+    scales = halves(tl.load(scales_ptr + row_at, mask=inside, other=0), SCALE_DTYPE)
     zeros = None
     if zeros_ptr is not None:
         pair = tl.load(zeros_ptr + row_at, mask=inside, other=0)
@@ -128,7 +128,7 @@ def w4a16_tiles_vendor(
     K = x.shape[1]
     w = x.new_empty(N, K)
     # PTX multiplies in x.dtype: the product is rounded once only where the scale has that dtype
-    asm = has_inline_asm() and x.is_cuda and scales.dtype == x.dtype
+    asm = ptx_level(x) if scales.dtype == x.dtype else 0
     grid = (-(-K // PAD_K) * PAD_K // (TILES * TILE_K), triton.cdiv(N, TILE_WARPS * STRIP))
     dequantize_tiles_kernel[grid](
         tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), w, N, K,

@@ -34,9 +34,12 @@ def reference(
     return y if bias is None else y + bias.double()
 
 
-def has_inline_asm() -> bool:
-    """Whether kernels may use PTX: on an NVIDIA GPU, not in Triton's interpreter and not on AMD."""
-    return torch.version.hip is None and not triton.knobs.runtime.interpret
+def ptx_level(x: Tensor) -> int:
+    """Compute capability whose PTX kernels for x may use, 90 for 9.0; 0 on a CPU (the interpreter) and on AMD."""
+    if not x.is_cuda or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 _UNPACK = """{
@@ -52,17 +55,20 @@ lop3.b32 $3, c, 0x000f000f, magic, 0xea;
 }"""
 UNPACK_BF16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x43004300"))  # 128 + q
 UNPACK_F16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x64006400"))  # 1024 + q
-ADD_BF16 = tl.constexpr("{\n.reg .b32 one;\nmov.b32 one, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, one, $2;\n}")
+ADD_BF16 = tl.constexpr(
+    "add.rn.bf16x2 $0, $1, $2;"
+)  # sm_90 has these two; FMA does the same with more registers
+MUL_BF16 = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+ADD_BF16_FMA = tl.constexpr("{\n.reg .b32 i;\nmov.b32 i, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, i, $2;\n}")
+MUL_BF16_FMA = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")
 ADD_F16 = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
-MUL_BF16 = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")
 MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 
 
 @triton.jit
-def load_pair(ptr, offset, mask, dtype: tl.constexpr):
-    """Two neighbours in one word: int32 at ptr + offset -> [..., 2] of a 16-bit dtype."""
-    word = tl.load(ptr + offset, mask=mask, other=0)
+def halves(word, dtype: tl.constexpr):
+    """The two 16-bit numbers of an int32 word, low first: [..., 2]. Words are what loops carry: one register, not two."""
     pair = tl.join(word & 0xFFFF, (word >> 16) & 0xFFFF)
     return pair.to(tl.uint16).to(dtype, bitcast=True)
 
@@ -78,6 +84,7 @@ def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
 
     q: int32 [c, g, W, R, P, S]: W warps, R strips, P groups of S instructions (16 columns) each.
     zeros: uint8 [c, g, W, R, P, h] or None, every zero is 8. scales: floats of the same shape or None.
+    ASM: see `ptx_level`.
     Returns dtype [c, g, W, R, P, S, h, c8, e].
     """
     if ASM:
@@ -96,15 +103,19 @@ def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
         else:
             minus = (zeros.to(tl.int32) | SIGN_AND_MAGIC)[:, :, :, :, :, None, :, None]
         minus = tl.broadcast_to(_twice(minus), w.shape)
-        if dtype == tl.bfloat16:
+        if dtype == tl.bfloat16 and ASM >= 90:
             w = tl.inline_asm_elementwise(ADD_BF16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
+        elif dtype == tl.bfloat16:
+            w = tl.inline_asm_elementwise(ADD_BF16_FMA, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
         else:
             w = tl.inline_asm_elementwise(ADD_F16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
         if scales is not None:
             bits = scales.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
             by = tl.broadcast_to(_twice(bits)[:, :, :, :, :, None, :, None], w.shape)
-            if dtype == tl.bfloat16:
+            if dtype == tl.bfloat16 and ASM >= 90:
                 w = tl.inline_asm_elementwise(MUL_BF16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
+            elif dtype == tl.bfloat16:
+                w = tl.inline_asm_elementwise(MUL_BF16_FMA, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
             else:
                 w = tl.inline_asm_elementwise(MUL_F16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
         pair = tl.join(w & 0xFFFF, (w >> 16) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)

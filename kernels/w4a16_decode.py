@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair, store_outputs
+from quantkit.kernels.w4a16 import fragments, halves, ptx_level, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -108,15 +108,16 @@ def load_tiles(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def load_x(ptr, m, k, M, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K: tl.constexpr):
+def load_x(ptr, k, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K: tl.constexpr):
     """x of each warp's columns k... in the order of the tensor cores, straight from memory: [W, C * 64, MH * 8]."""
     k8 = tl.arange(0, C * 8)[None, None, :, None, None] * 8
     at = k[None, :, None, None, None] + k8  # dims m, W, eights of columns, MH, column of eight
     at = tl.max_contiguous(ptr + at, (1, 1, 1, 1, 2))  # 4 bytes a lane, as the instruction wants them
-    mask = m < M
-    if not EVEN_K:
-        mask = mask & (k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :] < K)
-    x = tl.load(at, mask=mask & (k8 >= 0), other=0.0)
+    if EVEN_K:
+        x = tl.load(at)
+    else:
+        column = k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :]
+        x = tl.load(at, mask=column < K, other=0.0)
     return x.permute(1, 2, 4, 3, 0).reshape(W, C * 64, MH * 8)
 
 
@@ -177,6 +178,7 @@ def w4a16_decode_kernel(
     g = tl.arange(0, 8)
     kt = tl.arange(0, 4)
     m_of_lane = tl.arange(0, MH)[None, None, None, :, None] * 8 + tl.arange(0, 8)[:, None, None, None, None]
+    m_of_lane = tl.minimum(m_of_lane, M - 1)  # rows past M repeat the last; nothing of them is stored
     x_lane_ptr = x_ptr + (m_of_lane * stride_xm + tl.arange(0, 8)[None, None, None, None, :])
     stride_strip = units * (C * 128)
     for tile in range(first, last + 1):
@@ -206,12 +208,14 @@ def w4a16_decode_kernel(
         qs, ss, zs = (), (), ()
         for d in tl.static_range(D):
             ahead = unit + d * WK
-            group = (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+            group = (
+                (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+            )
             inside = (ahead < end)[None, None, :, None, None]
             if not EVEN_N:
                 inside = inside & exists
             qs = qs + (load_tiles(q_ptr, inside, ahead, stride_strip, R, C),)
-            ss = ss + (load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE),)
+            ss = ss + (tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0),)
             if zeros_ptr is not None:
                 zs = zs + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
@@ -222,16 +226,18 @@ def w4a16_decode_kernel(
                 if STAGES > 1:
                     x = load_x_shared(x_ptr, stride_xm, shared_unit * (C * 64), M, K, C, MH, EVEN_K)
                 else:
-                    x = load_x(x_lane_ptr, m_of_lane, unit * (C * 64), M, K, C, W, MH, EVEN_K)
+                    x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
                 ahead = unit + D * WK
                 group = (
-                    (ahead[None, None, :, None, None] * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
+                    (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64))
+                    if G > 0
+                    else 0 * part
                 )
                 inside = (ahead < end)[None, None, :, None, None]
                 if not EVEN_N:
                     inside = inside & exists
                 q = load_tiles(q_ptr, inside, ahead, stride_strip, R, C)
-                s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
+                s = tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0)
                 zeros = None
                 if zeros_ptr is not None:
                     z = zs[0]
@@ -243,7 +249,7 @@ def w4a16_decode_kernel(
                 b = x.reshape(1, SLICES, P, S * 16, COLUMNS).permute(2, 0, 1, 3, 4)
                 b = tl.broadcast_to(b, (P, R * W // SLICES, SLICES, S * 16, COLUMNS))
                 product = tl.dot(a, b.reshape(P * R * W, S * 16, COLUMNS), input_precision="ieee")
-                scale = ss[0].to(tl.float32).permute(4, 3, 2, 5, 1, 0)  # P R W h g c
+                scale = halves(ss[0], SCALE_DTYPE).to(tl.float32).permute(4, 3, 2, 5, 1, 0)  # P R W h g c
                 scale = scale.reshape(P * R * W, 16, 1, 4, 1)
                 scale = tl.broadcast_to(scale, (P * R * W, 16, MH, 4, 2)).reshape(P * R * W, 16, COLUMNS)
                 acc += product * scale
@@ -266,11 +272,12 @@ def w4a16_decode_kernel(
             arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
             if arrived == last_sharer - first_sharer:
                 y = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
-                for i in range(first_sharer, last_sharer + 1):
-                    theirs = (2 * i + (i > first_sharer).to(tl.int32)).to(tl.int64) * (BLOCK_N * COLUMNS)
-                    y += tl.load(
-                        partial_ptr + theirs + at, mask=m[None, :] < M, other=0.0, cache_modifier=".cg"
-                    )
+                for i0 in range(first_sharer, last_sharer + 1, 8):
+                    for j in tl.static_range(8):  # eight loads in flight
+                        i = tl.full((1, 1), i0 + j, tl.int32)
+                        theirs = (2 * i + (i > first_sharer).to(tl.int32)).to(tl.int64) * (BLOCK_N * COLUMNS)
+                        mask = (m[None, :] < M) & (i <= last_sharer)
+                        y += tl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 tl.store(counter_ptr + tile, 0)
                 store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
         else:
@@ -327,8 +334,8 @@ def w4a16_decode(
         counters = _counters(x.device)[next(_launch) % LAUNCHES]
     tiles_of_unit = 1 if group_size % PAD_K else 2
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
-    asm = has_inline_asm() and x.is_cuda
-    pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    asm = ptx_level(x)
+    pdl = asm >= 90
     options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
     if asm and chosen["max_registers"]:
         options["maxnreg"] = chosen["max_registers"]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import MOVE, fragments, has_inline_asm, load_pair, store_outputs
+from quantkit.kernels.w4a16 import MOVE, fragments, halves, ptx_level, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -62,16 +62,16 @@ def load_weights(
     q_ptr, scales_ptr, zeros_ptr, row_at, exists, unit, units, stride_strip,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Tiles, scales and, if there are any, zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P, h], [c, g, W, R, P]."""
+    """Tiles (undefined where there are none: their scales are zero), scales and, if there are any, zeros of one step: [c, g, W, R, C, kt], [c, g, W, R, P] and the same."""
     unit = tl.full((1, 1, 1, 1, 1), unit, tl.int32)
     inside = exists & (unit < units)
     r = tl.arange(0, R)[None, None, None, :, None, None]
     tile = tl.arange(0, C)[None, None, None, None, :, None]
     at = unit[:, :, :, :, :, None] * (C * 128) + r * (W * stride_strip) + tile * 128
-    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)
+    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0))
     part = tl.arange(0, P)[None, None, None, None, :]
-    group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
-    s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
+    group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+    s = tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0)
     if zeros_ptr is None:
         return q, s
     else:
@@ -81,7 +81,7 @@ def load_weights(
 @triton.jit
 def w4a16_wide_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, M, N, K, stride_xm,
-    G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr, EVEN_K: tl.constexpr,
+    G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def w4a16_wide_kernel(
     kt = tl.arange(0, 4)
     r = tl.arange(0, R)[None, None, None, :, None]
     strip = (block * (W * R) + tl.arange(0, W))[None, None, :, None, None]
-    exists = strip + r * W < tl.cdiv(N, 16)
+    exists = (strip + r * W < tl.cdiv(N, 16)) | EVEN_N
     lane_word = (
         g[None, :, None, None, None, None] * 16
         + c[:, None, None, None, None, None] * 4
@@ -133,7 +133,7 @@ def w4a16_wide_kernel(
         zeros = None
         if zeros_ptr is not None:
             zeros = tl.join(held[2] & 0xFF, (held[2] >> 8) & 0xFF)
-        w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, held[1], x.dtype, ASM)
+        w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, halves(held[1], SCALE_DTYPE), x.dtype, ASM)
         w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(BLOCK_N, C * 64)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         if ASM:
@@ -167,14 +167,14 @@ def w4a16_wide(
     block_m, rows, warps = chosen["block_m"], chosen["rows"], chosen["warps"]
     y = x.new_empty(M, N // 2 if swiglu else N)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, rows * warps * STRIP))
-    asm = has_inline_asm() and x.is_cuda
-    pdl = asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    asm = ptx_level(x)
+    pdl = asm >= 90
     options = dict(launch_pdl=True) if pdl else {}
     w4a16_wide_kernel[grid](
         x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
         y, M, N, K, x.stride(0),
         G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
-        EVEN_K=K % PAD_K == 0, BLOCK_M=block_m, C=chosen["tiles"], R=rows, W=warps, STAGES=chosen["stages"],
+        EVEN_N=tiles.shape[0] % (rows * warps) == 0, EVEN_K=K % PAD_K == 0, BLOCK_M=block_m, C=chosen["tiles"], R=rows, W=warps, STAGES=chosen["stages"],
         ASM=asm, PDL=pdl, num_warps=warps, num_stages=1, **options,
     )  # fmt: skip
     return y
