@@ -21,17 +21,20 @@ class Timing:
     p80_us: float
 
 
-def time_launches(launches: Sequence[Callable[[], Any]], device: torch.device, replays: int = 20) -> Timing:
+def time_launches(
+    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int = 20, at_least: int = LAUNCHES
+) -> Timing:
     """Time of one of L equivalent launches.
 
     Args:
         launches: closures over distinct weights, together larger than the cache, or the weights of a
             repeated launch would be served from it.
-        replays: samples. On CUDA a sample is one replay of a graph that goes round the L until it holds `LAUNCHES`,
+        replays: samples. On CUDA a sample is one replay of a graph that goes round the L until it holds `at_least`,
             divided by what it holds; on a CPU it is one call.
+        at_least: fewer than `LAUNCHES` are enough where a launch takes far longer than a graph's start.
     """
     if device.type == "cuda":
-        seconds = graph_seconds(launches, device, replays)
+        seconds = graph_seconds(launches, device, replays, at_least)
     else:
         seconds = call_seconds(launches, replays)
     ordered = sorted(seconds)
@@ -39,9 +42,11 @@ def time_launches(launches: Sequence[Callable[[], Any]], device: torch.device, r
     return Timing(at(0.5), at(0.2), at(0.8))
 
 
-def graph_seconds(launches: Sequence[Callable[[], Any]], device: torch.device, replays: int) -> list[float]:
+def graph_seconds(
+    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int, at_least: int = LAUNCHES
+) -> list[float]:
     """Seconds a launch in each replay of one graph of whole rounds of the launches."""
-    rounds = math.ceil(LAUNCHES / len(launches))
+    rounds = math.ceil(at_least / len(launches))
 
     def run() -> None:
         for launch in [

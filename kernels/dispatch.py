@@ -25,6 +25,8 @@ VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of th
 SCALED_MM_MIN_M = 32
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
+DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
+WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Kernel:
     slower_past: int | None = (
         None  # rows of x past which the next kernel is taken, unless a table says otherwise
     )
+    parameters: tuple[str, ...] = ()  # of its launch, all of which a table must give
 
     @property
     def run(self) -> Callable[..., torch.Tensor]:
@@ -150,9 +153,9 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w4a16_dequantize", "cpu", _cpu),
     ),
     "w4a16_tiles": (
-        Kernel("w4a16_decode", "w4a16_decode", _decode),
-        Kernel("w4a16_hopper", "w4a16_hopper", _hopper),
-        Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M),
+        Kernel("w4a16_decode", "w4a16_decode", _decode, parameters=DECODE_LAUNCH),
+        Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=WIDE_LAUNCH),
+        Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M, parameters=WIDE_LAUNCH),
         Kernel("w4a16_tiles_vendor", "dequantize", _triton),
         Kernel("w4a16_tiles_dequantize", "cpu", _cpu),
     ),
@@ -193,25 +196,42 @@ def target_of(device: torch.device) -> str:
 def choose(op: str, problem: Problem) -> tuple[Kernel, dict[str, int] | None]:
     """The kernel that runs this problem, and how it is launched if a table (`tuned.py`) says so.
 
+    A table may be older or newer than the kernels: what it says of one that is gone, that cannot run the problem or that
+    has other launch parameters does not count.
+
     Raises:
         ValueError: the op is unknown, or no kernel supports the problem; the message has every kernel's reason.
+        TableError: a table of this target cannot be read.
     """
-    if op not in KERNELS:
-        raise ValueError(f"unknown op {op!r}; known: {', '.join(KERNELS)}")
     measured = tuned.lookup(op, problem.target, problem.M, problem.N, problem.K, problem.group_size)
     if measured:
-        for kernel in KERNELS[op]:
-            if kernel.name == measured[0] and kernel.unsupported(problem) is None:
-                return kernel, measured[1] or None
+        name, launch = measured
+        for kernel in KERNELS.get(op, ()):
+            known = kernel.name == name and (not launch or set(launch) == set(kernel.parameters))
+            if known and kernel.unsupported(problem) is None:
+                return kernel, launch or None
+    return default(op, problem), None
+
+
+def default(op: str, problem: Problem) -> Kernel:
+    """The kernel that runs this problem where no table has it; see `choose` for the errors."""
+    if op not in KERNELS:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(KERNELS)}")
     reasons = []
     for kernel in KERNELS[op]:
         reason = kernel.unsupported(problem)
         if reason is None and kernel.slower_past is not None and problem.M > kernel.slower_past:
             reason = f"is the slower one past M = {kernel.slower_past}"
         if reason is None:
-            return kernel, None
+            return kernel
         reasons.append(f"{kernel.name} {reason}")
     raise ValueError(f"no kernel for {op} on {problem.target}: " + "; ".join(reasons))
+
+
+def forget() -> None:
+    """Reads the tables anew at the next choice: after `quantkit tune` has written one in this process."""
+    choose.cache_clear()
+    tuned.forget()
 
 
 def select(op: str, problem: Problem) -> Kernel:

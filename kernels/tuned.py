@@ -2,11 +2,13 @@
 
 One JSON file a target (`sm_90`): the one shipped here, in tuned/, and the user's own, which `quantkit tune` writes and
 which comes first. A file has what it was measured with and `entries`; an entry holds for `M` rows of x and for fewer,
-down to the next smaller entry of the same op, N, K and group_size:
+down to the next smaller entry of the same op, N, K and group_size, and in any case to `least_M`:
 
-    {"op", "N", "K", "group_size", "M", "kernel", "launch": {parameter: value}, "us"}
+    {"op", "N", "K", "group_size", "M", "least_M", "kernel", "launch": {parameter: value}, "us", ...}
 
-Shapes that are in no table take the kernels' own defaults: nothing is measured at first use.
+`least_M` (1 if it is absent) keeps a table of prefill alone from deciding over decode. group_size 0 is one scale a row.
+An empty `launch` is the kernel's own. Shapes that are in no table take the kernels' defaults: nothing is measured at first
+use.
 """
 
 import json
@@ -16,13 +18,27 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).parent / "tuned"
-ENTRY = {"op": str, "N": int, "K": int, "group_size": int, "M": int, "kernel": str, "launch": dict}
+ENTRY: dict[str, type] = {
+    "op": str,
+    "N": int,
+    "K": int,
+    "group_size": int,
+    "M": int,
+    "least_M": int,
+    "kernel": str,
+    "launch": dict,
+}
+MEND = "delete it and run quantkit tune"
+
+
+class TableError(ValueError):
+    """A file that should be a table is none. The message names it, what was found, and the mend."""
 
 
 def user_table(target: str) -> Path:
     """Where the user's own table for a target stands: in QUANTKIT_TUNED, or ~/.cache/quantkit/tuned."""
-    folder = os.environ.get("QUANTKIT_TUNED")
-    return (Path(folder) if folder else Path.home() / ".cache/quantkit/tuned") / f"{target}.json"
+    folder = os.environ.get("QUANTKIT_TUNED") or os.path.expanduser("~/.cache/quantkit/tuned")
+    return Path(folder) / f"{target}.json"
 
 
 def lookup(
@@ -32,7 +48,7 @@ def lookup(
     for table in _tables(target):
         entries = table.get((op, N, K, group_size), [])
         for entry in entries:  # by rising M
-            if M <= entry["M"]:
+            if entry.get("least_M", 1) <= M <= entry["M"]:
                 return entry["kernel"], entry["launch"]
     return None
 
@@ -41,7 +57,7 @@ def lookup(
 def _tables(target: str) -> list[dict[tuple[str, int, int, int], list[dict[str, Any]]]]:
     tables = []
     for path in (user_table(target), SHIPPED / f"{target}.json"):
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path's, false in a folder that may not be searched
             table: dict[tuple[str, int, int, int], list[dict[str, Any]]] = {}
             for entry in sorted(read(path)["entries"], key=lambda entry: entry["M"]):
                 key = (entry["op"], entry["N"], entry["K"], entry["group_size"])
@@ -54,25 +70,28 @@ def read(path: Path) -> dict[str, Any]:
     """A table as it stands in its file.
 
     Raises:
-        ValueError: the file is no table; the message names it and what is wrong.
+        TableError: the file is no table.
     """
     try:
         table = json.loads(path.read_text())
-        entries = table["entries"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no table of kernels ({error!r}); delete it or run quantkit tune"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path} is no table of kernels ({error}); {MEND}") from error
+    entries = table.get("entries") if isinstance(table, dict) else None
+    if not isinstance(entries, list):
+        raise TableError(f"{path} is no table of kernels (it has no list of entries); {MEND}")
     for entry in entries:
+        if not isinstance(entry, dict):
+            raise TableError(f"{path}: an entry is {entry!r}, expected an object; {MEND}")
         for name, kind in ENTRY.items():
-            if not isinstance(entry.get(name), kind):
-                raise ValueError(
-                    f"{path}: an entry has {name} = {entry.get(name)!r}, expected {kind.__name__}; "
-                    f"delete the file or run quantkit tune"
-                )
+            value = entry.get(name, 1 if name == "least_M" else None)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TableError(f"{path}: an entry has {name} = {value!r}, expected {kind.__name__}; {MEND}")
+        for name, value in entry["launch"].items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TableError(f"{path}: a launch has {name} = {value!r}, expected int; {MEND}")
     return table
 
 
 def forget() -> None:
-    """Reads the tables anew at the next lookup."""
+    """Reads the tables anew at the next lookup; `dispatch.forget` also forgets what was chosen by them."""
     _tables.cache_clear()

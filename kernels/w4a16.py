@@ -55,9 +55,8 @@ lop3.b32 $3, c, 0x000f000f, magic, 0xea;
 }"""
 UNPACK_BF16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x43004300"))  # 128 + q
 UNPACK_F16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x64006400"))  # 1024 + q
-ADD_BF16 = tl.constexpr(
-    "add.rn.bf16x2 $0, $1, $2;"
-)  # sm_90 has these two; FMA does the same with more registers
+# sm_90 has the bf16x2 sum and product; FMA does the same with more registers
+ADD_BF16 = tl.constexpr("add.rn.bf16x2 $0, $1, $2;")
 MUL_BF16 = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
 ADD_BF16_FMA = tl.constexpr("{\n.reg .b32 i;\nmov.b32 i, 0x3f803f80;\nfma.rn.bf16x2 $0, $1, i, $2;\n}")
 MUL_BF16_FMA = tl.constexpr("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, z;\n}")

@@ -50,6 +50,53 @@ def config(M: int, N: int, K: int, group_size: int) -> Config:
     )  # fmt: skip
 
 
+def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
+    """Launches worth timing, `config`'s first: those that were good for some shape on an H200."""
+
+    def tiles(of: Config) -> int:
+        return -(-N // (STRIP * of["rows"] * of["warps_n"]))
+
+    def steps(of: Config) -> int:
+        padded = -(-K // PAD_K) * PAD_K
+        units = padded // (TILE_K if group_size % PAD_K else 2 * TILE_K)
+        return -(-units // (of["warps_k"] * of["depth"]))
+
+    def launch(rows: int, warps_n: int, warps_k: int, depth: int, stages: int, programs: int, registers: int):
+        return dict(
+            rows=rows, warps_n=warps_n, warps_k=warps_k, depth=depth, stages=stages, programs=programs,
+            max_registers=registers,
+        )  # fmt: skip
+
+    two, three, four = (of * multiprocessors for of in (2, 3, 4))  # as many programs as run at once
+    if M <= 8:
+        found = [launch(4, 1, 4, 1, stages, programs, 128) for stages in (1, 2) for programs in (0, four)]
+        found += [launch(1, 1, 4, depth, 1, 0, 168) for depth in (8, 4)]
+        found += [launch(1, 1, 8, depth, 1, 0, registers) for depth in (2, 4) for registers in (0, 80)]
+        split = launch(2, 1, 8, 1, 1, 0, 128)
+        found += [dict(split, programs=parts * tiles(split)) for parts in (2, 4)]
+        found += [launch(2, 1, 4, depth, 1, four, 128) for depth in (1, 2)]
+        found += [launch(2, 2, 2, 2, 1, four, 128)]
+    else:
+        found = [launch(2, 4, 2, 1, 3, programs, 128) for programs in (0, two)]
+        found += [
+            launch(2, 2, 2, depth, 3, programs, registers)
+            for depth in (1, 2)
+            for programs, registers in ((four, 128), (three, 168))
+        ]
+        for depth in (2, 4):
+            for stages in (2, 3):
+                split = launch(2, 4, 1, depth, stages, three, 168)
+                found += [split, dict(split, programs=8 * tiles(split))]
+        found += [launch(1, 4, 1, 4, 2, programs, 168) for programs in (two, three)]
+        found += [launch(2, 8, 1, 1, 3, two, 128), launch(4, 1, 4, 1, 3, 0, 168)]
+    distinct: list[Config] = []
+    for one in [config(M, N, K, group_size), *found]:
+        # more programs than steps of work would leave some with nothing to do
+        if one["programs"] <= tiles(one) * steps(one) and one not in distinct:
+            distinct.append(one)
+    return distinct
+
+
 @triton.jit
 def load_tiles(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr):
     """C tiles of each of R strips: int32 [c, g, W, R, C, kt]. Undefined where not inside, where the scales are zero."""

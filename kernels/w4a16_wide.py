@@ -14,11 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.int4tiles import PAD_K, STRIP
+from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.w4a16 import MOVE, fragments, halves, ptx_level, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+BLOCKS_M = (32, 64, 128, 256)
+FEW_M = 8  # rows of x up to which this kernel is not worth tuning
+MAX_SUMS = 128  # float32 a thread: half of its registers
+MAX_X_BYTES = 200 * 2**10  # of x in shared memory, which has 227 KiB on Hopper
+MOST_CANDIDATES = 24
 
 Config = dict[str, int]
 
@@ -30,6 +36,25 @@ def config(M: int, N: int, K: int, group_size: int) -> Config:
     if M <= 64:
         return dict(block_m=64, rows=1, warps=8, tiles=2, stages=3)
     return dict(block_m=128, rows=2, warps=4, tiles=2, stages=3)
+
+
+def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
+    """Launches worth timing, `config`'s first. Few rows of x are the decode kernel's: there it is the only one."""
+    default = config(M, N, K, group_size)
+    if M <= FEW_M:
+        return [default]
+    largest = min(BLOCKS_M[-1], max(BLOCKS_M[0], triton.next_power_of_2(M)))
+    blocks = [block_m for block_m in reversed(BLOCKS_M) if largest // 4 <= block_m <= largest]
+    found = [
+        dict(block_m=block_m, rows=rows, warps=warps, tiles=tiles, stages=stages)
+        for tiles, stages in ((2, 3), (1, 4), (2, 4), (1, 3))
+        for block_m in blocks
+        for rows in (1, 2)
+        for warps in (4, 8)
+        if rows * STRIP * block_m // 32 <= MAX_SUMS  # BLOCK_N * block_m sums over 32 lanes a warp
+        and stages * tiles * TILE_K * block_m * 2 <= MAX_X_BYTES
+    ]
+    return [default, *(one for one in found if one != default)][:MOST_CANDIDATES]
 
 
 @triton.jit

@@ -26,9 +26,11 @@ from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
 from quantkit.eval.peers import PEERS
 from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
-from quantkit.eval.records import write_records
+from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import quality_tables, rich_table, tables
+from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writable
 from quantkit.kernels.dispatch import target_of
+from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.quantize import Progress
@@ -44,6 +46,7 @@ if not out.is_terminal:
 err = Console(stderr=True)
 UsageError: Any = typer.BadParameter.__base__  # from click, or from the copy of it that newer typers carry
 INTERRUPTED = 130  # what typer returns for Ctrl-C
+TILED_SCALES = ("F16", "BF16")  # as safetensors names what `kernels/int4tiles.py` takes
 INSPECTED_M = (1, 16, 256, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
@@ -79,7 +82,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except QuantKitError as error:
+    except (QuantKitError, TableError) as error:
         fail(str(error))
     except UsageError as error:
         fail(error.format_message())
@@ -462,6 +465,127 @@ def bench(
             for table in tables(chosen):
                 out.print(rich_table(table))
     save_json(json_file, found)
+
+
+@app.command(name="tune")
+def tune_command(
+    shapes: Annotated[
+        list[str] | None, typer.Option(help=f"The linears of {', '.join(SHAPES)}, one an option.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="N,K", help="Output and input features, one an option.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The shapes and groups of a directory's int4 linears.")
+    ] = None,
+    m: Annotated[
+        list[int] | None,
+        typer.Option("--m", min=1, help=f"Rows of x, one an option; {', '.join(map(str, BUCKETS))}."),
+    ] = None,
+    group_size: Annotated[
+        list[str] | None,
+        typer.Option(help="32, 64, 128 or channel, one an option; 128, or the model's own, by default."),
+    ] = None,
+    out_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The table to add to; the one that quantkit reads, by default."
+        ),
+    ] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the int4 kernels' launches on this GPU and keep the fastest for each shape and M."""
+    weights = tuned_weights(shapes or [], shape or [], model, group_size or [])
+    where = pick_device(device)
+    if where.type != "cuda":
+        raise QuantKitError(
+            "tune: needs a GPU, and this would run on a CPU; run it on the machine that serves"
+        )
+    path = out_file or user_table(target_of(where))
+    writable(path)
+    found: list[dict[str, Any]] = []
+    made_with = environment(where)
+
+    def keep(entry: dict[str, Any]) -> None:
+        found.append(entry)
+        save(path, {**made_with, "entries": [entry]})
+
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=out,
+    ) as bar:
+        task = bar.add_task("launches", total=None)
+        try:
+            tune(
+                weights,
+                m or BUCKETS,
+                where,
+                say=lambda line: bar.console.print(escape(line), highlight=False, soft_wrap=True),
+                on_start=lambda name, total: bar.update(task, description=name, total=total),
+                on_candidate=lambda: bar.advance(task),
+                on_entry=keep,
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            if found:
+                err.print(f"{path} keeps the {len(found)} entries measured so far", soft_wrap=True)
+            raise
+    right = [Column(name, justify="right") for name in ("us", "default us", "speed-up")]
+    table = Table(
+        "weight (N, K)", "group", "M", "kernel", Column("launch", overflow="fold"), *right, box=None
+    )
+    for cells in chosen_rows(found):
+        table.add_row(*cells)
+    out.print(table)
+    out.print(f"{path}: {len(found)} entries written", highlight=False, soft_wrap=True)
+    save_json(json_file, {**made_with, "file": str(path), "entries": found})
+
+
+def tuned_weights(
+    named: list[str], given: list[str], model: Path | None, group_sizes: list[str]
+) -> list[Weight]:
+    """(N, K, group_size) of what the options of `quantkit tune` name, each once."""
+    if not named and not given and model is None:
+        raise QuantKitError("give at least one of --shapes, --shape and --model")
+    pairs: list[tuple[int, int]] = []
+    for name in named:
+        if name not in SHAPES:
+            raise QuantKitError(f"--shapes {name}: known are {', '.join(SHAPES)}")
+        pairs += [(N, K) for _, N, K in SHAPES[name]]
+    for text in given:
+        sizes = text.split(",")
+        if len(sizes) != 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
+            raise QuantKitError(f"--shape {text}: expected N,K, two positive numbers such as 28672,4096")
+        pairs.append((int(sizes[0]), int(sizes[1])))
+    groups = [read_scheme("w4a16", size, False).group_size or 0 for size in group_sizes]
+    weights = [(N, K, group) for N, K in pairs for group in groups or [128]]
+    if model is not None:
+        packed = int4_weights(model)
+        weights += [(N, K, group) for N, K, _ in packed for group in groups] if groups else packed
+    return list(dict.fromkeys(weights))
+
+
+def int4_weights(folder: Path) -> list[Weight]:
+    """The distinct (N, K, group_size) of a directory's int4 linears, of those that a GPU puts into tiles."""
+    config = read_quantized_config(folder)
+    reader = CheckpointReader(folder)
+    stored = reader.tensors
+    names = [name for name in config.modules if config.scheme_of(name).weight == "int4"]
+    absent = [t for name in names for t in (f"{name}.scales", f"{name}.weight") if t not in stored]
+    if absent:
+        raise QuantKitError(f"{folder}: {absent[0]} is missing; run quantkit verify {folder}")
+    names = [name for name in names if stored[f"{name}.scales"].dtype in TILED_SCALES]
+    if not names:
+        raise QuantKitError(
+            f"{folder}: no int4 linear with scales in float16 or bfloat16; only w4a16's launches can be tuned"
+        )
+    shapes = reader.load([f"{name}.weight" for name in names])
+    weights = [(*shapes[f"{name}.weight"].tolist(), config.scheme_of(name).group_size or 0) for name in names]
+    return list(dict.fromkeys(weights))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from quantkit.errors import QuantKitError
 from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
+from quantkit.kernels.tuned import TableError
 from quantkit.packing import CODES_PER_WORD, QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -66,6 +67,8 @@ def kernel_of(scheme: Scheme, target: str, M: int, N: int, K: int, x_dtype: torc
     op = repacked_op(scheme, target, N, K, x_dtype) or scheme.op
     try:
         return kernel_name(op, target, M, N, K, x_dtype, CODE_DTYPES[scheme.weight], scheme.group_size or 0)
+    except TableError as error:
+        raise QuantKitError(str(error)) from error
     except ValueError as error:
         raise QuantKitError(f"{error}; use --device cpu") from error
 

@@ -19,6 +19,9 @@ from rounding import Random
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What somebody tuned on this machine does not decide which kernels are tested.
+os.environ["QUANTKIT_TUNED"] = os.devnull
+
 
 def _mend_the_interpreter_of_triton_3_6() -> None:
     """It takes int() of an array of one element for a loop's bound, which NumPy 2.4 refuses (triton issue 9171)."""

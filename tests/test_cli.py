@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from quantkit import cli
 from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
+from quantkit.kernels import dispatch
 
-VERBS = ("quantize", "inspect", "verify", "eval", "bench", "demo")
+VERBS = ("quantize", "inspect", "verify", "eval", "bench", "tune", "demo")
 QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
 GPTQ = ("--scheme", "w4a16-g32", "--device", "cpu", "--samples", "2", "--seq-len", "16")
 
@@ -467,3 +468,152 @@ def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, mon
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(cli, "module_line", original)
     assert run("quantize", source(), tmp_path / "out", *QUICK)[0] == 0
+
+
+# tuning
+
+
+def tuned_entry(N: int, K: int, group_size: int, M: int, kernel: str) -> dict:
+    key = {"op": "w4a16_tiles", "N": N, "K": K, "group_size": group_size, "M": M, "least_M": 1}
+    return key | {"kernel": kernel, "launch": {}, "us": 2.0, "default_us": 3.0, "rel_error": 0.002}
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path) -> Path:
+    """The folder of the user's tables, made and empty."""
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    monkeypatch.setenv("QUANTKIT_TUNED", str(folder))
+    dispatch.forget()
+    yield folder
+    dispatch.forget()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, tables):
+    """A device that says it is one, and a tuner that measures nothing; returns the calls of the latter."""
+    calls = []
+
+    def tune(weights, Ms, device, *, say, on_start, on_candidate, on_entry):
+        calls.append((weights, list(Ms)))
+        for N, K, group_size in weights:
+            for M in Ms:
+                on_start(f"({N}, {K})", 2)
+                say(f"w4a16_wide M = {M} left out: [out of resource]")
+                on_candidate()
+                on_entry(tuned_entry(N, K, group_size, M, "w4a16_wide"))
+            if N == 666:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(cli, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(cli, "environment", lambda device: {"device": "NVIDIA H200"})
+    monkeypatch.setattr(cli, "tune", tune)
+    return calls
+
+
+def test_tune_prints_and_writes_what_was_chosen(run, on_a_gpu, tables, tmp_path):
+    arguments = ("--shape", "64,128", "--m", "1", "--m", "16", "--json", tmp_path / "tune.json")
+    code, out, err = run("tune", *arguments)
+    assert (code, err) == (0, "")
+    assert on_a_gpu == [([(64, 128, 128)], [1, 16])]
+    assert "w4a16_wide M = 16 left out: [out of resource]" in out
+    assert any(
+        line.split() == ["(64,", "128)", "128", "16", "w4a16_wide", "2.0", "3.0", "1.50"]
+        for line in out.splitlines()
+    )
+    path = tables / "sm_90.json"
+    assert f"{path}: 2 entries written" in out
+    table = json.loads(path.read_text())
+    assert table["device"] == "NVIDIA H200"
+    assert [(e["N"], e["M"]) for e in table["entries"]] == [(64, 1), (64, 16)]
+    content = json.loads((tmp_path / "tune.json").read_text())
+    assert (content["file"], content["entries"]) == (str(path), table["entries"])
+    # a second run adds to the first
+    assert run("tune", "--shape", "32,128", "--m", "1")[0] == 0
+    assert len(json.loads(path.read_text())["entries"]) == 3
+
+
+def test_tune_takes_shapes_by_name_by_number_and_of_a_model(run, on_a_gpu, packed, tmp_path):
+    folder = packed("llama", "w4a16-g64-asym")
+    file = ("--out", tmp_path / "deeper" / "table.json")
+    assert run("tune", "--shapes", "llama-3-8b", "--shape", "4096,4096", "--m", "1", *file)[0] == 0
+    assert run("tune", "--model", folder, "--m", "1", *file)[0] == 0
+    assert (
+        run("tune", "--model", folder, "--group-size", "channel", "--group-size", "32", "--m", "1", *file)[0]
+        == 0
+    )
+    llama = [(6144, 4096, 128), (4096, 4096, 128), (28672, 4096, 128), (4096, 14336, 128)]
+    tiny = [(64, 64), (32, 64), (96, 64)]
+    by_name, of_model, with_groups = (set(weights) for weights, _ in on_a_gpu)
+    assert by_name == {*llama}
+    assert len(on_a_gpu[0][0]) == 4
+    assert of_model == {*((N, K, 64) for N, K in tiny), (64, 96, 32)}
+    assert with_groups == {(N, K, g) for N, K in [*tiny, (64, 96)] for g in (0, 32)}
+    assert (tmp_path / "deeper" / "table.json").is_file()
+
+
+def test_ctrl_c_keeps_what_was_tuned(run, on_a_gpu, tables):
+    code, _, err = run("tune", "--shape", "64,128", "--shape", "666,128", "--shape", "32,128", "--m", "1")
+    assert code == 130
+    assert err.splitlines() == [f"{tables / 'sm_90.json'} keeps the 2 entries measured so far", "interrupted"]
+    assert len(json.loads((tables / "sm_90.json").read_text())["entries"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("give at least one of --shapes, --shape and --model",)),
+        (("--shapes", "llama-9"), ("--shapes llama-9", "llama-3-8b, llama-3-70b")),
+        (("--shape", "4096"), ("--shape 4096", "expected N,K", "28672,4096")),
+        (("--shape", "4096,0"), ("--shape 4096,0", "expected N,K")),
+        (("--shape", "8,8", "--group-size", "48"), ("group_size 48", "32, 64, 128")),
+        (("--shape", "8,8", "--m", "0"), ("--m", "greater than or equal to 1")),
+        (("--model", "absent"), ("absent", "no such directory")),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_wrong_options_of_tune_are_named(refused, on_a_gpu, arguments, words):
+    refused("tune", *arguments, words=words)
+    assert not on_a_gpu
+
+
+def test_tune_needs_a_gpu_int4_linears_and_a_file(
+    refused, on_a_gpu, quantized, tables, tmp_path, monkeypatch
+):
+    refused("tune", "--model", quantized, words=(str(quantized), "no int4 linear"))
+    refused("tune", "--shape", "8,8", "--out", tables, words=(str(tables), "is a directory"))
+    (tmp_path / "file").touch()
+    refused(
+        "tune", "--shape", "8,8", "--out", tmp_path / "file" / "table.json", words=(str(tmp_path / "file"),)
+    )
+    refused("tune", "--shape", "8,8", "--out", tmp_path / "file", words=("file is no table", "delete it"))
+    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device("cpu"))
+    refused("tune", "--shape", "8,8", words=("needs a GPU",))
+    assert not on_a_gpu
+
+
+def test_inspect_shows_the_kernel_that_a_table_chooses(run, packed, tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "target_of", lambda device: "sm_90")
+    folder, file = packed("llama", "w4a16-g64-asym"), tmp_path / "inspect.json"
+
+    def kernels() -> dict[str, str]:
+        assert run("inspect", folder, "--json", file)[0] == 0
+        rows = {row["name"]: row for row in json.loads(file.read_text())["modules"]}
+        return rows["model.layers.0.mlp.up_proj"]["kernels"]
+
+    default = {"1": "w4a16_decode", "16": "w4a16_decode", "256": "w4a16_wide", "4096": "w4a16_tiles_vendor"}
+    assert kernels() == default
+    entries = [tuned_entry(96, 64, 64, 16, "w4a16_wide"), tuned_entry(96, 64, 64, 256, "w4a16_tiles_vendor")]
+    (tables / "sm_90.json").write_text(json.dumps({"entries": entries}))
+    dispatch.forget()
+    assert kernels() == default | {"1": "w4a16_wide", "16": "w4a16_wide", "256": "w4a16_tiles_vendor"}
+
+
+def test_a_broken_table_is_named(refused, packed, tables):
+    folder = packed("llama", "w8a16")
+    (tables / "cpu.json").write_text("{")
+    words = (str(tables / "cpu.json"), "is no table of kernels", "delete it and run quantkit tune")
+    for arguments in (("inspect", folder), ("eval", folder), ("bench", folder), ("demo", "--windows", "1")):
+        refused(*arguments, "--device", "cpu", words=words)
+        dispatch.forget()

@@ -1,0 +1,316 @@
+"""Measures which kernel, launched how, is fastest for a weight and so many rows of x: tables for `kernels/tuned.py`.
+
+A launch that does not compile, fails or gives a wrong product is left out and named. The others are timed twice, first
+all of them briefly, then the best few and the default; the weights of one timing are together larger than the L2 cache.
+Weights have no zeros: a table serves both kinds.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantKitError
+from quantkit.eval.linears import ERROR_BOUNDS, WORKING_SET, random_copies
+from quantkit.eval.records import Record, environment
+from quantkit.eval.timing import LAUNCHES, time_launches
+from quantkit.kernels import tuned
+from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, target_of
+from quantkit.kernels.int4tiles import pack_tiles
+from quantkit.scheme import Scheme
+from quantkit.source import first_line
+
+Weight = tuple[int, int, int]  # N, K, group_size (0: one scale a row)
+
+OP = "w4a16_tiles"
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+FINALISTS = 5
+QUICK_REPLAYS = 3
+MANY_ROWS = 256  # past it a launch is long beside the start of a graph: a few in it are enough
+FEW_LAUNCHES = 4
+# Largest |y - x w^T| beside the root mean square of x w^T. Rounding alone reaches a third of it in 10^8 elements; one
+# wrong element among them would hide in the error of the whole.
+WORST_ELEMENT = 0.1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel with the parameters of one launch; none: the kernel has no choice."""
+
+    kernel: Kernel
+    launch: dict[str, int]
+
+    def __str__(self) -> str:
+        return " ".join([self.kernel.name, *(f"{name}={value}" for name, value in self.launch.items())])
+
+    def run(self, x: Tensor, weight: Sequence[Any]) -> Tensor:
+        """y [M, N]; weight: tiles, scales, zeros, group_size, N."""
+        tiles, scales, zeros, group_size, N = weight
+        chosen = {"launch": self.launch} if self.launch else {}
+        return self.kernel.run(x, tiles, scales, zeros, None, None, group_size, N, False, **chosen)
+
+
+def candidates(problem: Problem, multiprocessors: int) -> list[Candidate]:
+    """What can run the problem, the default first.
+
+    Raises:
+        ValueError: nothing can; the message has every kernel's reason.
+    """
+    first = default(OP, problem)
+    found = []
+    for kernel in (first, *(other for other in KERNELS[OP] if other != first)):
+        if kernel.unsupported(problem) is None:
+            launches: list[dict[str, int]] = [{}]
+            if kernel.parameters:
+                of_kernel = import_module(f"quantkit.kernels.{kernel.module}").candidates
+                launches = of_kernel(problem.M, problem.N, problem.K, problem.group_size, multiprocessors)
+            found += [Candidate(kernel, launch) for launch in launches]
+    return found
+
+
+def plan(
+    weights: Sequence[Weight], Ms: Sequence[int], device: torch.device, x_dtype: torch.dtype = torch.bfloat16
+) -> dict[Weight, dict[int, list[Candidate]]]:
+    """The candidates by weight and M, every weight and M once; see `candidates` for the errors."""
+    target, multiprocessors = target_of(device), 132
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return {
+        (N, K, group_size): {
+            M: candidates(Problem(target, M, N, K, x_dtype, torch.int32, group_size), multiprocessors)
+            for M in sorted(set(Ms))
+        }
+        for N, K, group_size in dict.fromkeys(weights)
+    }
+
+
+def tune(
+    weights: Sequence[Weight],
+    Ms: Sequence[int] = BUCKETS,
+    device: torch.device | str = "cuda",
+    *,
+    replays: int = 20,
+    working_set: int = WORKING_SET,
+    seed: int = 0,
+    x_dtype: torch.dtype = torch.bfloat16,
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+    on_start: Callable[[str, int], None] | None = None,
+    on_candidate: Callable[[], None] | None = None,
+    on_entry: Callable[[Record], None] | None = None,
+) -> Record:
+    """A table of the fastest launches of `w4a16_tiles`, as `kernels/tuned.py` reads it.
+
+    Args:
+        weights: (N, K, group_size).
+        Ms: rows of x. An entry holds for fewer rows too, down to the next smaller of these and of `BUCKETS`.
+        replays: samples of a time that decides.
+        working_set, seed, commit: as in `bench_linears`.
+        say: told what was left out, and why.
+        on_start: called before each weight and M with its name and the candidates of the whole run.
+        on_candidate: called after each candidate's brief timing.
+        on_entry: called with each entry as it is found.
+
+    Returns:
+        `records.environment` and `entries`, each with `us`, `rel_error`, and `default_us`, the time without a table
+        (None if that launch failed).
+
+    Raises:
+        ValueError: no kernel can run on the device.
+        QuantKitError: the GPU stopped working.
+    """
+    device = torch.device(device)
+    planned = plan(weights, Ms, device, x_dtype)
+    total = sum(len(of_M) for by_M in planned.values() for of_M in by_M.values())
+    generator = torch.Generator(device).manual_seed(seed)
+    entries: list[Record] = []
+    for (N, K, group_size), by_M in planned.items():
+        scheme = Scheme("w4a16", "int4", group_size or None)
+        copies = random_copies(scheme, N, K, generator, working_set)
+        exact = copies[0].dequantize(torch.float64)
+        packed = [(*pack_tiles(q.codes, q.scales, q.zeros, group_size, K), group_size, N) for q in copies]
+        del copies
+        for M, of_M in by_M.items():
+            where = f"({N}, {K}) {scheme.label} M = {M}"
+            if on_start is not None:
+                on_start(where, total)
+            x = torch.randn(M, K, generator=generator, device=device).to(x_dtype)
+            trial = Trial(x, packed, x.double() @ exact.T, where, say)
+            found = trial.best(of_M, replays, on_candidate)
+            if found is None:
+                say(f"{where}: no launch worked, the table gets no entry")
+                continue
+            best, us, default_us = found
+            key = {"op": OP, "N": N, "K": K, "group_size": group_size, "M": M, "least_M": least_M(M, Ms)}
+            chosen = {"kernel": best.kernel.name, "launch": best.launch}
+            times = {"us": us, "default_us": default_us, "rel_error": trial.error(best)}
+            entries.append({**key, **chosen, **times})
+            if on_entry is not None:
+                on_entry(entries[-1])
+        del exact, packed
+    return {**environment(device, commit), "entries": entries}
+
+
+@dataclass
+class Trial:
+    """One x [M, K] with copies of a weight; `expected` is its product with the first, float64 [M, N]."""
+
+    x: Tensor
+    weights: Sequence[Sequence[Any]]
+    expected: Tensor
+    where: str
+    say: Callable[[str], None]
+
+    def best(
+        self,
+        candidates: Sequence[Candidate],
+        replays: int,
+        on_candidate: Callable[[], None] | None = None,
+    ) -> tuple[Candidate, float, float | None] | None:
+        """The fastest candidate, its microseconds and those of the first one; None if not one works."""
+        brief: list[tuple[float, int]] = []
+        for i, candidate in enumerate(candidates):
+            us = self.time(candidate, QUICK_REPLAYS)
+            if us is not None:
+                brief.append((us, i))
+            if on_candidate is not None:
+                on_candidate()
+        kept = {i for _, i in sorted(brief)[:FINALISTS]} | {i for _, i in brief if i == 0}
+        times = {i: us for i in sorted(kept) if (us := self.time(candidates[i], replays)) is not None}
+        if not times:
+            return None
+        fastest = min(times, key=lambda i: times[i])
+        return candidates[fastest], times[fastest], times.get(0)
+
+    def time(self, candidate: Candidate, replays: int) -> float | None:
+        """Microseconds a launch; None if it fails or gives a wrong product, before the timing or after it."""
+        launches = [partial(candidate.run, self.x, weight) for weight in self.weights]
+        at_least = LAUNCHES if len(self.x) <= MANY_ROWS else FEW_LAUNCHES
+        fault, us = None, None
+        try:
+            fault = self.fault(candidate)
+            if fault is None:
+                us = time_launches(launches, self.x.device, replays, at_least).us
+                fault = self.fault(candidate)
+        except Exception as failure:  # of any kind: Triton's compiler and the driver raise many
+            fault = f"{type(failure).__name__}: {first_line(failure)}"
+        if fault is None:
+            return us
+        self.say(f"{self.where}: {candidate} left out: {fault}")
+        self.check_device(candidate)
+        return None
+
+    def fault(self, candidate: Candidate) -> str | None:
+        """What is wrong with the product, None if its error is of rounding's size."""
+        error, worst = self.errors(candidate)
+        bound = ERROR_BOUNDS[None]
+        if not error <= bound:  # nor is nan
+            return f"wrong product, rel_error {error:.3g} exceeds {bound}"
+        if not worst <= WORST_ELEMENT:
+            return f"wrong product, worst element off by {worst:.3g} root mean squares, at most {WORST_ELEMENT} expected"
+        return None
+
+    def error(self, candidate: Candidate) -> float:
+        """||y - x w^T|| / ||x w^T||."""
+        return self.errors(candidate)[0]
+
+    @torch.no_grad()
+    def errors(self, candidate: Candidate) -> tuple[float, float]:
+        """The relative error, and the largest element's beside the root mean square."""
+        off = candidate.run(self.x, self.weights[0]).double() - self.expected
+        norm = self.expected.norm()
+        worst = off.abs().max() / norm * self.expected.numel() ** 0.5
+        return (off.norm() / norm).item(), worst.item()
+
+    def check_device(self, candidate: Candidate) -> None:
+        """After an illegal address the process gets nothing more from its GPU."""
+        if self.x.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.x.device)
+        except RuntimeError as error:
+            raise QuantKitError(
+                f"{self.where}: {candidate} stopped the GPU ({first_line(error)}); entries before it are kept, "
+                f"tune the rest with --shape and --m, and report this launch"
+            ) from error
+
+
+def least_M(M: int, Ms: Sequence[int]) -> int:
+    """The fewest rows that an entry for M holds for."""
+    return max((other for other in (*Ms, *BUCKETS) if other < M), default=0) + 1
+
+
+KEY = ("op", "N", "K", "group_size", "M")
+
+
+def merged(old: Record | None, new: Record) -> Record:
+    """The new table with those entries of the old one that it has no other for. What it was made with is the new one's."""
+    entries = {
+        tuple(entry[name] for name in KEY): entry
+        for table in (old, new)
+        if table is not None
+        for entry in table["entries"]
+    }
+    return {**new, "entries": [entries[key] for key in sorted(entries)]}
+
+
+def save(path: Path, table: Record) -> None:
+    """Merges a table into the file, which is whole at every moment.
+
+    Raises:
+        TableError: what stands there is no table.
+    """
+    table = merged(tuned.read(path) if path.is_file() else None, table)
+    head = "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in table.items() if k != "entries")
+    lines = ",\n".join(json.dumps(entry, allow_nan=False) for entry in table["entries"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(f'{{\n{head}"entries": [\n{lines}\n]\n}}\n')
+        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def writable(path: Path) -> None:
+    """Refuses, before the work, a file that `save` could not write or merge into.
+
+    Raises:
+        QuantKitError: it is a directory, or its folder cannot be written to.
+        TableError: what stands there is no table.
+    """
+    if path.is_dir():
+        raise QuantKitError(f"{path}: is a directory, expected a file; name one in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise QuantKitError(f"{path.parent}: may not be written to; name another file with --out")
+    if path.is_file():
+        tuned.read(path)
+
+
+def chosen_rows(entries: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """Cells of a table: weight, groups, M, what was chosen, its time, the default's, and how many times faster."""
+    for e in entries:
+        launch = " ".join(f"{name}={value}" for name, value in e["launch"].items())
+        before = e["default_us"]
+        yield (
+            f"({e['N']}, {e['K']})",
+            str(e["group_size"] or "channel"),
+            str(e["M"]),
+            e["kernel"],
+            launch,
+            f"{e['us']:.1f}",
+            "-" if before is None else f"{before:.1f}",
+            "-" if before is None else f"{before / e['us']:.2f}",
+        )

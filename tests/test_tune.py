@@ -1,0 +1,452 @@
+"""Tables of measured launches: what is worth timing, what is chosen, what is written, and how a table is obeyed."""
+
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from quantkit.errors import QuantKitError
+from quantkit.eval import tune as tuner
+from quantkit.eval.timing import Timing
+from quantkit.eval.tune import Candidate, Trial, least_M, merged, save, tune
+from quantkit.kernels import dispatch, tuned, w4a16, w4a16_decode, w4a16_wide
+from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, choose
+from quantkit.kernels.int4tiles import pack_tiles
+from quantkit.kernels.tuned import TableError
+from quantkit.linear import kernel_of
+from quantkit.scheme import PRESETS
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (57344, 8192), (48, 256), (130, 100)]
+MODULES = {"w4a16_decode": w4a16_decode, "w4a16_wide": w4a16_wide}
+DECODE = w4a16_decode.config(1, 4096, 4096, 128)
+WIDE = w4a16_wide.config(64, 4096, 4096, 128)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty folder of tables, and nothing chosen before."""
+    monkeypatch.setenv("QUANTKIT_TUNED", str(tmp_path / "tuned"))
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    dispatch.forget()
+    yield tmp_path / "tuned"
+    dispatch.forget()
+
+
+def entry(M: int, kernel: str = "w4a16_decode", launch: dict | None = None, **changes) -> dict:
+    return {
+        "op": "w4a16_tiles",
+        "N": 4096,
+        "K": 4096,
+        "group_size": 128,
+        "M": M,
+        "kernel": kernel,
+        "launch": DECODE if launch is None else launch,
+        "us": 1.0,
+    } | changes
+
+
+def write(path, *entries, **more) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"entries": entries, **more}))
+    dispatch.forget()
+
+
+def chosen(M: int, group_size: int = 128, target: str = "sm_90") -> tuple[str, dict | None]:
+    kernel, launch = choose(
+        "w4a16_tiles", Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, group_size)
+    )
+    return kernel.name, launch
+
+
+# candidates
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_launch_has_the_parameters_that_dispatch_names(name):
+    (kernel,) = (kernel for kernel in KERNELS["w4a16_tiles"] if kernel.name == name)
+    for M in (1, 8, 16) if name == "w4a16_decode" else (1, 16, 64, 4096):
+        for N, K in SHAPES:
+            for group_size in (0, 32, 64, 128):
+                found = MODULES[name].candidates(M, N, K, group_size)
+                assert found[0] == MODULES[name].config(M, N, K, group_size)
+                assert 1 <= len(found) <= 24
+                assert all(set(launch) == set(kernel.parameters) for launch in found)
+                assert len({tuple(launch.values()) for launch in found}) == len(found)
+
+
+def test_no_program_of_a_candidate_is_without_work():
+    for N, K in SHAPES:
+        for M in (1, 16):
+            for launch in w4a16_decode.candidates(M, N, K, 128, multiprocessors=132):
+                tiles = -(-N // (16 * launch["rows"] * launch["warps_n"]))
+                steps = math.ceil(math.ceil(K / 128) / (launch["warps_k"] * launch["depth"]))
+                assert launch["programs"] <= tiles * steps
+
+
+def test_candidates_follow_the_number_of_multiprocessors():
+    few, many = (w4a16_decode.candidates(16, 28672, 4096, 128, mp) for mp in (24, 132))
+    assert 4 * 24 in {launch["programs"] for launch in few}
+    assert 4 * 132 in {launch["programs"] for launch in many}
+
+
+@pytest.mark.parametrize("M", [16, 32, 64, 128, 4096])
+def test_the_sums_and_inputs_of_a_wide_candidate_fit(M):
+    found = w4a16_wide.candidates(M, 4096, 4096, 128)
+    for launch in found:
+        threads = launch["warps"] * 32
+        sums = launch["rows"] * 16 * launch["warps"] * launch["block_m"] / threads
+        assert sums <= 128
+        assert launch["stages"] * launch["tiles"] * 64 * launch["block_m"] * 2 <= 200 * 2**10
+    widest = min(256, max(32, M))
+    assert {launch["block_m"] for launch in found} <= {widest, widest // 2, widest // 4}
+    assert widest in {launch["block_m"] for launch in found}
+
+
+def distinct(launches: list[dict], *names: str) -> list[dict]:
+    """One launch of each way to compute: those that differ in registers or stages are the same in the interpreter."""
+    return list(
+        {tuple(v for k, v in launch.items() if k not in names): launch for launch in launches}.values()
+    )
+
+
+CASES = [  # few tiles: launches with many programs are made for few multiprocessors
+    *(
+        ("w4a16_decode", M, launch)
+        for M in (3, 11)
+        for launch in distinct(w4a16_decode.candidates(M, 80, 1024, 128, 1), "max_registers")
+    ),
+    *(("w4a16_wide", 33, launch) for launch in distinct(w4a16_wide.candidates(33, 80, 1024, 128), "stages")),
+]
+
+
+@pytest.mark.parametrize(("name", "M", "launch"), CASES, ids=str)
+def test_a_candidate_computes_the_product(name, M, launch):
+    N, K, group_size = 80, 1024, 128
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-(2**31), 2**31, (N, K // 8), generator=generator).to(DEVICE, torch.int32)
+    scales = (torch.rand(N, K // group_size, generator=generator) * 0.02 + 0.001).to(DEVICE, torch.bfloat16)
+    x = torch.randn(M, K, generator=generator).to(DEVICE, torch.float16)
+    tiles, tile_scales, zeros = pack_tiles(codes, scales, None, group_size, K)
+    y = getattr(MODULES[name], name)(
+        x, tiles, tile_scales, zeros, None, None, group_size, N, False, launch=launch
+    )
+    expected = w4a16.reference(x, codes, scales, None, None, group_size)
+    w = w4a16.dequantize(codes, scales, None, group_size, K)
+    unit = 2.0**-11
+    rounded = 3 * unit if name == "w4a16_wide" else 0
+    bound = unit * expected.abs() + (rounded + (K + 8) * 2**-23) * (x.double().abs() @ w.abs().T) + 2**-25
+    assert ((y.double() - expected).abs() / bound).max() <= 1
+
+
+# choosing
+
+
+class Timed:
+    """Stands for the GPU: `us[label]` is the time of a launch, noted in `calls`."""
+
+    def __init__(self, monkeypatch, us: dict[str, float]):
+        self.calls: list[tuple[str, int, int]] = []
+
+        def time_launches(launches, device, replays, at_least):
+            label = launches[0].func.__self__.kernel.name
+            self.calls.append((label, replays, at_least))
+            return Timing(us[label], us[label], us[label])
+
+        monkeypatch.setattr(tuner, "time_launches", time_launches)
+
+
+def trial(said: list[str], M: int = 2) -> Trial:
+    """The product of x with the identity: right if y is x."""
+    x = torch.randn(M, 8, generator=torch.Generator().manual_seed(0))
+    return Trial(x, [(None, None, None, 0, 8)] * 3, x.double(), "(8, 8) M = 2", said.append)
+
+
+def fake(monkeypatch, name: str, run=lambda x, *rest: x) -> Candidate:
+    monkeypatch.setattr(dispatch, "_load", lambda module, name: runs[name])
+    runs = fake.runs  # type: ignore[attr-defined]
+    runs[name] = run
+    return Candidate(Kernel(name, name, lambda problem: None), {})
+
+
+@pytest.fixture(autouse=True)
+def _no_fakes():
+    fake.runs = {}  # type: ignore[attr-defined]
+
+
+def test_the_fastest_wins_and_only_the_best_are_timed_twice(monkeypatch):
+    us = {f"k{i}": float(20 - i) for i in range(9)}
+    timed, said, steps = Timed(monkeypatch, us), [], []
+    found = trial(said).best([fake(monkeypatch, name) for name in us], 20, lambda: steps.append(1))
+    assert found is not None
+    best, fastest, default = found
+    assert (best.kernel.name, fastest, default) == ("k8", 12.0, 20.0)
+    assert [call[0] for call in timed.calls if call[1] == tuner.QUICK_REPLAYS] == [*us]
+    assert [call[0] for call in timed.calls if call[1] == 20] == ["k0", "k4", "k5", "k6", "k7", "k8"]
+    assert len(steps) == 9
+    assert not said
+
+
+def test_what_fails_or_is_wrong_is_left_out_with_a_line(monkeypatch):
+    def crash(x, *rest):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    def one_element(x, *rest):
+        y = x.clone()
+        y[1, 3] += 0.5
+        return y
+
+    def later(x, *rest):
+        seen.append(1)
+        return x if len(seen) == 1 else x * 2
+
+    seen: list[int] = []
+    wrong = {
+        "crashes": (crash, "RuntimeError: out of resource: shared memory"),
+        "doubles": (lambda x, *rest: x * 2, "wrong product, rel_error 1 exceeds 0.01"),
+        "nans": (lambda x, *rest: x * float("nan"), "rel_error nan"),
+        "spoils": (later, "rel_error 1 exceeds"),  # right before the timing, wrong after it
+    }
+    Timed(monkeypatch, {"right": 5.0} | dict.fromkeys(wrong, 1.0))
+    said: list[str] = []
+    every = [fake(monkeypatch, name, run) for name, (run, _) in wrong.items()] + [fake(monkeypatch, "right")]
+    found = trial(said).best(every, 20)
+    assert found is not None
+    assert (found[0].kernel.name, found[1], found[2]) == ("right", 5.0, None)
+    assert len(said) == len(wrong)
+    for line, (name, (_, reason)) in zip(said, wrong.items(), strict=True):
+        assert line.startswith(f"(8, 8) M = 2: {name} left out: ")
+        assert reason in line
+    assert trial(said).best(every[:1], 20) is None
+
+    big = trial(said, M=4000)  # the error of the whole, 0.3 %, would pass
+    assert "worst element off" in str(big.fault(fake(monkeypatch, "one", one_element)))
+
+
+def test_long_launches_need_few_in_a_graph(monkeypatch):
+    timed = Timed(monkeypatch, {"k": 1.0})
+    for M in (256, 257):
+        trial([], M).best([fake(monkeypatch, "k")], 20)
+    assert [call[2] for call in timed.calls] == [32, 32, 4, 4]
+
+
+def test_candidates_are_of_every_kernel_that_runs_and_the_default_is_first():
+    def names(M: int, target: str = "sm_90") -> list[str]:
+        found = tuner.candidates(Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, 128), 132)
+        assert found[0].launch == (
+            MODULES[n].config(M, 4096, 4096, 128) if (n := found[0].kernel.name) in MODULES else {}
+        )
+        return list(dict.fromkeys(candidate.kernel.name for candidate in found))
+
+    assert names(1) == ["w4a16_decode", "w4a16_wide", "w4a16_tiles_vendor"]
+    assert names(64) == ["w4a16_wide", "w4a16_tiles_vendor"]
+    assert names(4096) == ["w4a16_tiles_vendor", "w4a16_wide"]
+    assert names(1, "cpu") == ["w4a16_tiles_dequantize"]
+    with pytest.raises(ValueError, match="no kernel for w4a16_tiles on sm_75"):
+        names(1, "sm_75")
+
+
+def test_an_entry_reaches_down_to_the_next_bucket():
+    assert [least_M(M, tuner.BUCKETS) for M in (1, 8, 16, 4096)] == [1, 2, 9, 1025]
+    assert least_M(4096, [4096]) == 1025
+    assert least_M(100, [70, 100]) == 71
+    assert least_M(3, [3]) == 2
+
+
+@pytest.mark.parametrize(("M", "least", "group_size"), [(3, 2, 32), (20, 17, 0)])
+def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
+    """The whole way in Triton's interpreter, on a CPU that calls itself sm_90: tune, save, choose, multiply."""
+    N, K = 32, 128
+    if not GPU:
+        monkeypatch.setattr(tuner, "target_of", lambda device: "sm_90")
+    seen: list = []
+    table = tune(
+        [(N, K, group_size)] * 2,
+        [M],
+        DEVICE,
+        replays=3,
+        working_set=3000,
+        x_dtype=torch.float16,
+        commit="abc1234",
+        on_start=lambda name, total: seen.append((name, total)),
+        on_entry=seen.append,
+        say=pytest.fail,
+    )
+    label = f"g{group_size}" if group_size else "channel"
+    (one,) = table["entries"]  # a weight that is named twice is measured once
+    assert seen[0][0] == f"(32, 128) w4a16-{label} M = {M}"
+    assert seen[1:] == [one]
+    assert (one["M"], one["least_M"], one["group_size"]) == (M, least, group_size)
+    assert {"device", "torch", "triton", "commit", "date"} <= set(table)
+    assert 0 < one["us"] <= one["default_us"]
+    assert 0 < one["rel_error"] < 0.01
+    save(folder / "sm_90.json", table)
+    dispatch.forget()
+    problem = Problem("sm_90", M, N, K, torch.float16, torch.int32, group_size)
+    kernel, launch = choose("w4a16_tiles", problem)
+    assert (kernel.name, launch or {}) == (one["kernel"], one["launch"])
+
+
+def test_a_gpu_that_stopped_is_said(monkeypatch):
+    def stopped(device):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", stopped)
+    subject = trial([])
+    subject.x = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
+    with pytest.raises(QuantKitError, match="k stopped the GPU \\(CUDA error: an illegal memory access\\)"):
+        subject.check_device(fake(monkeypatch, "k"))
+
+
+# files
+
+
+def test_tables_merge_by_shape_and_rows():
+    old = {"device": "old", "entries": [entry(1, us=5.0), entry(16), entry(1, N=64)]}
+    new = {"device": "new", "entries": [entry(1, us=3.0), entry(8)]}
+    table = merged(old, new)
+    assert table["device"] == "new"
+    assert [(e["N"], e["M"], e["us"]) for e in table["entries"]] == [
+        (64, 1, 1.0),
+        (4096, 1, 3.0),
+        (4096, 8, 1.0),
+        (4096, 16, 1.0),
+    ]
+    assert merged(None, new)["entries"] == [entry(1, us=3.0), entry(8)]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+    path = folder / "deeper" / "sm_90.json"
+    save(path, {"device": "H200", "entries": [entry(1)]})
+    save(path, {"device": "H200", "entries": [entry(8)]})
+    assert tuned.read(path) == {"device": "H200", "entries": [entry(1), entry(8)]}
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            save(path, {"entries": [entry(16)]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(path, {"entries": [entry(16, us=float("nan"))]})
+    assert path.read_text() == before
+    assert [file.name for file in path.parent.iterdir()] == ["sm_90.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is no table of kernels (Expecting value"),
+        ("[]", "it has no list of entries"),
+        ('{"entries": {"op": "w4a16"}}', "it has no list of entries"),
+        ('{"entries": ["w4a16"]}', "an entry is 'w4a16', expected an object"),
+        (json.dumps({"entries": [entry(1) | {"M": "1"}]}), "an entry has M = '1', expected int"),
+        (json.dumps({"entries": [entry(1) | {"N": True}]}), "an entry has N = True, expected int"),
+        (json.dumps({"entries": [entry(1) | {"least_M": None}]}), "an entry has least_M = None"),
+        (json.dumps({"entries": [entry(1, launch={"rows": 1.5})]}), "a launch has rows = 1.5, expected int"),
+    ],
+    ids=["empty", "list", "object", "text", "M", "N", "least_M", "launch"],
+)
+def test_a_broken_table_is_named_with_the_mend(folder, text, words):
+    path = folder / "sm_90.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    for broken in (
+        lambda: tuned.read(path),
+        lambda: chosen(1),
+        lambda: save(path, {"entries": []}),
+        lambda: tuner.writable(path),
+    ):
+        with pytest.raises(TableError) as error:
+            broken()
+        assert str(path) in str(error.value)
+        assert words in str(error.value)
+        assert "delete it and run quantkit tune" in str(error.value)
+    with pytest.raises(QuantKitError) as refused:
+        kernel_of(PRESETS["w4a16"], "sm_90", 1, 4096, 4096, torch.bfloat16)
+    assert str(path) in str(refused.value)
+    assert "--device" not in str(refused.value)  # another device is not the mend
+
+
+def test_a_broken_table_stops_a_product(folder):
+    path = folder / f"{dispatch.target_of(DEVICE)}.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    x, codes = torch.ones(2, 32, device=DEVICE), torch.ones(8, 32, dtype=torch.int8, device=DEVICE)
+    with pytest.raises(TableError, match="is no table of kernels"):
+        torch.ops.quantkit.w8a16(x, codes, torch.ones(8, 1, device=DEVICE), None)
+
+
+# looking up
+
+
+def test_rows_between_two_entries_take_the_larger(folder):
+    first, second = dict(DECODE, depth=1), dict(DECODE, depth=2)
+    write(folder / "sm_90.json", entry(16, launch=second), entry(4, launch=first))
+    assert [chosen(M) for M in (1, 4, 5, 16)] == [("w4a16_decode", L) for L in (first, first, second, second)]
+    assert chosen(17) == ("w4a16_wide", None)  # more than in any entry: the default
+    assert chosen(1, group_size=64) == ("w4a16_decode", None)
+    assert chosen(1, target="sm_80") == ("w4a16_decode", None)
+
+
+def test_an_entry_does_not_reach_below_its_least_rows(folder):
+    write(folder / "sm_90.json", entry(4096, "w4a16_wide", WIDE, least_M=1025))
+    assert chosen(4096) == ("w4a16_wide", WIDE)
+    assert chosen(1025) == ("w4a16_wide", WIDE)
+    assert chosen(1024) == ("w4a16_tiles_vendor", None)
+    assert chosen(1) == ("w4a16_decode", None)
+
+
+def test_the_users_table_comes_before_the_shipped_one(folder, monkeypatch):
+    own, shipped = dict(DECODE, depth=1), dict(DECODE, depth=2)
+    write(folder / "sm_90.json", entry(4, launch=own))
+    write(tuned.SHIPPED / "sm_90.json", entry(16, launch=shipped))
+    assert chosen(4) == ("w4a16_decode", own)
+    assert chosen(5) == ("w4a16_decode", shipped)
+    monkeypatch.setenv("QUANTKIT_TUNED", str(folder.parent / "elsewhere"))
+    assert tuned.user_table("sm_90") == folder.parent / "elsewhere" / "sm_90.json"
+    dispatch.forget()
+    assert chosen(4) == ("w4a16_decode", shipped)
+
+
+def test_without_a_name_the_users_table_is_in_their_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("QUANTKIT_TUNED")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuned.user_table("sm_90") == tmp_path / ".cache/quantkit/tuned/sm_90.json"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "launch"),
+    [
+        ("w4a16_of_tomorrow", {}),
+        ("w4a16_decode", {"rows": 1}),
+        ("w4a16_decode", DECODE | {"of_tomorrow": 1}),
+        ("w4a16_tiles_vendor", {"rows": 1}),
+        ("w4a16_tiles_dequantize", {}),  # runs on a CPU only
+    ],
+)
+def test_an_entry_for_other_kernels_than_these_does_not_count(folder, kernel, launch):
+    write(folder / "sm_90.json", entry(16, kernel, launch))
+    assert chosen(1) == ("w4a16_decode", None)
+
+
+def test_a_table_may_name_a_kernel_without_its_launch(folder):
+    write(folder / "sm_90.json", entry(4096, "w4a16_wide", {}), entry(64, "w4a16_tiles_vendor", {}))
+    assert chosen(4096) == ("w4a16_wide", None)
+    assert chosen(1) == ("w4a16_tiles_vendor", None)
+
+
+@pytest.mark.gpu
+def test_a_small_weight_is_tuned_on_the_gpu(folder):
+    table = tune([(1024, 1024, 128)], [1, 16, 64], "cuda", replays=3)
+    assert [e["M"] for e in table["entries"]] == [1, 16, 64]
+    assert all(0 < e["us"] and e["rel_error"] < 0.01 for e in table["entries"])
