@@ -32,6 +32,10 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 Config = dict[str, int]
 
 
+MAX_SUMS = 128  # float32 sums a thread
+MAX_X_BYTES = 200 * 1024  # of shared memory for x
+
+
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
     if M <= 32:
@@ -41,6 +45,23 @@ def config(M: int, N: int, K: int, group_size: int) -> Config:
     if M <= 128:
         return dict(block_m=128, rows=1, warps=8, tiles=1, stages=4)
     return dict(block_m=256, rows=1, warps=8, tiles=1, stages=6)
+
+
+def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
+    """Launches worth timing, `config`'s first: blocks of M and down to a quarter of it, as deep a ring as there is room."""
+    default = config(M, N, K, group_size)
+    largest = min(256, max(16, triton.next_power_of_2(M)))
+    found = [
+        dict(block_m=block_m, rows=rows, warps=warps, tiles=tiles, stages=stages)
+        for block_m in (256, 128, 64, 32, 16)
+        if largest // 2 <= block_m <= largest
+        for rows in (1, 2)
+        if rows * STRIP * block_m // 32 <= MAX_SUMS
+        for warps in (4, 8)
+        for tiles, stages in ((1, 4), (1, 6), (2, 3), (2, 4))
+        if stages * tiles * TILE_K * block_m * 2 <= MAX_X_BYTES
+    ]
+    return [default, *(one for one in found if one != default)]
 
 
 def not_runnable(x: Tensor) -> str | None:

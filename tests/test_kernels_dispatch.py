@@ -41,18 +41,27 @@ def test_every_gpu_has_a_kernel_for_every_op(op, target, dtype):
         assert name not in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
+OTHERS = ["sm_80", "sm_100", "sm_120", "gfx942"]
+
+
 @pytest.mark.parametrize(
-    ("M", "name"),
+    ("targets", "M", "name"),
     [
-        (1, "w4a16_decode"),
-        (16, "w4a16_decode"),
-        (17, "w4a16_wide"),
-        (256, "w4a16_wide"),
-        (257, "w4a16_tiles_vendor"),
+        (["sm_90", *OTHERS], 1, "w4a16_decode"),
+        (["sm_90", *OTHERS], 16, "w4a16_decode"),
+        (["sm_90"], 17, "w4a16_hopper"),
+        (["sm_90"], 4096, "w4a16_hopper"),
+        (OTHERS, 17, "w4a16_wide"),
+        (OTHERS, 256, "w4a16_wide"),
+        (OTHERS, 257, "w4a16_tiles_vendor"),
     ],
 )
-def test_the_rows_of_x_decide_how_tiles_are_multiplied(target, M, name):
+def test_the_rows_of_x_decide_how_tiles_are_multiplied(targets, M, name):
+    for target in targets:
+        check_rows(target, M, name)
+
+
+def check_rows(target, M, name):
     for dtype in (torch.float16, BF16):
         assert kernel_name("w4a16_tiles", target, M, 4096, 4096, dtype, torch.int32, 128) == name
     by_float32 = kernel_name("w4a16_tiles", target, M, 4096, 4096, torch.float32, torch.int32, 128)
@@ -64,7 +73,7 @@ def test_a_table_decides_which_kernel_runs_and_how_unless_it_cannot(monkeypatch)
     measured = {1: ("w4a16_wide", launch), 2: ("w4a16_tiles_vendor", {}), 33: ("w4a16_decode", launch)}
     monkeypatch.setattr(tuned, "lookup", lambda op, target, M, N, K, group_size: measured.get(M))
     chosen = {
-        M: choose("w4a16_tiles", Problem("sm_90", M, 4096, 4096, BF16, torch.int32, 128))
+        M: choose("w4a16_tiles", Problem("sm_89", M, 4096, 4096, BF16, torch.int32, 128))
         for M in (1, 2, 3, 33)
     }
     assert (chosen[1][0].name, chosen[1][1]) == ("w4a16_wide", launch)

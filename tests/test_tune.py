@@ -58,7 +58,7 @@ def write(path, *entries, **more) -> None:
     dispatch.forget()
 
 
-def chosen(M: int, group_size: int = 128, target: str = "sm_90") -> tuple[str, dict | None]:
+def chosen(M: int, group_size: int = 128, target: str = "sm_89") -> tuple[str, dict | None]:
     kernel, launch = choose(
         "w4a16_tiles", Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, group_size)
     )
@@ -237,7 +237,7 @@ def test_long_launches_need_few_in_a_graph(monkeypatch):
 
 
 def test_candidates_are_of_every_kernel_that_runs_and_the_default_is_first():
-    def names(M: int, target: str = "sm_90") -> list[str]:
+    def names(M: int, target: str = "sm_89") -> list[str]:
         found = tuner.candidates(Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, 128), 132)
         assert found[0].launch == (
             MODULES[n].config(M, 4096, 4096, 128) if (n := found[0].kernel.name) in MODULES else {}
@@ -261,10 +261,10 @@ def test_an_entry_reaches_down_to_the_next_bucket():
 
 @pytest.mark.parametrize(("M", "least", "group_size"), [(3, 2, 32), (20, 17, 0)])
 def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
-    """The whole way in Triton's interpreter, on a CPU that calls itself sm_90: tune, save, choose, multiply."""
+    """The whole way in Triton's interpreter, on a CPU that calls itself sm_89: tune, save, choose, multiply."""
     N, K = 32, 128
     if not GPU:
-        monkeypatch.setattr(tuner, "target_of", lambda device: "sm_90")
+        monkeypatch.setattr(tuner, "target_of", lambda device: "sm_89")
     seen: list = []
     table = tune(
         [(N, K, group_size)] * 2,
@@ -286,9 +286,9 @@ def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
     assert {"device", "torch", "triton", "commit", "date"} <= set(table)
     assert 0 < one["us"] <= one["default_us"]
     assert 0 < one["rel_error"] < 0.01
-    save(folder / "sm_90.json", table)
+    save(folder / "sm_89.json", table)
     dispatch.forget()
-    problem = Problem("sm_90", M, N, K, torch.float16, torch.int32, group_size)
+    problem = Problem("sm_89", M, N, K, torch.float16, torch.int32, group_size)
     kernel, launch = choose("w4a16_tiles", problem)
     assert (kernel.name, launch or {}) == (one["kernel"], one["launch"])
 
@@ -322,7 +322,7 @@ def test_tables_merge_by_shape_and_rows():
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
-    path = folder / "deeper" / "sm_90.json"
+    path = folder / "deeper" / "sm_89.json"
     save(path, {"device": "H200", "entries": [entry(1)]})
     save(path, {"device": "H200", "entries": [entry(8)]})
     assert tuned.read(path) == {"device": "H200", "entries": [entry(1), entry(8)]}
@@ -338,7 +338,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     with pytest.raises(ValueError, match="not JSON compliant"):
         save(path, {"entries": [entry(16, us=float("nan"))]})
     assert path.read_text() == before
-    assert [file.name for file in path.parent.iterdir()] == ["sm_90.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["sm_89.json"]
     assert path.stat().st_mode & 0o777 == 0o644
 
 
@@ -357,7 +357,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     ids=["empty", "list", "object", "text", "M", "N", "least_M", "launch"],
 )
 def test_a_broken_table_is_named_with_the_mend(folder, text, words):
-    path = folder / "sm_90.json"
+    path = folder / "sm_89.json"
     path.parent.mkdir()
     path.write_text(text)
     for broken in (
@@ -372,7 +372,7 @@ def test_a_broken_table_is_named_with_the_mend(folder, text, words):
         assert words in str(error.value)
         assert "delete it and run quantkit tune" in str(error.value)
     with pytest.raises(QuantKitError) as refused:
-        kernel_of(PRESETS["w4a16"], "sm_90", 1, 4096, 4096, torch.bfloat16)
+        kernel_of(PRESETS["w4a16"], "sm_89", 1, 4096, 4096, torch.bfloat16)
     assert str(path) in str(refused.value)
     assert "--device" not in str(refused.value)  # another device is not the mend
 
@@ -391,7 +391,7 @@ def test_a_broken_table_stops_a_product(folder):
 
 def test_rows_between_two_entries_take_the_larger(folder):
     first, second = dict(DECODE, depth=1), dict(DECODE, depth=2)
-    write(folder / "sm_90.json", entry(16, launch=second), entry(4, launch=first))
+    write(folder / "sm_89.json", entry(16, launch=second), entry(4, launch=first))
     assert [chosen(M) for M in (1, 4, 5, 16)] == [("w4a16_decode", L) for L in (first, first, second, second)]
     assert chosen(17) == ("w4a16_wide", None)  # more than in any entry: the default
     assert chosen(1, group_size=64) == ("w4a16_decode", None)
@@ -399,7 +399,7 @@ def test_rows_between_two_entries_take_the_larger(folder):
 
 
 def test_an_entry_does_not_reach_below_its_least_rows(folder):
-    write(folder / "sm_90.json", entry(4096, "w4a16_wide", WIDE, least_M=1025))
+    write(folder / "sm_89.json", entry(4096, "w4a16_wide", WIDE, least_M=1025))
     assert chosen(4096) == ("w4a16_wide", WIDE)
     assert chosen(1025) == ("w4a16_wide", WIDE)
     assert chosen(1024) == ("w4a16_tiles_vendor", None)
@@ -408,12 +408,12 @@ def test_an_entry_does_not_reach_below_its_least_rows(folder):
 
 def test_the_users_table_comes_before_the_shipped_one(folder, monkeypatch):
     own, shipped = dict(DECODE, depth=1), dict(DECODE, depth=2)
-    write(folder / "sm_90.json", entry(4, launch=own))
-    write(tuned.SHIPPED / "sm_90.json", entry(16, launch=shipped))
+    write(folder / "sm_89.json", entry(4, launch=own))
+    write(tuned.SHIPPED / "sm_89.json", entry(16, launch=shipped))
     assert chosen(4) == ("w4a16_decode", own)
     assert chosen(5) == ("w4a16_decode", shipped)
     monkeypatch.setenv("QUANTKIT_TUNED", str(folder.parent / "elsewhere"))
-    assert tuned.user_table("sm_90") == folder.parent / "elsewhere" / "sm_90.json"
+    assert tuned.user_table("sm_89") == folder.parent / "elsewhere" / "sm_89.json"
     dispatch.forget()
     assert chosen(4) == ("w4a16_decode", shipped)
 
@@ -421,7 +421,7 @@ def test_the_users_table_comes_before_the_shipped_one(folder, monkeypatch):
 def test_without_a_name_the_users_table_is_in_their_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("QUANTKIT_TUNED")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuned.user_table("sm_90") == tmp_path / ".cache/quantkit/tuned/sm_90.json"
+    assert tuned.user_table("sm_89") == tmp_path / ".cache/quantkit/tuned/sm_89.json"
 
 
 @pytest.mark.parametrize(
@@ -435,12 +435,12 @@ def test_without_a_name_the_users_table_is_in_their_cache(monkeypatch, tmp_path)
     ],
 )
 def test_an_entry_for_other_kernels_than_these_does_not_count(folder, kernel, launch):
-    write(folder / "sm_90.json", entry(16, kernel, launch))
+    write(folder / "sm_89.json", entry(16, kernel, launch))
     assert chosen(1) == ("w4a16_decode", None)
 
 
 def test_a_table_may_name_a_kernel_without_its_launch(folder):
-    write(folder / "sm_90.json", entry(4096, "w4a16_wide", {}), entry(64, "w4a16_tiles_vendor", {}))
+    write(folder / "sm_89.json", entry(4096, "w4a16_wide", {}), entry(64, "w4a16_tiles_vendor", {}))
     assert chosen(4096) == ("w4a16_wide", None)
     assert chosen(1) == ("w4a16_tiles_vendor", None)
 
