@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.kernels import tuned
-from quantkit.kernels.dispatch import KERNELS, Problem, choose, kernel_name
+from quantkit.kernels.dispatch import KERNELS, choose, kernel_name
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 CODES = {
@@ -66,20 +66,6 @@ def check_rows(target, M, name):
         assert kernel_name("w4a16_tiles", target, M, 4096, 4096, dtype, torch.int32, 128) == name
     by_float32 = kernel_name("w4a16_tiles", target, M, 4096, 4096, torch.float32, torch.int32, 128)
     assert by_float32 == "w4a16_tiles_vendor"
-
-
-def test_a_table_decides_which_kernel_runs_and_how_unless_it_cannot(monkeypatch):
-    launch = {"rows": 2}
-    measured = {1: ("w4a16_wide", launch), 2: ("w4a16_tiles_vendor", {}), 33: ("w4a16_decode", launch)}
-    monkeypatch.setattr(tuned, "lookup", lambda op, target, M, N, K, group_size: measured.get(M))
-    chosen = {
-        M: choose("w4a16_tiles", Problem("sm_89", M, 4096, 4096, BF16, torch.int32, 128))
-        for M in (1, 2, 3, 33)
-    }
-    assert (chosen[1][0].name, chosen[1][1]) == ("w4a16_wide", launch)
-    assert (chosen[2][0].name, chosen[2][1]) == ("w4a16_tiles_vendor", None)
-    assert (chosen[3][0].name, chosen[3][1]) == ("w4a16_decode", None)
-    assert (chosen[33][0].name, chosen[33][1]) == ("w4a16_wide", None)  # decode takes 16 rows
 
 
 @pytest.mark.parametrize("op", KERNELS)
