@@ -14,40 +14,104 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # of the compiler, not arguments
 ROWS = (1, 33, 512)  # one in each launch configuration
+
+
+W4A16_ROWS = (1, 16, 32, 64, 256)  # two launch configurations of the decode kernel, three of the wide one
+W4A16_SHAPES = ((4096, 4096), (28672, 4096))  # N, K: few strips, shared among programs, and many
+
+
+def w4a16_jobs(target: str):
+    """What the wrappers of the two W4A16 kernels, and of the pass before the vendor's GEMM, launch: as `jobs`."""
+    import triton.language as tl
+
+    from quantkit.kernels import dequantize, w4a16_decode, w4a16_wide
+
+    nvidia = target.startswith("sm_")
+    ptx = {"ASM": nvidia, "PDL": nvidia and int(target[3:]) >= 90}
+    seen = []
+    for group_size, asymmetric, x in ((128, False, "bf16"), (32, True, "bf16"), (128, False, "fp16")):
+        scheme = {"G": group_size, "SCALE_DTYPE": tl.bfloat16 if x == "bf16" else tl.float16}
+        weights = {"tiles_ptr": "*i32", "scales_ptr": "*i32", "zeros_ptr": "*i16" if asymmetric else None}
+        called = f"{x} g{group_size}"
+        for M in W4A16_ROWS:
+            for N, K in W4A16_SHAPES:
+                if x == "fp16" and (M, N) != (1, 4096):
+                    continue
+                # a 1 is compiled in by the launcher
+                sizes = {"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+                tensors = weights | {
+                    "x_ptr": f"*{x}",
+                    "y_ptr": f"*{x}",
+                    "bias_ptr": None,
+                    "residual_ptr": None,
+                }
+                common = tensors | sizes | scheme | ptx | {"SWIGLU": False, "EVEN_K": True}
+                if M <= w4a16_decode.MAX_M:
+                    name, fn = "w4a16_decode", w4a16_decode.w4a16_decode_kernel
+                    chosen = w4a16_decode.config(M, N, K, group_size)
+                    specific, options = decode_launch(chosen, M, group_size, nvidia)
+                else:
+                    name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
+                    chosen = w4a16_wide.config(M, N, K, group_size)
+                    specific = {"BLOCK_M": chosen["block_m"], "C": chosen["tiles"], "R": chosen["rows"]}
+                    specific |= {"W": chosen["warps"], "STAGES": chosen["stages"]}
+                    options = {"num_warps": chosen["warps"], "num_stages": 1}
+                if ptx["PDL"]:
+                    options["launch_pdl"] = True
+                if (fn, common | specific, options) not in seen:
+                    seen.append((fn, common | specific, options))
+                    yield f"{name} {called} M={M} N={N}", fn, common | specific, options
+        if x == "bf16":
+            types = weights | {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": nvidia, **scheme}
+            types |= {"W": dequantize.TILE_WARPS, "C": dequantize.TILES}
+            fn = dequantize.dequantize_tiles_kernel
+            yield (
+                f"dequantize_tiles {called}",
+                fn,
+                types,
+                {"num_warps": dequantize.TILE_WARPS, "num_stages": 1},
+            )
+
+
+def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[dict, dict]:
+    """Launch parameters of the decode kernel -> its constexprs and its compile options."""
+    stream = chosen["programs"] > 0
+    specific = (
+        {"partial_ptr": "*fp32", "counter_ptr": "*i32"}
+        if stream
+        else {"partial_ptr": None, "counter_ptr": None}
+    )
+    specific |= {
+        "EVEN_N": True,
+        "C": 1 if group_size % 128 else 2,
+        "MH": 1 if M <= 8 else 2,
+        "STREAM": stream,
+    }
+    specific |= {"R": chosen["rows"], "WN": chosen["warps_n"], "WK": chosen["warps_k"]}
+    specific |= {"D": chosen["depth"], "STAGES": chosen["stages"]}
+    options = {"num_warps": chosen["warps_n"] * chosen["warps_k"], "num_stages": 1}
+    if nvidia and chosen["max_registers"]:
+        options["maxnreg"] = chosen["max_registers"]
+    return specific, options
 
 
 def jobs(target: str):
     """(name, kernel, run-time argument types, constexprs, launch options) of everything the wrappers launch."""
     import torch
 
-    from quantkit.kernels import fp8_block, quantize_activations, w4a16, w8a8, w8a16
+    from quantkit.kernels import fp8_block, quantize_activations, w8a8, w8a16
     from quantkit.kernels.dispatch import native_fp8
 
+    yield from w4a16_jobs(target)
     N, K, full = 4096, 4096, target in ("sm_80", "sm_90", "gfx942")
     native = native_fp8(target)
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
     for M in ROWS:
         if not full and M != 512:
             continue
-        for group_size in (0, 32, 128) if M == 1 else (128,):
-            types = {
-                "x_ptr": "*bf16",
-                "codes_ptr": "*i32",
-                "scales_ptr": "*bf16",
-                "zeros_ptr": "*u8",
-                "bias_ptr": "*bf16",
-            }
-            if group_size != 128:
-                types |= {"zeros_ptr": None, "bias_ptr": None}
-            types |= {"y_ptr": "*bf16", **sizes, "stride_xm": "i32", "G": group_size}
-            yield (
-                f"w4a16 g{group_size} M={M}",
-                w4a16.w4a16_kernel,
-                types,
-                w4a16.config(M, N, K, group_size, torch.bfloat16),
-            )
         for codes in ("*i8", "*u8"):
             types = {
                 "x_ptr": "*fp16",
@@ -78,15 +142,6 @@ def jobs(target: str):
         yield f"fp8_block M={M}", fp8_block.fp8_block_kernel, types, fp8_block.config(M, N, K)
     if full:
         single = torch.float32
-        types = {
-            "x_ptr": "*fp32",
-            "codes_ptr": "*i32",
-            "scales_ptr": "*bf16",
-            "zeros_ptr": "*u8",
-            "bias_ptr": None,
-        }
-        types |= {"y_ptr": "*fp32", **sizes, "stride_xm": "i32", "G": 128}
-        yield "w4a16 float32", w4a16.w4a16_kernel, types, w4a16.config(512, N, K, 128, single)
         types = {
             "x_ptr": "*fp32",
             "codes_ptr": "*u8",
@@ -129,24 +184,58 @@ def gpu_target(target: str):
     return GPUTarget("hip", target, 64)
 
 
-def spills(kernel) -> int | None:
-    """Bytes of registers that the compiled kernel keeps in memory; None where the assembler cannot be asked."""
+def nvidia_tool(tool: str, kernel, *options: str) -> str | None:
+    """What a disassembler of the Triton wheel prints about a compiled kernel; None where the wheel has none."""
     import tempfile
 
     import triton
 
-    if "amdgcn" in kernel.asm:
-        return int(re.search(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])[1])
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    if not path.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+        return subprocess.run([path, *options, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers of a thread, and those that the compiled kernel keeps in memory: bytes on NVIDIA, a count on AMD."""
+    if "amdgcn" in kernel.asm:
+        return {"spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])[1])}
+    usage = nvidia_tool("cuobjdump", kernel, "-res-usage")
+    if usage is None:
+        return {}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]),
+    }
+
+
+def main_loop(sass: str) -> list[str]:
+    """Instructions of the innermost loop that has the most of the tensor cores' ones."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+            lines.append(instruction[1])
+            back = re.search(r"BRA.*`\(\.(L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append(lines[labels[back[1]] :])
+    return max(loops, key=lambda loop: (sum("MMA" in i for i in loop), -len(loop)))
+
+
+def through_shared_memory(kernel) -> dict[str, int]:
+    """Loads and stores of shared memory in the main loop."""
+    sass = nvidia_tool("nvdisasm", kernel, "-c")
+    if sass is None:
+        return {}
+    loop = main_loop(sass)
+    assert any("MMA" in instruction for instruction in loop)
+    return {"through_shared": sum(i.startswith(("LDS", "STS")) for i in loop)}
 
 
 def is_chosen(target: str, name: str, arguments: dict) -> bool:
@@ -155,13 +244,17 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
 
     from quantkit.kernels.dispatch import kernel_name
 
-    size = re.search(r"M=(\d+)", name)
+    size = re.search(r"M=(\d+)(?: N=(\d+))?", name)
     if not size:
         return True
-    codes = {"*i32": torch.int32, "*i8": torch.int8, "*u8": torch.float8_e4m3fn}[arguments["codes_ptr"]]
+    M, N = int(size[1]), int(size[2] or 4096)
+    kernel = name.split()[0]
     x_dtype = {"*bf16": torch.bfloat16, "*fp16": torch.float16}[arguments["y_ptr"]]
-    op = name.split()[0]
-    return kernel_name(op, target, int(size[1]), 4096, 4096, x_dtype, codes) == f"{op}_triton"
+    if kernel.startswith("w4a16"):
+        G = arguments["G"]
+        return kernel_name("w4a16_tiles", target, M, N, 4096, x_dtype, torch.int32, G) == kernel
+    codes = {"*i8": torch.int8, "*u8": torch.float8_e4m3fn}[arguments["codes_ptr"]]
+    return kernel_name(kernel, target, M, N, 4096, x_dtype, codes) == f"{kernel}_triton"
 
 
 def compile_all(target: str) -> None:
@@ -169,7 +262,7 @@ def compile_all(target: str) -> None:
     from triton.compiler import ASTSource
 
     for name, fn, arguments, launch in jobs(target):
-        options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
+        options = {key: launch[key] for key in OPTIONS if key in launch}
         arguments = arguments | {key: launch[key] for key in launch if key not in options}
         constants = {key: value for key, value in arguments.items() if not isinstance(value, str)}
         types = {key: "constexpr" if key in constants else arguments[key] for key in fn.arg_names}
@@ -177,8 +270,11 @@ def compile_all(target: str) -> None:
         aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(types) if types[key][0] in "*i"}
         source = ASTSource(fn, types, constexprs=constants, attrs=aligned)
         kernel = triton.compile(source, target=gpu_target(target), options=options)
-        record = {"name": name, "spills": spills(kernel), "shared": kernel.metadata.shared}
-        print(json.dumps(record | {"chosen": is_chosen(target, name, arguments)}), flush=True)
+        record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
+        record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
+        if target == "sm_90" and name.startswith("w4a16_decode"):
+            record |= through_shared_memory(kernel)
+        print(json.dumps(record), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +301,7 @@ SHARED_MEMORY = {  # KiB a program may have
     "sm_89": 99,
     "sm_90": 227,
     "sm_100": 227,
+    "sm_120": 99,
     "gfx942": 64,
     "gfx950": 160,
 }
@@ -214,15 +311,30 @@ SHARED_MEMORY = {  # KiB a program may have
 def test_every_kernel_compiles_and_fits(compiled, target):
     kernels, error = compiled[target]
     assert not error, error[-2000:]
-    assert len(kernels) == (26 if target in ("sm_80", "sm_90", "gfx942") else 6)
-    too_large = {k["name"]: k["shared"] for k in kernels if k["shared"] > SHARED_MEMORY[target] * 1024}
+    assert len(kernels) == (17 + 20 if target in ("sm_80", "sm_90", "gfx942") else 17 + 5)
+    limit = SHARED_MEMORY[target] * 1024
+    too_large = {k["name"]: k["shared"] for k in kernels if k["shared"] > limit and k["chosen"]}
     assert not too_large, f"shared memory past {SHARED_MEMORY[target]} KiB: {too_large}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_that_dispatch_chooses_spills_registers(compiled, target):
-    spilled = {k["name"]: k["spills"] for k in compiled[target][0] if k["spills"] and k["chosen"]}
+    spilled = {k["name"]: k["spills"] for k in compiled[target][0] if k.get("spills") and k["chosen"]}
     assert not spilled
+
+
+def test_decode_on_hopper_keeps_to_its_registers(compiled):
+    kernels = [k for k in compiled["sm_90"][0] if k["max_registers"]]
+    assert kernels
+    over = {k["name"]: k["registers"] for k in kernels if k.get("registers", 0) > k["max_registers"]}
+    assert not over
+
+
+def test_a_row_of_x_on_hopper_takes_no_turn_through_shared_memory(compiled):
+    """The weight comes in the order of the tensor cores: only Triton's choice of layouts could undo that."""
+    rows = [k for k in compiled["sm_90"][0] if k["name"].startswith("w4a16_decode") and " M=1 " in k["name"]]
+    assert rows
+    assert not {k["name"]: k["through_shared"] for k in rows if k.get("through_shared")}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str
 def in_nans(x: Tensor) -> Tensor:
     """x as a corner of a larger tensor, the rest of which is NaN."""
     M, K = x.shape
-    larger = torch.full((M + 3, K + 40), float("nan"), dtype=x.dtype, device=x.device)
+    larger = torch.full((M + 3, K + 48), float("nan"), dtype=x.dtype, device=x.device)
     larger[:M, :K] = x
     return larger[:M, :K]
 
@@ -365,7 +365,6 @@ def test_the_op(random: Random, dtype, group_size, asymmetric):
     product = Product.of(
         random, 3, 48, 300, group_size, asymmetric, dtype, BF16, bias=True, residual=True, swiglu=asymmetric
     )
-    product = replace(product, x=product.x.clone() if GPU and dtype == torch.float32 else product.x)
     product.check(op(*product.arguments), roundings=5)
 
 
@@ -487,7 +486,7 @@ STREAM = decode_launch(2, 4, 2, 1, 3, programs=264)
 @dtypes
 def test_a_captured_stream_k_launch_replays_with_another_x(random: Random, dtype):
     product = Product.of(random, 16, 4096, 4096, 128, False, dtype)
-    x, *rest = product.arguments
+    x, *rest = replace(product, x=product.x.contiguous()).arguments
     other = random.x(16, 4096, dtype)
     w4a16_decode.w4a16_decode(x, *rest, STREAM)  # the first call compiles the kernel and makes the counters
     graph = torch.cuda.CUDAGraph()
