@@ -15,7 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.calibration.rtn import rtn
-from quantkit.kernels import cpu, dequantize, w4a16, w4a16_decode, w4a16_wide
+from quantkit.kernels import cpu, dequantize, w4a16, w4a16_decode, w4a16_hopper, w4a16_wide
+from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, tiled_shape, unpack_tiles
 from quantkit.linear import QuantLinear
 from quantkit.packing import merge_rows, unpack_int4
@@ -39,7 +40,8 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str
 def in_nans(x: Tensor) -> Tensor:
     """x as a corner of a larger tensor, the rest of which is NaN."""
     M, K = x.shape
-    larger = torch.full((M + 3, K + 48), float("nan"), dtype=x.dtype, device=x.device)
+    columns = K + 48 + -K % 8  # rows at multiples of 16 bytes, as TMA wants them
+    larger = torch.full((M + 3, columns), float("nan"), dtype=x.dtype, device=x.device)
     larger[:M, :K] = x
     return larger[:M, :K]
 
@@ -219,12 +221,59 @@ WIDE_LAUNCHES = [
 ]
 
 
+HOPPER_LAUNCHES = [
+    wide_launch(16, 1, 4, 1, 4),
+    wide_launch(32, 2, 8, 2, 3),
+    wide_launch(64, 1, 4, 1, 6),
+    wide_launch(64, 2, 4, 2, 4),
+    wide_launch(128, 1, 8, 1, 4),
+    wide_launch(128, 2, 4, 1, 3),
+    wide_launch(256, 1, 8, 1, 6),
+    wide_launch(256, 1, 4, 2, 2),
+]
+
+
 @pytest.mark.parametrize("group_size", [0, 32, 128])
 @pytest.mark.parametrize("launch", WIDE_LAUNCHES, ids=launch_name)
 @dtypes
 def test_wide_in_every_launch(random: Random, dtype, launch, group_size):
     product = Product.of(random, 70, 136, 700, group_size, group_size == 32, dtype)
     product.check(w4a16_wide.w4a16_wide(*product.arguments, launch), roundings=1)
+
+
+hopper = pytest.mark.skipif(
+    not GPU or target_of(DEVICE) != "sm_90", reason="written in Gluon, which has no interpreter, for sm_90"
+)
+
+
+@gpu
+@hopper
+@zeros
+@group_sizes
+@pytest.mark.parametrize("M", [1, 17, 33, 130, 300])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@shapes
+def test_hopper(random: Random, shape, dtype, M, group_size, asymmetric):
+    product = Product.of(random, M, *shape, group_size, asymmetric, dtype)
+    product.check(w4a16_hopper.w4a16_hopper(*product.arguments), roundings=1)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("launch", HOPPER_LAUNCHES, ids=launch_name)
+def test_hopper_in_every_launch(random: Random, launch, group_size):
+    product = Product.of(random, 70, 136, 700, group_size, group_size == 32, BF16)
+    product.check(w4a16_hopper.w4a16_hopper(*product.arguments, launch), roundings=1)
+
+
+@gpu
+@hopper
+def test_hopper_leaves_to_the_wide_kernel_what_it_cannot_take(random: Random):
+    product = Product.of(random, 20, 48, 300, 64, True, BF16)
+    x, *rest = product.arguments
+    odd = torch.zeros(20, 303, dtype=BF16, device=DEVICE)[:, 1:301].copy_(x)
+    product.check(w4a16_hopper.w4a16_hopper(odd, *rest), roundings=1)
 
 
 @zeros
@@ -242,13 +291,16 @@ KERNELS = {  # kernel, M, launch, roundings before y
     "decode 16": (w4a16_decode.w4a16_decode, 16, decode_launch(2, 1, 4, 1, 3), 0),
     "stream": (w4a16_decode.w4a16_decode, 5, decode_launch(2, 2, 2, 1, 1, programs=5), 0),
     "wide": (w4a16_wide.w4a16_wide, 37, wide_launch(32, 2, 4, 2, 3), 1),
+    "hopper": (w4a16_hopper.w4a16_hopper, 37, None, 1),
     # w, the product, the bias, silu, silu(gate) * up
     "vendor": (lambda *a: dequantize.w4a16_tiles_vendor(*a[:-1]), 4, None, 5),
 }
 
 
 @pytest.mark.parametrize(("bias", "residual", "swiglu"), FOLLOWING)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(name, marks=[gpu, hopper] if name == "hopper" else []) for name in KERNELS]
+)
 @dtypes
 def test_what_follows_the_product(random: Random, dtype, kernel, bias, residual, swiglu):
     run, M, launch, roundings = KERNELS[kernel]
