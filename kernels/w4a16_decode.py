@@ -38,16 +38,19 @@ def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters that are good for 132 multiprocessors; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
     if M <= 8:
-        few = strips < 1024  # too few for four strips a warp
-        chosen = dict(rows=1, depth=4) if few else dict(rows=4, depth=1)
-        return dict(chosen, warps_n=1, warps_k=4, stages=1, programs=0, max_registers=168 if few else 128)
-    tiles = -(-strips // 8)
-    steps = -(-K // (2 * PAD_K))
-    programs = min(264, tiles * steps)
+        chosen = dict(rows=4, depth=1, programs=0, max_registers=128)
+        if strips < 1024 and K <= 8192:  # too few for four strips a warp: one, and all of its columns at once
+            chosen = dict(rows=1, depth=8, programs=0, max_registers=168)
+        elif strips < 1024:
+            chosen = dict(rows=2, depth=2, programs=512, max_registers=128)
+        return dict(chosen, warps_n=1, warps_k=4, stages=1)
+    if strips < 1600:
+        programs = 384 if K > 8192 else min(384, strips)
+        return dict(rows=2, warps_n=2, warps_k=2, depth=2, stages=2, programs=programs, max_registers=168)
+    one_wave = strips <= 8 * 264
     return dict(
-        rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=programs * (tiles < 200 or tiles > 264),
-        max_registers=128,
-    )  # fmt: skip
+        rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=0 if one_wave else 264, max_registers=128
+    )
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:

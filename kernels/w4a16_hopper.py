@@ -38,6 +38,9 @@ MAX_X_BYTES = 200 * 1024  # of shared memory for x
 
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
+    if N < 132 * 128:  # too few blocks of 128 rows for every multiprocessor
+        block_m = min(128, max(16, triton.next_power_of_2(M)))
+        return dict(block_m=block_m, rows=1, warps=4, tiles=1, stages=6)
     if M <= 32:
         return dict(block_m=32, rows=1, warps=8, tiles=2, stages=4)
     if M <= 64:
