@@ -32,22 +32,26 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 Config = dict[str, int]
 
 
+FULL = 100  # blocks that keep 132 multiprocessors busy enough
 MAX_SUMS = 128  # float32 sums a thread
 MAX_X_BYTES = 200 * 1024  # of shared memory for x
 
 
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
-    if N < 132 * 128:  # too few blocks of 128 rows for every multiprocessor
-        block_m = min(128, max(16, triton.next_power_of_2(M)))
-        return dict(block_m=block_m, rows=1, warps=4, tiles=1, stages=6)
+
+    def blocks(block_n: int, block_m: int) -> int:
+        return -(-N // block_n) * -(-M // block_m)
+
+    if M > 128 and blocks(128, 256) >= FULL:
+        return dict(block_m=256, rows=1, warps=8, tiles=1, stages=6)
+    if M > 64 and blocks(128, 128) >= FULL:
+        return dict(block_m=128, rows=1, warps=8, tiles=1, stages=4)
+    if blocks(128, 64) < FULL:  # too few for every multiprocessor: halve them
+        return dict(block_m=min(128, max(16, triton.next_power_of_2(M))), rows=1, warps=4, tiles=1, stages=6)
     if M <= 32:
         return dict(block_m=32, rows=1, warps=8, tiles=2, stages=4)
-    if M <= 64:
-        return dict(block_m=64, rows=2, warps=4, tiles=1 if group_size % TILE_K else 2, stages=4)
-    if M <= 128:
-        return dict(block_m=128, rows=1, warps=8, tiles=1, stages=4)
-    return dict(block_m=256, rows=1, warps=8, tiles=1, stages=6)
+    return dict(block_m=64, rows=2, warps=4, tiles=1 if group_size % TILE_K else 2, stages=4)
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
