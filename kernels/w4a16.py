@@ -59,10 +59,26 @@ MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 
 
+# Triton lays lanes along dimensions that are not contiguous: up to 3.6 the first of them first, in 3.9 the last.
+# Where the lanes of a load are not c and g, every operand passes through shared memory.
+LAST_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+
+
+@triton.jit
+def load_rows(ptr, mask):
+    """Scales or zeros [c, g, W, R, P], 4 c and 8 g the lanes of a warp; 0 where not in the mask."""
+    if LAST_FIRST:
+        return tl.load(ptr.permute(4, 3, 2, 1, 0), mask=mask.permute(4, 3, 2, 1, 0), other=0).permute(
+            4, 3, 2, 1, 0
+        )
+    else:
+        return tl.load(ptr, mask=mask, other=0)
+
+
 @triton.jit
 def load_pair(ptr, offset, mask, dtype: tl.constexpr):
-    """Two neighbours in one word: int32 at ptr + offset -> [..., 2] of a 16-bit dtype."""
-    word = tl.load(ptr + offset, mask=mask, other=0)
+    """Two neighbours in one word: int32 at ptr + offset [c, g, W, R, P] -> [c, g, W, R, P, 2] of a 16-bit dtype."""
+    word = load_rows(ptr + offset, mask)
     pair = tl.join(word & 0xFFFF, (word >> 16) & 0xFFFF)
     return pair.to(tl.uint16).to(dtype, bitcast=True)
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import fragments, has_inline_asm, load_pair, store_outputs
+from quantkit.kernels.w4a16 import LAST_FIRST, fragments, has_inline_asm, load_pair, load_rows, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -57,7 +57,12 @@ def load_tiles(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr
     tile = tl.arange(0, C)[None, None, None, None, :, None]
     at = unit[None, None, :, None, None, None] * (C * 128) + r * stride_strip + tile * 128
     mask = inside[:, :, :, :, :, None] & (tile >= 0)
-    return tl.load(ptr + at, mask=mask, eviction_policy="evict_first")
+    if LAST_FIRST:
+        at = tl.max_contiguous((ptr + at).permute(4, 3, 2, 1, 0, 5), (1, 1, 1, 1, 1, 4))  # 16 bytes a lane
+        q = tl.load(at, mask=mask.permute(4, 3, 2, 1, 0, 5), eviction_policy="evict_first")
+        return q.permute(4, 3, 2, 1, 0, 5)
+    else:
+        return tl.load(ptr + at, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -69,7 +74,12 @@ def load_x(ptr, m, k, M, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, 
     mask = m < M
     if not EVEN_K:
         mask = mask & (k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :] < K)
-    x = tl.load(at, mask=mask & (k8 >= 0), other=0.0)
+    mask = mask & (k8 >= 0)
+    if LAST_FIRST:
+        at = tl.max_contiguous(at.permute(2, 3, 1, 0, 4), (1, 1, 1, 1, 2))
+        x = tl.load(at, mask=mask.permute(2, 3, 1, 0, 4), other=0.0).permute(3, 2, 0, 1, 4)
+    else:
+        x = tl.load(at, mask=mask, other=0.0)
     return x.permute(1, 2, 4, 3, 0).reshape(W, C * 64, MH * 8)
 
 
@@ -166,7 +176,7 @@ def w4a16_decode_kernel(
             qs = qs + (load_tiles(q_ptr, inside, ahead, stride_strip, R, C),)
             ss = ss + (load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE),)
             if zeros_ptr is not None:
-                zs = zs + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+                zs = zs + (load_rows(zeros_ptr + row_at + group * 8, inside),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
         if PDL:
             gdc_wait()
@@ -189,7 +199,7 @@ def w4a16_decode_kernel(
                 if zeros_ptr is not None:
                     z = zs[0]
                     zeros = tl.join(z & 0xFF, (z >> 8) & 0xFF)
-                    zs = zs[1:] + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+                    zs = zs[1:] + (load_rows(zeros_ptr + row_at + group * 8, inside),)
                 # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
                 a = fragments(qs[0].reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)
                 a = a.permute(4, 3, 2, 6, 1, 5, 7, 0, 8).reshape(P * R * W, 16, S * 16)

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP
-from quantkit.kernels.w4a16 import MOVE, fragments, has_inline_asm, load_pair, store_outputs
+from quantkit.kernels.w4a16 import (
+    LAST_FIRST,
+    MOVE,
+    fragments,
+    has_inline_asm,
+    load_pair,
+    load_rows,
+    store_outputs,
+)
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -43,14 +51,20 @@ def load_weights(
     r = tl.arange(0, R)[None, None, None, :, None, None]
     tile = tl.arange(0, C)[None, None, None, None, :, None]
     at = unit[:, :, :, :, :, None] * (C * 128) + r * (W * stride_strip) + tile * 128
-    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)
+    mask = inside[:, :, :, :, :, None] & (tile >= 0)
+    if LAST_FIRST:
+        at = tl.max_contiguous((q_ptr + at).permute(4, 3, 2, 1, 0, 5), (1, 1, 1, 1, 1, 4))  # 16 bytes a lane
+        q = tl.load(at, mask=mask.permute(4, 3, 2, 1, 0, 5), other=0)
+        q = q.permute(4, 3, 2, 1, 0, 5)
+    else:
+        q = tl.load(q_ptr + at, mask=mask, other=0)
     part = tl.arange(0, P)[None, None, None, None, :]
     group = (unit * P + part) * (C * 64 // P) // G if G > 0 else 0 * part
     s = load_pair(scales_ptr, row_at + group * 8, inside, SCALE_DTYPE)
     if zeros_ptr is None:
         return q, s
     else:
-        return q, s, tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0)
+        return q, s, load_rows(zeros_ptr + row_at + group * 8, inside)
 
 
 @triton.jit
