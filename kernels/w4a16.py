@@ -65,6 +65,33 @@ MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 
 
+# Triton lays lanes along dimensions that are not contiguous: up to 3.6 the first of them first, in 3.9 the last.
+# Where the lanes of a load are not c and g, every operand passes through shared memory.
+LAST_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+
+
+@triton.jit
+def load_rows(ptr, mask):
+    """Scales or zeros [c, g, W, R, P], 4 c and 8 g the lanes of a warp; 0 where not in the mask."""
+    if LAST_FIRST:
+        return tl.load(ptr.permute(4, 3, 2, 1, 0), mask=mask.permute(4, 3, 2, 1, 0), other=0).permute(
+            4, 3, 2, 1, 0
+        )
+    else:
+        return tl.load(ptr, mask=mask, other=0)
+
+
+@triton.jit
+def load_tiles(ptr, mask, EVICTION: tl.constexpr):
+    """Tiles [c, g, W, R, C, kt], 16 bytes a lane; undefined where not in the mask."""
+    if LAST_FIRST:
+        ptr = tl.max_contiguous(ptr.permute(4, 3, 2, 1, 0, 5), (1, 1, 1, 1, 1, 4))
+        q = tl.load(ptr, mask=mask.permute(4, 3, 2, 1, 0, 5), eviction_policy=EVICTION)
+        return q.permute(4, 3, 2, 1, 0, 5)
+    else:
+        return tl.load(ptr, mask=mask, eviction_policy=EVICTION)
+
+
 @triton.jit
 def halves(word, dtype: tl.constexpr):
     """The two 16-bit numbers of an int32 word, low first: [..., 2]. Words are what loops carry: one register, not two."""

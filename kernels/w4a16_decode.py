@@ -22,7 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import fragments, halves, ptx_level, store_outputs
+from quantkit.kernels.w4a16 import (
+    LAST_FIRST,
+    fragments,
+    halves,
+    load_rows,
+    load_tiles,
+    ptx_level,
+    store_outputs,
+)
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -101,13 +109,12 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
 
 
 @triton.jit
-def load_tiles(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr):
+def load_unit(ptr, inside, unit, stride_strip, R: tl.constexpr, C: tl.constexpr):
     """C tiles of each of R strips: int32 [c, g, W, R, C, kt]. Undefined where not inside, where the scales are zero."""
     r = tl.arange(0, R)[None, None, None, :, None, None]
     tile = tl.arange(0, C)[None, None, None, None, :, None]
     at = unit[None, None, :, None, None, None] * (C * 128) + r * stride_strip + tile * 128
-    mask = inside[:, :, :, :, :, None] & (tile >= 0)
-    return tl.load(ptr + at, mask=mask, eviction_policy="evict_first")
+    return load_tiles(ptr + at, inside[:, :, :, :, :, None] & (tile >= 0), "evict_first")
 
 
 @triton.jit
@@ -116,11 +123,13 @@ def load_x(ptr, k, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K
     k8 = tl.arange(0, C * 8)[None, None, :, None, None] * 8
     at = k[None, :, None, None, None] + k8  # dims m, W, eights of columns, MH, column of eight
     at = tl.max_contiguous(ptr + at, (1, 1, 1, 1, 2))  # 4 bytes a lane, as the instruction wants them
-    if EVEN_K:
-        x = tl.load(at)
+    column = k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :]
+    mask = (column < K) | EVEN_K
+    if LAST_FIRST:
+        at = tl.max_contiguous(at.permute(2, 3, 1, 0, 4), (1, 1, 1, 1, 2))
+        x = tl.load(at, mask=mask.permute(2, 3, 1, 0, 4), other=0.0).permute(3, 2, 0, 1, 4)
     else:
-        column = k[None, :, None, None, None] + k8 + tl.arange(0, 8)[None, None, None, None, :]
-        x = tl.load(at, mask=column < K, other=0.0)
+        x = tl.load(at, mask=mask, other=0.0)
     return x.permute(1, 2, 4, 3, 0).reshape(W, C * 64, MH * 8)
 
 
@@ -217,10 +226,10 @@ def w4a16_decode_kernel(
             inside = (ahead < end)[None, None, :, None, None]
             if not EVEN_N:
                 inside = inside & exists
-            qs = qs + (load_tiles(q_ptr, inside, ahead, stride_strip, R, C),)
-            ss = ss + (tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0),)
+            qs = qs + (load_unit(q_ptr, inside, ahead, stride_strip, R, C),)
+            ss = ss + (load_rows(scales_ptr + row_at + group * 8, inside),)
             if zeros_ptr is not None:
-                zs = zs + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+                zs = zs + (load_rows(zeros_ptr + row_at + group * 8, inside),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
         if PDL:
             gdc_wait()
@@ -239,13 +248,13 @@ def w4a16_decode_kernel(
                 inside = (ahead < end)[None, None, :, None, None]
                 if not EVEN_N:
                     inside = inside & exists
-                q = load_tiles(q_ptr, inside, ahead, stride_strip, R, C)
-                s = tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0)
+                q = load_unit(q_ptr, inside, ahead, stride_strip, R, C)
+                s = load_rows(scales_ptr + row_at + group * 8, inside)
                 zeros = None
                 if zeros_ptr is not None:
                     z = zs[0]
                     zeros = tl.join(z & 0xFF, (z >> 8) & 0xFF)
-                    zs = zs[1:] + (tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0),)
+                    zs = zs[1:] + (load_rows(zeros_ptr + row_at + group * 8, inside),)
                 # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
                 a = fragments(qs[0].reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)
                 a = a.permute(4, 3, 2, 6, 1, 5, 7, 0, 8).reshape(P * R * W, 16, S * 16)

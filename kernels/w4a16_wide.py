@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import MOVE, fragments, halves, ptx_level, store_outputs
+from quantkit.kernels.w4a16 import MOVE, fragments, halves, load_rows, load_tiles, ptx_level, store_outputs
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -68,14 +68,14 @@ def load_weights(
     r = tl.arange(0, R)[None, None, None, :, None, None]
     tile = tl.arange(0, C)[None, None, None, None, :, None]
     at = unit[:, :, :, :, :, None] * (C * 128) + r * (W * stride_strip) + tile * 128
-    q = tl.load(q_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0))
+    q = load_tiles(q_ptr + at, inside[:, :, :, :, :, None] & (tile >= 0), "")
     part = tl.arange(0, P)[None, None, None, None, :]
     group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
-    s = tl.load(scales_ptr + row_at + group * 8, mask=inside, other=0)
+    s = load_rows(scales_ptr + row_at + group * 8, inside)
     if zeros_ptr is None:
         return q, s
     else:
-        return q, s, tl.load(zeros_ptr + row_at + group * 8, mask=inside, other=0)
+        return q, s, load_rows(zeros_ptr + row_at + group * 8, inside)
 
 
 @triton.jit
