@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.w4a16 import (
     LAST_FIRST,
@@ -42,11 +43,14 @@ LAUNCHES = 256  # launches in flight on one GPU that have counters of their own
 Config = dict[str, int]
 
 
-def config(M: int, N: int, K: int, group_size: int) -> Config:
-    """Launch parameters that are good for 132 multiprocessors; `quantkit tune` finds better ones for a shape."""
+def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
+    """Launch parameters that are good for an H200 and fit the others; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
+    if not target.startswith("sm_"):  # the operands pass through shared memory: little of everything
+        return dict(rows=1, warps_n=1, warps_k=4, depth=1, stages=1, programs=0, max_registers=0)
+    whole = group_size % PAD_K == 0  # a smaller group has half as many columns a unit
     if M <= 8:
-        chosen = dict(rows=4, depth=1, programs=0, max_registers=128)
+        chosen = dict(rows=4 if whole else 2, depth=1 if whole else 2, programs=0, max_registers=128)
         if strips < 1024 and K <= 8192:  # too few for four strips a warp: one, and all of its columns at once
             chosen = dict(rows=1, depth=8, programs=0, max_registers=168)
         elif strips < 1024:
@@ -58,7 +62,7 @@ def config(M: int, N: int, K: int, group_size: int) -> Config:
     one_wave = strips <= 8 * 264
     return dict(
         rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=0 if one_wave else 264, max_registers=128
-    )
+    )  # fmt: skip
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
@@ -332,7 +336,7 @@ def w4a16_decode(
     (M, K), strips = x.shape, tiles.shape[0]
     if M > MAX_M:
         raise ValueError(f"w4a16_decode: x has {M} rows, expected at most {MAX_M}; use w4a16_wide")
-    chosen = launch or config(M, N, K, group_size)
+    chosen = launch or config(M, N, K, group_size, target_of(x.device))
     rows, warps_n, warps_k = chosen["rows"], chosen["warps_n"], chosen["warps_k"]
     while rows > strips:
         rows //= 2

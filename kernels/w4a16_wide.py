@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.w4a16 import MOVE, fragments, halves, load_rows, load_tiles, ptx_level, store_outputs
 
@@ -29,13 +30,13 @@ MOST_CANDIDATES = 24
 Config = dict[str, int]
 
 
-def config(M: int, N: int, K: int, group_size: int) -> Config:
-    """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
+def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
+    """Launch parameters by the rows of x, within the least shared memory and registers of the targets."""
+    if not target.startswith("sm_"):
+        return dict(block_m=32, rows=1, warps=4, tiles=1, stages=1)
     if M <= 32:
         return dict(block_m=32, rows=1, warps=8, tiles=2, stages=3)
-    if M <= 64:
-        return dict(block_m=64, rows=1, warps=8, tiles=2, stages=3)
-    return dict(block_m=128, rows=2, warps=4, tiles=2, stages=3)
+    return dict(block_m=64, rows=1, warps=4, tiles=2, stages=3)
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
@@ -163,7 +164,7 @@ def w4a16_wide(
         u the unit roundoff of x.dtype; 3 u where the scales have another dtype than x.
     """
     M, K = x.shape
-    chosen = launch or config(M, N, K, group_size)
+    chosen = launch or config(M, N, K, group_size, target_of(x.device))
     block_m, rows, warps = chosen["block_m"], chosen["rows"], chosen["warps"]
     y = x.new_empty(M, N // 2 if swiglu else N)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, rows * warps * STRIP))

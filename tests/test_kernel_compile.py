@@ -30,7 +30,7 @@ def w4a16_jobs(target: str):
     from quantkit.kernels import dequantize, w4a16_decode, w4a16_wide
 
     nvidia = target.startswith("sm_")
-    ptx = {"ASM": nvidia, "PDL": nvidia and int(target[3:]) >= 90}
+    ptx = {"ASM": int(target[3:]) if nvidia else 0, "PDL": nvidia and int(target[3:]) >= 90}
     seen = []
     for group_size, asymmetric, x in ((128, False, "bf16"), (32, True, "bf16"), (128, False, "fp16")):
         scheme = {"G": group_size, "SCALE_DTYPE": tl.bfloat16 if x == "bf16" else tl.float16}
@@ -51,13 +51,13 @@ def w4a16_jobs(target: str):
                 common = tensors | sizes | scheme | ptx | {"SWIGLU": False, "EVEN_K": True}
                 if M <= w4a16_decode.MAX_M:
                     name, fn = "w4a16_decode", w4a16_decode.w4a16_decode_kernel
-                    chosen = w4a16_decode.config(M, N, K, group_size)
+                    chosen = w4a16_decode.config(M, N, K, group_size, target)
                     specific, options = decode_launch(chosen, M, group_size, nvidia)
                 else:
                     name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
-                    chosen = w4a16_wide.config(M, N, K, group_size)
+                    chosen = w4a16_wide.config(M, N, K, group_size, target)
                     specific = {"BLOCK_M": chosen["block_m"], "C": chosen["tiles"], "R": chosen["rows"]}
-                    specific |= {"W": chosen["warps"], "STAGES": chosen["stages"]}
+                    specific |= {"W": chosen["warps"], "STAGES": chosen["stages"], "EVEN_N": True}
                     options = {"num_warps": chosen["warps"], "num_stages": 1}
                 if ptx["PDL"]:
                     options["launch_pdl"] = True
@@ -65,7 +65,7 @@ def w4a16_jobs(target: str):
                     seen.append((fn, common | specific, options))
                     yield f"{name} {called} M={M} N={N}", fn, common | specific, options
         if x == "bf16":
-            types = weights | {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": nvidia, **scheme}
+            types = weights | {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": ptx["ASM"], **scheme}
             types |= {"W": dequantize.TILE_WARPS, "C": dequantize.TILES}
             fn = dequantize.dequantize_tiles_kernel
             yield (
@@ -74,6 +74,41 @@ def w4a16_jobs(target: str):
                 types,
                 {"num_warps": dequantize.TILE_WARPS, "num_stages": 1},
             )
+
+
+def hopper_jobs():
+    """What the wrapper of the Gluon kernel launches."""
+    from triton.experimental.gluon import language as gl
+
+    from quantkit.kernels import w4a16_hopper
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    N, K, seen = 28672, 4096, []
+    for x, group_size, following in (("bf16", 128, False), ("bf16", 32, True), ("fp16", 0, False)):
+        for M in (17, 64, 128, 256):
+            chosen = w4a16_hopper.config(M, N, K, group_size)
+            box = f"[{chosen['block_m']}, {64 * chosen['tiles']}]"
+            types = {
+                "x_desc": f"tensordesc<{x}{box},{layout!r}>",
+                "tiles_ptr": "*i32",
+                "scales_ptr": "*i32",
+                "zeros_ptr": "*i16" if following else None,
+                "bias_ptr": f"*{x}" if following else None,
+                "residual_ptr": f"*{x}" if following else None,
+                "y_ptr": f"*{x}",
+                **{"M": "i32", "N": "i32", "K": "i32"},
+                **{"G": group_size, "SWIGLU": following, "EVEN_N": True},
+                **{
+                    "C": chosen["tiles"],
+                    "R": chosen["rows"],
+                    "W": chosen["warps"],
+                    "STAGES": chosen["stages"],
+                },
+            }
+            if (types, chosen) not in seen:
+                seen.append((types, chosen))
+                name = f"w4a16_hopper {x} g{group_size} M={M} N={N}"
+                yield name, w4a16_hopper.w4a16_hopper_kernel, types, {"num_warps": chosen["warps"]}
 
 
 def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[dict, dict]:
@@ -106,6 +141,8 @@ def jobs(target: str):
     from quantkit.kernels.dispatch import native_fp8
 
     yield from w4a16_jobs(target)
+    if target == "sm_90":
+        yield from hopper_jobs()
     N, K, full = 4096, 4096, target in ("sm_80", "sm_90", "gfx942")
     native = native_fp8(target)
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
@@ -260,6 +297,7 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
 def compile_all(target: str) -> None:
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     for name, fn, arguments, launch in jobs(target):
         options = {key: launch[key] for key in OPTIONS if key in launch}
@@ -268,7 +306,8 @@ def compile_all(target: str) -> None:
         types = {key: "constexpr" if key in constants else arguments[key] for key in fn.arg_names}
         # what the launcher finds out about real tensors: addresses and sizes divisible by 16
         aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(types) if types[key][0] in "*i"}
-        source = ASTSource(fn, types, constexprs=constants, attrs=aligned)
+        kind = GluonASTSource if fn.is_gluon() else ASTSource
+        source = kind(fn, types, constexprs=constants, attrs=aligned)
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
