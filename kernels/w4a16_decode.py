@@ -104,8 +104,8 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
                 found += [split, dict(split, programs=8 * tiles(split))]
         found += [launch(1, 4, 1, 4, 2, programs, 168) for programs in (two, three)]
         found += [launch(2, 8, 1, 1, 3, two, 128), launch(4, 1, 4, 1, 3, 0, 168)]
-    distinct: list[Config] = []
-    for one in [config(M, N, K, group_size), *found]:
+    distinct = [config(M, N, K, group_size)]
+    for one in found:
         # more programs than steps of work would leave some with nothing to do
         if one["programs"] <= tiles(one) * steps(one) and one not in distinct:
             distinct.append(one)

@@ -602,7 +602,7 @@ def test_inspect_shows_the_kernel_that_a_table_chooses(run, packed, tables, tmp_
         rows = {row["name"]: row for row in json.loads(file.read_text())["modules"]}
         return rows["model.layers.0.mlp.up_proj"]["kernels"]
 
-    default = {"1": "w4a16_decode", "16": "w4a16_decode", "256": "w4a16_wide", "4096": "w4a16_tiles_vendor"}
+    default = {"1": "w4a16_decode", "16": "w4a16_decode", "256": "w4a16_hopper", "4096": "w4a16_hopper"}
     assert kernels() == default
     entries = [tuned_entry(96, 64, 64, 16, "w4a16_wide"), tuned_entry(96, 64, 64, 256, "w4a16_tiles_vendor")]
     (tables / "sm_90.json").write_text(json.dumps({"entries": entries}))
