@@ -43,6 +43,18 @@ LAUNCHES = 256  # launches in flight on one GPU that have counters of their own
 Config = dict[str, int]
 
 
+def blocks(launch: Config, N: int) -> int:
+    """Blocks of rows of w: what the programs share."""
+    return -(-N // (STRIP * launch["rows"] * launch["warps_n"]))
+
+
+def steps(launch: Config, K: int, group_size: int) -> int:
+    """Steps along K of one block: the least that a program can do."""
+    padded = -(-K // PAD_K) * PAD_K
+    units = padded // (TILE_K if group_size % PAD_K else 2 * TILE_K)
+    return -(-units // (launch["warps_k"] * launch["depth"]))
+
+
 def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
     """Launch parameters that are good for an H200 and fit the others; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
@@ -55,26 +67,18 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
             chosen = dict(rows=1, depth=8, programs=0, max_registers=168)
         elif strips < 1024:
             chosen = dict(rows=2, depth=2, programs=512, max_registers=128)
-        return dict(chosen, warps_n=1, warps_k=4, stages=1)
-    if strips < 1600:
+        chosen |= dict(warps_n=1, warps_k=4, stages=1)
+    elif strips < 1600:
         programs = 384 if K > 8192 else min(384, strips)
-        return dict(rows=2, warps_n=2, warps_k=2, depth=2, stages=2, programs=programs, max_registers=168)
-    one_wave = strips <= 8 * 264
-    return dict(
-        rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=0 if one_wave else 264, max_registers=128
-    )  # fmt: skip
+        chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2, stages=2, programs=programs, max_registers=168)
+    else:
+        programs = 0 if strips <= 8 * 264 else 264  # whole tiles where they are one wave
+        chosen = dict(rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=programs, max_registers=128)
+    return chosen | dict(programs=min(chosen["programs"], blocks(chosen, N) * steps(chosen, K, group_size)))
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
     """Launches worth timing, `config`'s first: those that were good for some shape on an H200."""
-
-    def tiles(of: Config) -> int:
-        return -(-N // (STRIP * of["rows"] * of["warps_n"]))
-
-    def steps(of: Config) -> int:
-        padded = -(-K // PAD_K) * PAD_K
-        units = padded // (TILE_K if group_size % PAD_K else 2 * TILE_K)
-        return -(-units // (of["warps_k"] * of["depth"]))
 
     def launch(rows: int, warps_n: int, warps_k: int, depth: int, stages: int, programs: int, registers: int):
         return dict(
@@ -88,7 +92,7 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
         found += [launch(1, 1, 4, depth, 1, 0, 168) for depth in (8, 4)]
         found += [launch(1, 1, 8, depth, 1, 0, registers) for depth in (2, 4) for registers in (0, 80)]
         split = launch(2, 1, 8, 1, 1, 0, 128)
-        found += [dict(split, programs=parts * tiles(split)) for parts in (2, 4)]
+        found += [dict(split, programs=parts * blocks(split, N)) for parts in (2, 4)]
         found += [launch(2, 1, 4, depth, 1, four, 128) for depth in (1, 2)]
         found += [launch(2, 2, 2, 2, 1, four, 128)]
     else:
@@ -101,13 +105,13 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
         for depth in (2, 4):
             for stages in (2, 3):
                 split = launch(2, 4, 1, depth, stages, three, 168)
-                found += [split, dict(split, programs=8 * tiles(split))]
+                found += [split, dict(split, programs=8 * blocks(split, N))]
         found += [launch(1, 4, 1, 4, 2, programs, 168) for programs in (two, three)]
         found += [launch(2, 8, 1, 1, 3, two, 128), launch(4, 1, 4, 1, 3, 0, 168)]
     distinct = [config(M, N, K, group_size)]
     for one in found:
         # more programs than steps of work would leave some with nothing to do
-        if one["programs"] <= tiles(one) * steps(one) and one not in distinct:
+        if one["programs"] <= blocks(one, N) * steps(one, K, group_size) and one not in distinct:
             distinct.append(one)
     return distinct
 
@@ -343,14 +347,10 @@ def w4a16_decode(
     block_n, columns = warps_n * rows * STRIP, 8 if M <= 8 else 16
     y = x.new_empty(M, N // 2 if swiglu else N)
     tiles_of_unit = 1 if group_size % PAD_K else 2
-    blocks, steps = (
-        triton.cdiv(N, block_n),
-        triton.cdiv(tiles.shape[1] // tiles_of_unit, warps_k * chosen["depth"]),
-    )
-    programs = min(
-        chosen["programs"], blocks * steps
-    )  # one without a step would be counted, but not waited for
-    stream = programs > 0 and blocks <= COUNTERS
+    shared = blocks(chosen | dict(rows=rows), N)
+    # a program without a step would be counted, but not waited for
+    programs = min(chosen["programs"], shared * steps(chosen, K, group_size))
+    stream = programs > 0 and shared <= COUNTERS
     partial = counters = None
     if stream:
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
@@ -361,7 +361,7 @@ def w4a16_decode(
     options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
     if asm and chosen["max_registers"]:
         options["maxnreg"] = chosen["max_registers"]
-    w4a16_decode_kernel[(programs if stream else blocks,)](
+    w4a16_decode_kernel[(programs if stream else shared,)](
         x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
         y, partial, counters, M, N, K, x.stride(0),
         G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
