@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels import w4a16
 from quantkit.kernels.int4tiles import STRIP, TILE_K
+from quantkit.kernels.w4a16_wide import w4a16_wide
 
 UNPACK_BF16 = gl.constexpr(w4a16.UNPACK_BF16.value)
 UNPACK_F16 = gl.constexpr(w4a16.UNPACK_F16.value)
@@ -71,11 +72,9 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
     return [default, *(one for one in found if one != default)]
 
 
-def not_runnable(x: Tensor) -> str | None:
-    """Why TMA cannot read x [M, K]; None: it can."""
-    if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
-        return f"needs rows of x at multiples of 16 bytes, not at {x.data_ptr() % 16} + i * {x.stride(0) * x.element_size()}"
-    return None
+def tma_reads(x: Tensor) -> bool:
+    """Whether TMA can read x [M, K]: its rows begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 @gluon.jit
@@ -263,9 +262,7 @@ def w4a16_hopper(
     launch: Config | None = None,
 ) -> Tensor:
     """As `w4a16_wide`, which also takes what this kernel cannot: x at odd addresses, scales of another dtype than x."""
-    if not_runnable(x) or scales.dtype != x.dtype:
-        from quantkit.kernels.w4a16_wide import w4a16_wide
-
+    if not tma_reads(x) or scales.dtype != x.dtype:
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
     M, K = x.shape
     chosen = launch or config(M, N, K, group_size)
