@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import fragments, halves, ptx_level
+from quantkit.kernels.w4a16 import as_words, fragments, halves, ptx_level
 from quantkit.kernels.w8a16 import decode_e4m3
 
 BLOCK_N, BLOCK_K = 16, 256  # weights a program: enough bytes in flight, one scale a row and group
@@ -130,9 +130,10 @@ def w4a16_tiles_vendor(
     # PTX multiplies in x.dtype: the product is rounded once only where the scale has that dtype
     asm = ptx_level(x) if scales.dtype == x.dtype else 0
     grid = (-(-K // PAD_K) * PAD_K // (TILES * TILE_K), triton.cdiv(N, TILE_WARPS * STRIP))
+    scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     dequantize_tiles_kernel[grid](
-        tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), w, N, K,
-        G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16,
+        tiles, scale_words, zero_words, w, N, K,
+        G=group_size, SCALE_DTYPE=scale_dtype,
         W=TILE_WARPS, C=TILES, ASM=asm, num_warps=TILE_WARPS,
     )  # fmt: skip
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))

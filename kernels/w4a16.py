@@ -42,6 +42,12 @@ def ptx_level(x: Tensor) -> int:
     return 10 * major + minor
 
 
+def as_words(scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor | None, tl.dtype]:
+    """Scales and zeros of tiles as the kernels load them, two rows (h) a word, and Triton's name of the scales' dtype."""
+    dtype = tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16
+    return scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), dtype
+
+
 _UNPACK = """{
 .reg .b32 a, b, c, magic;
 mov.b32 magic, MAGIC;

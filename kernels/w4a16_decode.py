@@ -13,7 +13,7 @@ Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 
 The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 
 import torch
@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.w4a16 import (
     LAST_FIRST,
+    as_words,
     fragments,
     halves,
     load_rows,
@@ -36,7 +38,6 @@ from quantkit.kernels.w4a16 import (
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MAX_M = 16
 COUNTERS = 4096  # of one launch: tiles that may be shared
 LAUNCHES = 256  # launches in flight on one GPU that have counters of their own
 
@@ -55,6 +56,7 @@ def steps(launch: Config, K: int, group_size: int) -> int:
     return -(-units // (launch["warps_k"] * launch["depth"]))
 
 
+@lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
     """Launch parameters that are good for an H200 and fit the others; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
@@ -361,10 +363,11 @@ def w4a16_decode(
     options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
     if asm and chosen["max_registers"]:
         options["maxnreg"] = chosen["max_registers"]
+    scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     w4a16_decode_kernel[(programs if stream else shared,)](
-        x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
+        x, tiles, scale_words, zero_words, bias, residual,
         y, partial, counters, M, N, K, x.stride(0),
-        G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
+        G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,

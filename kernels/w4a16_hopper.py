@@ -9,7 +9,8 @@ Budget at 989 TFLOP/s: 2 M N K operations; a step of 64 columns costs a warp 90 
 which wgmma runs. A program has one wave of registers: 128 float32 sums a thread at most (BLOCK_N x BLOCK_M = 128 x 256).
 """
 
-import torch
+from functools import lru_cache
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -38,6 +39,7 @@ MAX_SUMS = 128  # float32 sums a thread
 MAX_X_BYTES = 200 * 1024  # of shared memory for x
 
 
+@lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
 
@@ -271,8 +273,9 @@ def w4a16_hopper(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_desc = TensorDescriptor.from_tensor(x, [block_m, tiles_k * TILE_K], layout)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, rows * warps * STRIP))
+    scale_words, zero_words, _ = w4a16.as_words(scales, zeros)
     w4a16_hopper_kernel[grid](
-        x_desc, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
+        x_desc, tiles, scale_words, zero_words, bias, residual,
         y, M, N, K,
         G=group_size, SWIGLU=swiglu, EVEN_N=tiles.shape[0] % (rows * warps) == 0,
         C=tiles_k, R=rows, W=warps, STAGES=chosen["stages"], num_warps=warps, launch_pdl=True,

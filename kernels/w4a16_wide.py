@@ -9,14 +9,24 @@ The sums pass through a move that does nothing: without a use in the loop Triton
 step, which overwrites the registers that the tensor cores still read (seen as wrong results at BLOCK_M = 128).
 """
 
-import torch
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import MOVE, fragments, halves, load_rows, load_tiles, ptx_level, store_outputs
+from quantkit.kernels.w4a16 import (
+    MOVE,
+    as_words,
+    fragments,
+    halves,
+    load_rows,
+    load_tiles,
+    ptx_level,
+    store_outputs,
+)
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -30,6 +40,7 @@ MOST_CANDIDATES = 24
 Config = dict[str, int]
 
 
+@lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
     """Launch parameters by the rows of x, within the least shared memory and registers of the targets."""
     if not target.startswith("sm_"):
@@ -171,10 +182,11 @@ def w4a16_wide(
     asm = ptx_level(x)
     pdl = asm >= 90
     options = dict(launch_pdl=True) if pdl else {}
+    scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     w4a16_wide_kernel[grid](
-        x, tiles, scales.view(torch.int32), None if zeros is None else zeros.view(torch.int16), bias, residual,
+        x, tiles, scale_words, zero_words, bias, residual,
         y, M, N, K, x.stride(0),
-        G=group_size, SCALE_DTYPE=tl.bfloat16 if scales.dtype == torch.bfloat16 else tl.float16, SWIGLU=swiglu,
+        G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=tiles.shape[0] % (rows * warps) == 0, EVEN_K=K % PAD_K == 0, BLOCK_M=block_m, C=chosen["tiles"], R=rows, W=warps, STAGES=chosen["stages"],
         ASM=asm, PDL=pdl, num_warps=warps, num_stages=1, **options,
     )  # fmt: skip
