@@ -1,21 +1,34 @@
-"""W4A16 on Hopper for 17 rows of x and more: wgmma with the weight in registers, written in Gluon.
+"""W4A16 on Hopper, in Gluon: wgmma with the weight in registers, everything by TMA, equal work for every program.
 
-The same product, tiles and rounding as `w4a16_wide.py`, which is for every other GPU; Gluon says what Triton leaves to
-its compiler: two sets of registers hold the weight of even and of odd steps, so that one is dequantized while the
-tensor cores multiply by the other, and a set is written again only after the wait that ends its product. x comes by TMA
-through a ring of `stages` tiles in shared memory; TMA fills rows past M and columns past K with zeros.
+The product of `w4a16.py` and its tiles. A ring of `stages` slots in shared memory holds the tiles, scales, zeros and x
+of the steps to come: how many bytes are in flight depends on no registers, and a program fills its ring with weights
+before it waits for the kernel before (programmatic dependent launch), x after. A step takes its tiles out of the ring into
+registers as they are, subtracts the zero, and multiplies while the next step is dequantized: two sets of registers.
 
-Budget at 989 TFLOP/s: 2 M N K operations; a step of 64 columns costs a warp 90 instructions a strip of 16 rows, during
-which wgmma runs. A program has one wave of registers: 128 float32 sums a thread at most (BLOCK_N x BLOCK_M = 128 x 256).
+Where a group is 128 columns or more and x has few rows the scale comes after the product of 128 columns, in float32;
+elsewhere it is multiplied into the weight, which is rounded once to x.dtype, as in `w4a16_wide.py`. One scale a row comes last.
+
+The work, (tiles of y) x (pairs of steps along K), is cut into `programs` equal ranges (stream-K). A range that ends inside a
+tile leaves its sums in a workspace; the last of the programs that share the tile adds them in a fixed order.
+
+Budget: 1.4 instructions a weight to decode it, 0.5 more to scale it before the product; 30 a step and warp; x is read once
+by every block of rows: BLOCK_M / (BLOCK_N / 4) of the weight's bytes out of L2.
 """
 
 from functools import lru_cache
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels import w4a16
@@ -24,59 +37,15 @@ from quantkit.kernels.w4a16_wide import w4a16_wide
 
 UNPACK_BF16 = gl.constexpr(w4a16.UNPACK_BF16.value)
 UNPACK_F16 = gl.constexpr(w4a16.UNPACK_F16.value)
-SCALE = "{{\nadd.rn.{0}x2 $0, $1, $2;\nmul.rn.{0}x2 $0, $0, $3;\n}}"
-SCALE_BF16 = gl.constexpr(SCALE.format("bf16"))  # (q - zero) * scale, two at a time
-SCALE_F16 = gl.constexpr(SCALE.format("f16"))
+ADD_BF16 = gl.constexpr(w4a16.ADD_BF16.value)
+ADD_F16 = gl.constexpr(w4a16.ADD_F16.value)
+MUL_BF16 = gl.constexpr(w4a16.MUL_BF16.value)
+MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 
-# Triton 3.9's name, and 3.6's
+# Triton 3.9's names, and 3.6's
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-Config = dict[str, int]
-
-
-FULL = 100  # blocks that keep 132 multiprocessors busy enough
-MAX_SUMS = 128  # float32 sums a thread
-MAX_X_BYTES = 200 * 1024  # of shared memory for x
-
-
-@lru_cache(maxsize=4096)
-def config(M: int, N: int, K: int, group_size: int) -> Config:
-    """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
-
-    def blocks(block_n: int, block_m: int) -> int:
-        return -(-N // block_n) * -(-M // block_m)
-
-    if M > 128 and blocks(128, 256) >= FULL:
-        return dict(block_m=256, rows=1, warps=8, tiles=1, stages=6)
-    if M > 64 and blocks(128, 128) >= FULL:
-        return dict(block_m=128, rows=1, warps=8, tiles=1, stages=4)
-    if blocks(128, 64) < FULL:  # too few for every multiprocessor: halve them
-        return dict(block_m=min(128, max(16, triton.next_power_of_2(M))), rows=1, warps=4, tiles=1, stages=6)
-    if M <= 32:
-        return dict(block_m=32, rows=1, warps=8, tiles=2, stages=4)
-    return dict(block_m=64, rows=2, warps=4, tiles=1 if group_size % TILE_K else 2, stages=4)
-
-
-def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
-    """Launches worth timing, `config`'s first: blocks of M and down to a quarter of it, as deep a ring as there is room."""
-    default = config(M, N, K, group_size)
-    largest = min(256, max(16, triton.next_power_of_2(M)))
-    found = [
-        dict(block_m=block_m, rows=rows, warps=warps, tiles=tiles, stages=stages)
-        for block_m in (256, 128, 64, 32, 16)
-        if largest // 2 <= block_m <= largest
-        for rows in (1, 2)
-        if rows * STRIP * block_m // 32 <= MAX_SUMS
-        for warps in (4, 8)
-        for tiles, stages in ((1, 4), (1, 6), (2, 3), (2, 4))
-        if stages * tiles * TILE_K * block_m * 2 <= MAX_X_BYTES
-    ]
-    return [default, *(one for one in found if one != default)]
-
-
-def tma_reads(x: Tensor) -> bool:
-    """Whether TMA can read x [M, K]: its rows begin at multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -85,170 +54,343 @@ def _ptx(instruction: gl.constexpr):
 
 
 @gluon.jit
-def _axes(block, R: gl.constexpr, W: gl.constexpr, LAST: gl.constexpr):
-    """c, g, the strip and 0 ... LAST - 1, to be broadcast to [c, g, W, R, LAST]; each use has one layout, so call anew."""
-    c = gl.arange(0, 4, layout=gl.AutoLayout())[:, None, None, None, None]
-    g = gl.arange(0, 8, layout=gl.AutoLayout())[None, :, None, None, None]
-    w = gl.arange(0, W, layout=gl.AutoLayout())[None, None, :, None, None]
-    r = gl.arange(0, R, layout=gl.AutoLayout())[None, None, None, :, None]
-    last = gl.arange(0, LAST, layout=gl.AutoLayout())[None, None, None, None, :]
-    return c, g, block * (W * R) + r * W + w, last
+def _pairs(ring, P: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
+    """Scales or zeros of both halves of a step, a pair of rows (h) a word: [R, W, P, g] as lanes hold them."""
+    LAYOUT: gl.constexpr = _pairs_layout(P, R, W)
+    t = ring.load(LAYOUT)
+    if P == 1:
+        t = t.reshape((R, W, 1, 8))
+        return t, t
+    else:
+        return gl.split(t.reshape((R, W, 2, P // 2, 8)).permute((0, 1, 3, 4, 2)))
 
 
-@gluon.jit
-def _halves(word):
-    """Two 16-bit patterns of a word, each in both halves of an int32: [..., 2]."""
-    low = word & 0xFFFF
-    high = (word >> 16) & 0xFFFF
-    return gl.join(low | (low << 16), high | (high << 16))
+@gluon.constexpr_function
+def _pairs_layout(P, R, W):
+    along = [[0, 8 << i] for i in range(P.bit_length() - 1)]
+    rows = [[W << i, 0] for i in range(R.bit_length() - 1)]
+    warps = [[1 << i, 0] for i in range(W.bit_length() - 1)]
+    return gl.DistributedLinearLayout(along + rows, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], warps, [], [R * W, P * 8])
+
+
+@gluon.constexpr_function
+def _words_layout(R, W):
+    """Two tiles of each strip in shared memory [strips, 8, 32] as lanes (c, g) hold them: 16 bytes (kt) each."""
+    rows = [[W << i, 0, 0] for i in range(R.bit_length() - 1)]
+    warps = [[1 << i, 0, 0] for i in range(W.bit_length() - 1)]
+    lanes = [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 4, 0], *rows], lanes, warps, [], [R * W, 8, 32])
 
 
 @gluon.jit
 def _along_rows(t, LIKE: gl.constexpr):
-    """[c, g, W, R, P, h] -> [c, g, W, R, P, 1, h, 1], in the layout LIKE of [c, g, W, R, P, S, h, c8]."""
-    t = gl.convert_layout(t, gl.SliceLayout(5, gl.SliceLayout(7, LIKE)))
-    return gl.expand_dims(gl.expand_dims(t, 5), 7)
+    """int32 [R, W, P, g, h] -> [R, W, g, 1, P, 1, h, 1], in the layout LIKE of [R, W, g, c, P, S, h, c8]."""
+    t = t.permute((0, 1, 3, 2, 4))
+    t = gl.convert_layout(t, gl.SliceLayout(3, gl.SliceLayout(5, gl.SliceLayout(7, LIKE))), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 3), 5), 7)
 
 
 @gluon.jit
-def dequantize(
-    q, scales, zeros, ZEROS: gl.constexpr,
-    DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, P: gl.constexpr, S: gl.constexpr, MMA: gl.constexpr,
+def _dequantize(
+    words, scales, zeros, SCALES: gl.constexpr, ZEROS: gl.constexpr, DTYPE: gl.constexpr,
+    P: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """Words [c, g, W, R, P S], scale pairs and zero pairs [c, g, W, R, P] -> the left operand [R W 16, P S 16]."""
-    UNPACK: gl.constexpr = UNPACK_BF16 if DTYPE == gl.bfloat16 else UNPACK_F16
-    SCALE_BY: gl.constexpr = SCALE_BF16 if DTYPE == gl.bfloat16 else SCALE_F16
-    SIGN_AND_MAGIC: gl.constexpr = 0xC300 if DTYPE == gl.bfloat16 else 0xE400
-    q = q.reshape((4, 8, W, R, P, S))
+    """Words [R, W, g, c, kt], scale pairs and zero pairs [R, W, P, g] -> the left operand [R W 16, 64]."""
+    BF16: gl.constexpr = DTYPE == gl.bfloat16
+    q = words.reshape((R, W, 8, 4, P, 4 // P))
+    UNPACK: gl.constexpr = UNPACK_BF16 if BF16 else UNPACK_F16
     o = gl.inline_asm_elementwise(UNPACK, "=r,=r,=r,=r,r", [q], (gl.int32,) * 4, is_pure=True, pack=1)
-    w = gl.join(gl.join(o[0], o[2]), gl.join(o[1], o[3]))  # [c, g, W, R, P, S, h, c8], a pair (e) each
+    w = gl.join(gl.join(o[0], o[2]), gl.join(o[1], o[3]))  # [R, W, g, c, P, S, h, c8], a pair (e) each
     PAIR: gl.constexpr = w.type.layout
-    by = _along_rows(_halves(scales), PAIR)
+    SIGN_AND_MAGIC: gl.constexpr = 0xC300 if BF16 else 0xE400
     if ZEROS:
         z = gl.join(zeros & 0xFF, (zeros >> 8) & 0xFF).to(gl.int32) | SIGN_AND_MAGIC
         minus = _along_rows(z | (z << 16), PAIR)
+        w, minus = gl.broadcast(w, minus)
     else:
-        minus = gl.full_like(by, (SIGN_AND_MAGIC + 8) * 0x10001 - 2**32)
-    w, by = gl.broadcast(w, by)
-    w, minus = gl.broadcast(w, minus)
-    w = gl.inline_asm_elementwise(SCALE_BY, "=r,r,r,r", [w, minus, by], gl.int32, is_pure=True, pack=1)
+        minus = gl.full_like(w, (SIGN_AND_MAGIC + 8) * 0x10001 - 2**32)
+    w = gl.inline_asm_elementwise(ADD_BF16 if BF16 else ADD_F16, "=r,r,r", [w, minus], gl.int32, is_pure=True, pack=1)
+    if SCALES:
+        low, high = scales & 0xFFFF, (scales >> 16) & 0xFFFF
+        by = _along_rows(gl.join(low | (low << 16), high | (high << 16)), PAIR)
+        w, by = gl.broadcast(w, by)
+        w = gl.inline_asm_elementwise(MUL_BF16 if BF16 else MUL_F16, "=r,r,r", [w, by], gl.int32, is_pure=True, pack=1)
     low = (w & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
     high = ((w >> 16) & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
-    w = gl.join(low, high).permute((3, 2, 6, 1, 4, 5, 7, 0, 8)).reshape((R * W * 16, P * S * 16))
-    return gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
+    # R W g c P S h c8 e -> rows (R, W, h, g), columns (P, S, c8, c, e)
+    w = gl.join(low, high).permute((0, 1, 6, 2, 4, 5, 7, 3, 8)).reshape((R * W * 16, 64))
+    return gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _row_scales(pairs, DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
+    """Scale pairs [R, W, 1, g] -> float32 [R W 16, 1] beside the sums."""
+    low = (pairs & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True).to(gl.float32)
+    high = ((pairs >> 16) & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True).to(gl.float32)
+    s = gl.join(low, high).permute((0, 1, 2, 4, 3)).reshape((R * W * 16,))
+    return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(1, MMA), assert_trivial=True), 1)
+
+
+@gluon.jit
+def _after(unit, m, n, units, tiles_m):
+    """The step after this one: unit, block of x, block of w."""
+    unit += 1
+    over = unit == units
+    unit = gl.where(over, 0, unit)
+    m += over.to(gl.int32)
+    over = m == tiles_m
+    return unit, gl.where(over, 0, m), n + over.to(gl.int32)
+
+
+@gluon.jit
+def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
+    x_desc, tiles_desc, scales_desc, zeros_desc = descs
+    x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
+    begin, stop, steps, tiles_m, total = work
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
+    BYTES: gl.constexpr = (
+        x_desc.block_type.nbytes
+        + tiles_desc.block_type.nbytes
+        + (scales_desc.block_type.nbytes if scales_desc is not None else 0)
+        + (zeros_desc.block_type.nbytes if zeros_desc is not None else 0)
+    )
+    steps_left = stop - begin
+    tile = begin // steps
+    k, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    x_k, x_m, x_n = k, m, n
+    slot, phase = 0, 1
+    for i in range(0, steps_left):
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), BYTES)
+        load_tile(tiles_desc, [n * STRIPS, k * 8, 0], full.index(slot), tiles_ring.index(slot))
+        group = (k * P) // (G * P // 128) if G > 0 else 0
+        if scales_desc is not None:
+            load_tile(scales_desc, [n * STRIPS, group * 8], full.index(slot), scales_ring.index(slot))
+        if zeros_desc is not None:
+            load_tile(zeros_desc, [n * STRIPS, group * 8], full.index(slot), zeros_ring.index(slot))
+        if i >= STAGES:
+            load_tile(x_desc, [m * BLOCK_M, k * 128], full.index(slot), x_ring.index(slot))
+        k, m, n = _after(k, m, n, steps, tiles_m)
+        slot += 1
+        over = slot == STAGES
+        slot = gl.where(over, 0, slot)
+        phase ^= over.to(gl.int32)
+        if (i == STAGES - 1) | ((i == steps_left - 1) & (i < STAGES)):
+            _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
+            for j in range(0, i + 1):
+                load_tile(x_desc, [x_m * BLOCK_M, x_k * 128], full.index(j), x_ring.index(j))
+                x_k, x_m, x_n = _after(x_k, x_m, x_n, steps, tiles_m)
+
+
+@gluon.jit
+def _consume(ring, work, rest, how: gl.constexpr):
+    """All other warps: products of what is in the ring, and what follows them."""
+    x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
+    begin, stop, steps, tiles_m, total = work
+    scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N = rest
+    G: gl.constexpr = how[0]
+    ZEROS: gl.constexpr = how[1]
+    SWIGLU: gl.constexpr = how[2]
+    AFTER: gl.constexpr = how[3]
+    STREAM: gl.constexpr = how[4]
+    DTYPE: gl.constexpr = how[5]
+    BLOCK_M: gl.constexpr = how[6]
+    P: gl.constexpr = how[7]
+    R: gl.constexpr = how[8]
+    STAGES: gl.constexpr = how[9]
+    W: gl.constexpr = gl.num_warps()
+    BLOCK_N: gl.constexpr = R * W * 16
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    WORDS: gl.constexpr = _words_layout(R, W)
+    HALF_P: gl.constexpr = P // 2 if P > 1 else 1
+    _ptx("griddepcontrol.wait; mov.u32 $0, 0;")  # the workspace and y may be in use by the kernel before
+    slot, phase, free = 0, 0, STAGES - 1
+    for tile in range(begin // steps, (stop - 1) // steps + 1):
+        s0 = gl.maximum(begin - tile * steps, 0)
+        s1 = gl.minimum(stop - tile * steps, steps)
+        acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
+        product = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)  # where the scale comes after it
+        scale = gl.zeros((BLOCK_N, 1), gl.float32, MMA)
+        other = gl.zeros((BLOCK_N, 64), DTYPE, OPERAND)
+        for step in range(s0, s1):
+            mbarrier.wait(full.index(slot), phase)
+            words = tiles_ring.index(slot).load(WORDS).reshape((R, W, 2, 8, 4, 4))
+            halves = gl.split(words.permute((0, 1, 3, 4, 5, 2)))  # of 64 columns
+            pairs, zeros = (0, 0), (0, 0)
+            if G > 0:
+                pairs = _pairs(scales_ring.index(slot), P, R, W)
+            if ZEROS:
+                zeros = _pairs(zeros_ring.index(slot), P, R, W)
+            for half in gl.static_range(2):
+                operand = _dequantize(
+                    halves[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, HALF_P, R, W, MMA
+                )
+                x = x_ring.index(slot).slice(64 * half, 64, dim=1).permute((1, 0))
+                if AFTER and half == 0:
+                    product, other = warpgroup_mma_wait(0, deps=(product, other))
+                    acc += product * scale
+                    scale = _row_scales(pairs[0], DTYPE, R, W, MMA)
+                    product = warpgroup_mma(operand, x, product, use_acc=False, is_async=True)
+                    product, other = warpgroup_mma_wait(1, deps=(product, other))
+                elif AFTER:
+                    product = warpgroup_mma(operand, x, product, is_async=True)
+                    product, other = warpgroup_mma_wait(1, deps=(product, other))
+                else:
+                    acc = warpgroup_mma(operand, x, acc, is_async=True)
+                    # ends the product before this one: its registers are free, after the first half its slot too
+                    acc, other = warpgroup_mma_wait(1, deps=(acc, other))
+                other = operand
+                if half == 0:
+                    mbarrier.arrive(empty.index(free), pred=step > s0)
+            free = slot
+            slot += 1
+            over = slot == STAGES
+            slot = gl.where(over, 0, slot)
+            phase ^= over.to(gl.int32)
+        if AFTER:
+            product, other = warpgroup_mma_wait(0, deps=(product, other))
+            acc += product * scale
+        else:
+            acc, other = warpgroup_mma_wait(0, deps=(acc, other))
+        mbarrier.arrive(empty.index(free))
+        m0 = tile % tiles_m * BLOCK_M
+        n0 = tile // tiles_m * BLOCK_N
+        if G > 0:
+            y = acc
+        else:  # one scale a row: [strip, g, h]
+            row = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+            scale_at = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+            y = acc * gl.expand_dims(gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32), 1)
+        if STREAM and s1 - s0 < steps:
+            programs = gl.num_programs(0)
+            pid = gl.program_id(0)
+            first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
+            last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total
+            last_sharer = last_sharer.to(gl.int32)
+            at = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA)), 1) * BLOCK_M
+            at += gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA)), 0)
+            # a program shares at most the tile it begins in and the tile it ends in
+            mine = (2 * pid + (s0 > 0).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+            gl.store(partial_ptr + mine + at, y)
+            barrier()
+            arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+            if arrived == last_sharer - first_sharer:
+                y = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
+                for sharer in range(first_sharer, last_sharer + 1):
+                    theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+                    y += gl.load(partial_ptr + theirs + at, cache_modifier=".cg")
+                gl.store(counter_ptr + tile, 0)
+                _store(y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+        else:
+            _store(y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
 
 
 @gluon.jit
 def w4a16_hopper_kernel(
-    x_desc, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, M, N, K,
-    G: gl.constexpr, SWIGLU: gl.constexpr, EVEN_N: gl.constexpr,
-    C: gl.constexpr, R: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, tiles_desc, scales_desc, zeros_desc, scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
+    M, N, K,
+    G: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # A step is C tiles along K and P groups (or a part of one) of S instructions, of R strips of each of W warps.
+    # A step is 128 columns, P groups or a part of one, of R strips of each warp.
     _ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
-    BLOCK_N: gl.constexpr = R * W * 16
-    P: gl.constexpr = 1 if G == 0 else (1 if G % (C * 64) == 0 else (C if G % 64 == 0 else C * 2))
-    S: gl.constexpr = C * 4 // P
-    ZEROS: gl.constexpr = zeros_ptr is not None
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 4], [4, 8, 1, 1, 1], [1, 1, W, 1, 1], [4, 0, 1, 2, 3])
-    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 1], [4, 8, 1, 1, 1], [1, 1, W, 1, 1], [4, 0, 1, 2, 3])
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
-    m0 = gl.program_id(0) * BLOCK_M
-    block = gl.program_id(1)
-    units = gl.cdiv(K, 128) * 2 // C
-    steps = gl.cdiv(units, 2) * 2  # in pairs; one past the last is all zeros
-    groups = gl.cdiv(units * C * 64, G) if G > 0 else 1
-    stride_strip = units * (C * 128)
-    c, g, strip, kt = _axes(block, R, W, C * 4)
-    words = strip.to(gl.int64) * stride_strip + g * 16 + c * 4 + kt // 4 * 128 + kt % 4
-    words_ptr = tiles_ptr + gl.set_auto_layout(words, WORDS)
-    c, g, strip, kt = _axes(block, R, W, C * 4)
-    words_exist = gl.set_auto_layout(((strip < gl.cdiv(N, 16)) | EVEN_N) & (g + c + kt >= 0), WORDS)
-    c, g, strip, part = _axes(block, R, W, P)
-    pairs = gl.set_auto_layout(strip * (groups * 8) + g + 0 * (c + part), PAIRS)
-    c, g, strip, part = _axes(block, R, W, P)
-    pairs_exist = gl.set_auto_layout(((strip < gl.cdiv(N, 16)) | EVEN_N) & (g + c + part >= 0), PAIRS)
-    c, g, strip, part = _axes(block, R, W, P)
-    part = gl.set_auto_layout(part + 0 * (g + c + strip), PAIRS)
+    STRIPS: gl.constexpr = R * gl.num_warps()
+    P: gl.constexpr = 128 // G if G > 0 and G < 128 else 1
+    ZEROS: gl.constexpr = zeros_desc is not None
+    programs = gl.num_programs(0)
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    steps = gl.cdiv(K, 128)
+    total = gl.cdiv(N, STRIPS * 16) * tiles_m.to(gl.int64) * steps
+    begin = (gl.program_id(0) * total // programs).to(gl.int32)
+    stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
 
-    ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, C * 64], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
+    tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, 8, 32], tiles_desc.layout)
+    scales_ring, zeros_ring = tiles_ring, tiles_ring
+    if G > 0:
+        scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, P * 8], scales_desc.layout)
+    if ZEROS:
+        zeros_ring = gl.allocate_shared_memory(gl.int16, [STAGES, STRIPS, P * 8], zeros_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    q, s, z = (), (), ()
-    for i in gl.static_range(2):
-        group = (i * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
-        q += (gl.load(words_ptr + i * (C * 128), mask=words_exist & (i < units)),)
-        s += (gl.load(scales_ptr + pairs + group * 8, mask=pairs_exist & (i < units), other=0),)
-        z += (
-            gl.load(zeros_ptr + pairs + group * 8, mask=pairs_exist & (i < units), other=0) if ZEROS else 0,
-        )
-    _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
-    for i in gl.static_range(STAGES - 1):
-        mbarrier.expect(full.index(i), x_desc.block_type.nbytes)
-        load_tile(x_desc, [m0, i * (C * 64)], full.index(i), ring.index(i))
-    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    other = gl.zeros((BLOCK_N, C * 64), DTYPE, gl.DotOperandLayout(0, MMA, 2))
-    for pair in range(0, steps, 2):
-        for i in gl.static_range(2):
-            unit = pair + i
-            operand = dequantize(q[0], s[0], z[0], ZEROS, DTYPE, R, W, P, S, MMA)
-            ahead = unit + 2
-            group = (ahead * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
-            q = (q[1], gl.load(words_ptr + ahead * (C * 128), mask=words_exist & (ahead < units)))
-            s = (s[1], gl.load(scales_ptr + pairs + group * 8, mask=pairs_exist & (ahead < units), other=0))
-            if ZEROS:
-                z = (
-                    z[1],
-                    gl.load(zeros_ptr + pairs + group * 8, mask=pairs_exist & (ahead < units), other=0),
-                )
-            slot = unit % STAGES
-            mbarrier.wait(full.index(slot), (unit // STAGES) & 1)
-            acc = warpgroup_mma(operand, ring.index(slot).permute((1, 0)), acc, is_async=True)
-            # ends the product before this one: its registers and its tile of x are free
-            acc, other = warpgroup_mma_wait(1, deps=(acc, other))
-            other = operand
-            ahead = unit + STAGES - 1
-            slot = ahead % STAGES
-            mbarrier.expect(full.index(slot), x_desc.block_type.nbytes, pred=ahead < steps)
-            load_tile(x_desc, [m0, ahead * (C * 64)], full.index(slot), ring.index(slot), pred=ahead < steps)
-    acc, other = warpgroup_mma_wait(0, deps=(acc, other))
-    for i in gl.static_range(STAGES):
-        mbarrier.invalidate(full.index(i))
-    _store(acc, block * BLOCK_N, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, W, DTYPE, SWIGLU)
+        mbarrier.init(empty.index(i), count=1)
+    descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
+    ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
+    work = (begin, stop, steps, tiles_m, total)
+    rest = (scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N)
+    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES)
+    gl.warp_specialize(
+        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, STAGES))], [1], [PRODUCER_REGISTERS]
+    )
 
 
 @gluon.jit
 def _store(
-    y, first, m0, y_ptr, bias_ptr, residual_ptr, M, N,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, W: gl.constexpr, DTYPE: gl.constexpr, SWIGLU: gl.constexpr,
+    y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, SWIGLU: gl.constexpr,
 ):  # fmt: skip
     """`w4a16.store_outputs`."""
     if bias_ptr is not None:
-        n = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
+        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
         y += gl.expand_dims(bias, 1)
     outputs = N
     ROWS: gl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     if SWIGLU:
-        pairs = y.reshape((BLOCK_N // 16, 2, 8, BLOCK_M)).permute((0, 2, 3, 1))
-        TOGETHER: gl.constexpr = gl.BlockedLayout([1, 1, 1, 2], [1, 8, 4, 1], [W, 1, 1, 1], [3, 2, 1, 0])
-        gate, up = gl.split(gl.convert_layout(pairs, TOGETHER))
+        gate, up = gl.split(y.reshape((BLOCK_N // 16, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)))
         y = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS, BLOCK_M))
-        first = first // 2
+        n0 = n0 // 2
         outputs = N // 2
-    # eight neighbours of a row of y [M, outputs] a thread
-    COALESCED: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, W], [0, 1])
-    y = gl.convert_layout(y, COALESCED)
-    n = gl.expand_dims(first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COALESCED)), 1)
-    m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, COALESCED)), 0)
+    n = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout)), 1)
+    m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, y.type.layout)), 0)
     at = m.to(gl.int64) * outputs + n
     mask = (m < M) & (n < outputs)
     if residual_ptr is not None:
         y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
     gl.store(y_ptr + at, y.to(DTYPE), mask=mask)
+
+
+Config = dict[str, int]
+
+MAX_SUMS = 128  # float32 sums a thread
+SHARED = 227 * 1024  # bytes a program may have
+TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+X = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+ZEROS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
+
+
+def slot_bytes(launch: Config, group_size: int, zeros: bool) -> int:
+    strips = launch["rows"] * launch["warps"]
+    groups = 128 // group_size if 0 < group_size < 128 else 1
+    weights = strips * (1024 + groups * 8 * (4 * (group_size > 0) + 2 * zeros))
+    return launch["block_m"] * 256 + weights + 16
+
+
+def blocks(launch: Config, M: int, N: int) -> int:
+    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["rows"] * launch["warps"] * STRIP)
+
+
+def takes(group_size: int) -> bool:
+    return group_size % 128 == 0 or group_size in (32, 64)
+
+
+@lru_cache(maxsize=4096)
+def config(M: int, N: int, K: int, group_size: int) -> Config:
+    """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
+    return dict(block_m=16, rows=1, warps=8, stages=8, programs=132, after=1, registers=80)
+
+
+def tma_reads(x: Tensor) -> bool:
+    """Whether TMA can read x [M, K]: its rows begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def w4a16_hopper(
@@ -264,20 +406,38 @@ def w4a16_hopper(
     launch: Config | None = None,
 ) -> Tensor:
     """As `w4a16_wide`, which also takes what this kernel cannot: x at odd addresses, scales of another dtype than x."""
-    if not tma_reads(x) or scales.dtype != x.dtype:
+    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size):
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
+    from quantkit.kernels.w4a16_decode import _counters, _launch, LAUNCHES, COUNTERS
     M, K = x.shape
     chosen = launch or config(M, N, K, group_size)
-    block_m, rows, warps, tiles_k = chosen["block_m"], chosen["rows"], chosen["warps"], chosen["tiles"]
+    block_m, rows, warps, stages = chosen["block_m"], chosen["rows"], chosen["warps"], chosen["stages"]
     y = x.new_empty(M, N // 2 if swiglu else N)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, tiles_k * TILE_K], layout)
-    grid = (triton.cdiv(M, block_m), triton.cdiv(N, rows * warps * STRIP))
+    strips = rows * warps
+    groups = 128 // group_size if 0 < group_size < 128 else 1
+    all_strips = tiles.shape[0]
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, 128], X)
+    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, 8, 32], TILES)
     scale_words, zero_words, _ = w4a16.as_words(scales, zeros)
-    w4a16_hopper_kernel[grid](
-        x_desc, tiles, scale_words, zero_words, bias, residual,
-        y, M, N, K,
-        G=group_size, SWIGLU=swiglu, EVEN_N=tiles.shape[0] % (rows * warps) == 0,
-        C=tiles_k, R=rows, W=warps, STAGES=chosen["stages"], num_warps=warps, launch_pdl=True,
+    scales_desc = zeros_desc = None
+    if group_size:
+        scales_desc = TensorDescriptor.from_tensor(scale_words.view(all_strips, -1), [strips, groups * 8], SCALES)
+    if zeros is not None:
+        zeros_desc = TensorDescriptor.from_tensor(zero_words.view(all_strips, -1), [strips, groups * 8], ZEROS)
+    shared = blocks(chosen, M, N)
+    programs = chosen["programs"] or shared
+    programs = min(programs, shared * triton.cdiv(K, 128))
+    stream = shared % programs != 0 or programs > shared
+    partial = counters = None
+    if stream:
+        assert shared <= COUNTERS
+        partial = x.new_empty(2 * programs * strips * STRIP * block_m, dtype=torch.float32)
+        counters = _counters(x.device)[next(_launch) % LAUNCHES]
+    options = dict(maxnreg=chosen["registers"]) if chosen["registers"] else {}
+    w4a16_hopper_kernel[(programs,)](
+        x_desc, tiles_desc, scales_desc, zeros_desc, None if group_size else scales, bias, residual,
+        y, partial, counters, M, N, K,
+        G=group_size, SWIGLU=swiglu, AFTER=bool(chosen["after"]) and group_size > 0 and group_size % 128 == 0, STREAM=stream,
+        R=rows, STAGES=stages, num_warps=warps, launch_pdl=True, **options,
     )  # fmt: skip
     return y
