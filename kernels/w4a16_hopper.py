@@ -54,15 +54,26 @@ def _ptx(instruction: gl.constexpr):
 
 
 @gluon.jit
-def _pairs(ring, P: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
-    """Scales or zeros of both halves of a step, a pair of rows (h) a word: [R, W, P, g] as lanes hold them."""
+def _pairs(ring, TILES: gl.constexpr, P: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
+    """Scales or zeros of a slot, a pair of rows (h) a word: [R, W, groups, g] of its first and its last tile."""
     LAYOUT: gl.constexpr = _pairs_layout(P, R, W)
-    t = ring.load(LAYOUT)
-    if P == 1:
-        t = t.reshape((R, W, 1, 8))
+    t = ring.load(LAYOUT).reshape((R, W, P, 8))
+    if TILES == 1 or P == 1:
         return t, t
     else:
         return gl.split(t.reshape((R, W, 2, P // 2, 8)).permute((0, 1, 3, 4, 2)))
+
+
+@gluon.jit
+def _words(ring, TILES: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
+    """Codes of a slot: [R, W, g, c, kt] of its first and its last tile."""
+    LAYOUT: gl.constexpr = _words_layout(TILES, R, W)
+    t = ring.load(LAYOUT)
+    if TILES == 1:
+        t = t.reshape((R, W, 8, 4, 4))
+        return t, t
+    else:
+        return gl.split(t.reshape((R, W, 2, 8, 4, 4)).permute((0, 1, 3, 4, 5, 2)))
 
 
 @gluon.constexpr_function
@@ -74,12 +85,13 @@ def _pairs_layout(P, R, W):
 
 
 @gluon.constexpr_function
-def _words_layout(R, W):
-    """Two tiles of each strip in shared memory [strips, 8, 32] as lanes (c, g) hold them: 16 bytes (kt) each."""
+def _words_layout(TILES, R, W):
+    """Tiles of each strip in shared memory [strips, TILES 4, 32] as lanes (c, g) hold them: 16 bytes (kt) each."""
+    along = [[0, 4, 0]] if TILES == 2 else []
     rows = [[W << i, 0, 0] for i in range(R.bit_length() - 1)]
     warps = [[1 << i, 0, 0] for i in range(W.bit_length() - 1)]
     lanes = [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]]
-    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 4, 0], *rows], lanes, warps, [], [R * W, 8, 32])
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], *along, *rows], lanes, warps, [], [R * W, TILES * 4, 32])
 
 
 @gluon.jit
@@ -133,7 +145,7 @@ def _row_scales(pairs, DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MM
 
 @gluon.jit
 def _after(unit, m, n, units, tiles_m):
-    """The step after this one: unit, block of x, block of w."""
+    """What comes after a slot of work: its place along K, its block of x, its block of w."""
     unit += 1
     over = unit == units
     unit = gl.where(over, 0, unit)
@@ -143,45 +155,56 @@ def _after(unit, m, n, units, tiles_m):
 
 
 @gluon.jit
-def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
+def _turned(unit, n, units):
+    """Blocks of w begin at different columns, so that not all programs read the same part of x at once."""
+    unit += n % (units // 2) * 2
+    return gl.where(unit >= units, unit - units, unit)
+
+
+@gluon.jit
+def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m, total = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = TILES * 64
     BYTES: gl.constexpr = (
         x_desc.block_type.nbytes
         + tiles_desc.block_type.nbytes
         + (scales_desc.block_type.nbytes if scales_desc is not None else 0)
         + (zeros_desc.block_type.nbytes if zeros_desc is not None else 0)
     )
-    steps_left = stop - begin
+    units = steps * (2 // TILES)
+    slots = (stop - begin) * (2 // TILES)
     tile = begin // steps
-    k, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
-    x_k, x_m, x_n = k, m, n
+    unit, m, n = (begin - tile * steps) * (2 // TILES), tile % tiles_m, tile // tiles_m
+    x_unit, x_m, x_n = unit + 0, m + 0, n + 0
     slot, phase = 0, 1
-    for i in range(0, steps_left):
+    for i in range(0, slots):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        load_tile(tiles_desc, [n * STRIPS, k * 8, 0], full.index(slot), tiles_ring.index(slot))
-        group = (k * P) // (G * P // 128) if G > 0 else 0
+        k = _turned(unit, n, units)
+        load_tile(tiles_desc, [n * STRIPS, k * (TILES * 4), 0], full.index(slot), tiles_ring.index(slot))
+        group = (k * P) // (G * P // COLUMNS) if G > 0 else 0
         if scales_desc is not None:
             load_tile(scales_desc, [n * STRIPS, group * 8], full.index(slot), scales_ring.index(slot))
         if zeros_desc is not None:
             load_tile(zeros_desc, [n * STRIPS, group * 8], full.index(slot), zeros_ring.index(slot))
         if i >= STAGES:
-            load_tile(x_desc, [m * BLOCK_M, k * 128], full.index(slot), x_ring.index(slot))
-        k, m, n = _after(k, m, n, steps, tiles_m)
+            load_tile(x_desc, [m * BLOCK_M, k * COLUMNS], full.index(slot), x_ring.index(slot))
+        unit, m, n = _after(unit, m, n, units, tiles_m)
         slot += 1
         over = slot == STAGES
         slot = gl.where(over, 0, slot)
         phase ^= over.to(gl.int32)
-        if (i == STAGES - 1) | ((i == steps_left - 1) & (i < STAGES)):
+        if (i == STAGES - 1) | ((i == slots - 1) & (i < STAGES)):
             _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
             for j in range(0, i + 1):
-                load_tile(x_desc, [x_m * BLOCK_M, x_k * 128], full.index(j), x_ring.index(j))
-                x_k, x_m, x_n = _after(x_k, x_m, x_n, steps, tiles_m)
+                x_k = _turned(x_unit, x_n, units)
+                load_tile(x_desc, [x_m * BLOCK_M, x_k * COLUMNS], full.index(j), x_ring.index(j))
+                x_unit, x_m, x_n = _after(x_unit, x_m, x_n, units, tiles_m)
 
 
 @gluon.jit
@@ -199,14 +222,16 @@ def _consume(ring, work, rest, how: gl.constexpr):
     BLOCK_M: gl.constexpr = how[6]
     P: gl.constexpr = how[7]
     R: gl.constexpr = how[8]
-    STAGES: gl.constexpr = how[9]
+    TILES: gl.constexpr = how[9]
+    STAGES: gl.constexpr = how[10]
     W: gl.constexpr = gl.num_warps()
     BLOCK_N: gl.constexpr = R * W * 16
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    WORDS: gl.constexpr = _words_layout(R, W)
-    HALF_P: gl.constexpr = P // 2 if P > 1 else 1
+    P_OF_TILE: gl.constexpr = max(1, P // TILES)
+    FLIGHT: gl.constexpr = max(1, min(8, 128 // (R * BLOCK_M)))
     _ptx("griddepcontrol.wait; mov.u32 $0, 0;")  # the workspace and y may be in use by the kernel before
+    # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
     for tile in range(begin // steps, (stop - 1) // steps + 1):
         s0 = gl.maximum(begin - tile * steps, 0)
@@ -216,19 +241,22 @@ def _consume(ring, work, rest, how: gl.constexpr):
         scale = gl.zeros((BLOCK_N, 1), gl.float32, MMA)
         other = gl.zeros((BLOCK_N, 64), DTYPE, OPERAND)
         for step in range(s0, s1):
-            mbarrier.wait(full.index(slot), phase)
-            words = tiles_ring.index(slot).load(WORDS).reshape((R, W, 2, 8, 4, 4))
-            halves = gl.split(words.permute((0, 1, 3, 4, 5, 2)))  # of 64 columns
-            pairs, zeros = (0, 0), (0, 0)
-            if G > 0:
-                pairs = _pairs(scales_ring.index(slot), P, R, W)
-            if ZEROS:
-                zeros = _pairs(zeros_ring.index(slot), P, R, W)
             for half in gl.static_range(2):
+                if half == 0 or TILES == 1:
+                    mbarrier.wait(full.index(slot), phase)
+                    words = _words(tiles_ring.index(slot), TILES, R, W)
+                    pairs, zeros = (0, 0), (0, 0)
+                    if G > 0:
+                        pairs = _pairs(scales_ring.index(slot), TILES, P, R, W)
+                    if ZEROS:
+                        zeros = _pairs(zeros_ring.index(slot), TILES, P, R, W)
                 operand = _dequantize(
-                    halves[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, HALF_P, R, W, MMA
+                    words[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, P_OF_TILE, R, W, MMA
                 )
-                x = x_ring.index(slot).slice(64 * half, 64, dim=1).permute((1, 0))
+                x = x_ring.index(slot)
+                if TILES == 2:
+                    x = x.slice(64 * half, 64, dim=1)
+                x = x.permute((1, 0))
                 if AFTER and half == 0:
                     product, other = warpgroup_mma_wait(0, deps=(product, other))
                     acc += product * scale
@@ -240,16 +268,19 @@ def _consume(ring, work, rest, how: gl.constexpr):
                     product, other = warpgroup_mma_wait(1, deps=(product, other))
                 else:
                     acc = warpgroup_mma(operand, x, acc, is_async=True)
-                    # ends the product before this one: its registers are free, after the first half its slot too
+                    # ends the product before this one: its registers are free, and its slot if it was the last there
                     acc, other = warpgroup_mma_wait(1, deps=(acc, other))
                 other = operand
                 if half == 0:
                     mbarrier.arrive(empty.index(free), pred=step > s0)
-            free = slot
-            slot += 1
-            over = slot == STAGES
-            slot = gl.where(over, 0, slot)
-            phase ^= over.to(gl.int32)
+                elif TILES == 1:
+                    mbarrier.arrive(empty.index(free))
+                if half == 1 or TILES == 1:
+                    free = slot
+                    slot += 1
+                    over = slot == STAGES
+                    slot = gl.where(over, 0, slot)
+                    phase ^= over.to(gl.int32)
         if AFTER:
             product, other = warpgroup_mma_wait(0, deps=(product, other))
             acc += product * scale
@@ -279,9 +310,12 @@ def _consume(ring, work, rest, how: gl.constexpr):
             arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
             if arrived == last_sharer - first_sharer:
                 y = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-                for sharer in range(first_sharer, last_sharer + 1):
-                    theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
-                    y += gl.load(partial_ptr + theirs + at, cache_modifier=".cg")
+                for i in range(first_sharer, last_sharer + 1, FLIGHT):
+                    for j in gl.static_range(FLIGHT):  # loads in flight
+                        sharer = i + j
+                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+                        mask = (at >= 0) & (sharer <= last_sharer)
+                        y += gl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 gl.store(counter_ptr + tile, 0)
                 _store(y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
         else:
@@ -293,14 +327,14 @@ def w4a16_hopper_kernel(
     x_desc, tiles_desc, scales_desc, zeros_desc, scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K,
     G: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
-    R: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # A step is 128 columns, P groups or a part of one, of R strips of each warp.
+    # A slot is TILES tiles along K, P groups or a part of one, of R strips of each warp; a step is two tiles.
     _ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = R * gl.num_warps()
-    P: gl.constexpr = 128 // G if G > 0 and G < 128 else 1
+    P: gl.constexpr = TILES * 64 // G if G > 0 and G < TILES * 64 else 1
     ZEROS: gl.constexpr = zeros_desc is not None
     programs = gl.num_programs(0)
     tiles_m = gl.cdiv(M, BLOCK_M)
@@ -309,8 +343,8 @@ def w4a16_hopper_kernel(
     begin = (gl.program_id(0) * total // programs).to(gl.int32)
     stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
-    tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, 8, 32], tiles_desc.layout)
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, TILES * 64], x_desc.layout)
+    tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, TILES * 4, 32], tiles_desc.layout)
     scales_ring, zeros_ring = tiles_ring, tiles_ring
     if G > 0:
         scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, P * 8], scales_desc.layout)
@@ -325,9 +359,9 @@ def w4a16_hopper_kernel(
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
     work = (begin, stop, steps, tiles_m, total)
     rest = (scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N)
-    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES)
+    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, TILES, STAGES)
     gl.warp_specialize(
-        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, STAGES))], [1], [PRODUCER_REGISTERS]
+        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, TILES, STAGES))], [1], [PRODUCER_REGISTERS]
     )
 
 
@@ -385,7 +419,7 @@ def takes(group_size: int) -> bool:
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
-    return dict(block_m=16, rows=1, warps=8, stages=8, programs=132, after=1, registers=80)
+    return dict(block_m=16, rows=1, warps=8, tiles=2, stages=8, programs=132, after=1, registers=80)
 
 
 def tma_reads(x: Tensor) -> bool:
@@ -414,10 +448,11 @@ def w4a16_hopper(
     block_m, rows, warps, stages = chosen["block_m"], chosen["rows"], chosen["warps"], chosen["stages"]
     y = x.new_empty(M, N // 2 if swiglu else N)
     strips = rows * warps
-    groups = 128 // group_size if 0 < group_size < 128 else 1
+    columns = TILE_K * chosen["tiles"]
+    groups = columns // group_size if 0 < group_size < columns else 1
     all_strips = tiles.shape[0]
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, 128], X)
-    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, 8, 32], TILES)
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, columns], X)
+    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, columns // 16, 32], TILES)
     scale_words, zero_words, _ = w4a16.as_words(scales, zeros)
     scales_desc = zeros_desc = None
     if group_size:
@@ -438,6 +473,6 @@ def w4a16_hopper(
         x_desc, tiles_desc, scales_desc, zeros_desc, None if group_size else scales, bias, residual,
         y, partial, counters, M, N, K,
         G=group_size, SWIGLU=swiglu, AFTER=bool(chosen["after"]) and group_size > 0 and group_size % 128 == 0, STREAM=stream,
-        R=rows, STAGES=stages, num_warps=warps, launch_pdl=True, **options,
+        R=rows, TILES=chosen["tiles"], STAGES=stages, num_warps=warps, launch_pdl=True, **options,
     )  # fmt: skip
     return y
