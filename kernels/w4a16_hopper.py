@@ -42,6 +42,10 @@ ADD_F16 = gl.constexpr(w4a16.ADD_F16.value)
 MUL_BF16 = gl.constexpr(w4a16.MUL_BF16.value)
 MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 
+TRANSPOSE = "{{\n.reg .b32 t;\ncvt.rn.{0}x2.f32 t, $2, $1;\nmovmatrix.sync.aligned.m8n8.trans.b16 $0, t;\n}}"
+TRANSPOSE_BF16 = gl.constexpr(TRANSPOSE.format("bf16"))
+TRANSPOSE_F16 = gl.constexpr(TRANSPOSE.format("f16"))
+
 # Triton 3.9's names, and 3.6's
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
@@ -54,26 +58,21 @@ def _ptx(instruction: gl.constexpr):
 
 
 @gluon.jit
-def _pairs(ring, TILES: gl.constexpr, P: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
-    """Scales or zeros of a slot, a pair of rows (h) a word: [R, W, groups, g] of its first and its last tile."""
+def _pairs(ring, P: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
+    """Scales or zeros of a slot, a pair of rows (h) a word: [R, W, groups, g] of its first and of its second tile."""
     LAYOUT: gl.constexpr = _pairs_layout(P, R, W)
     t = ring.load(LAYOUT).reshape((R, W, P, 8))
-    if TILES == 1 or P == 1:
+    if P == 1:
         return t, t
     else:
         return gl.split(t.reshape((R, W, 2, P // 2, 8)).permute((0, 1, 3, 4, 2)))
 
 
 @gluon.jit
-def _words(ring, TILES: gl.constexpr, R: gl.constexpr, W: gl.constexpr):
-    """Codes of a slot: [R, W, g, c, kt] of its first and its last tile."""
-    LAYOUT: gl.constexpr = _words_layout(TILES, R, W)
-    t = ring.load(LAYOUT)
-    if TILES == 1:
-        t = t.reshape((R, W, 8, 4, 4))
-        return t, t
-    else:
-        return gl.split(t.reshape((R, W, 2, 8, 4, 4)).permute((0, 1, 3, 4, 5, 2)))
+def _words(ring, R: gl.constexpr, W: gl.constexpr):
+    """Codes of a slot: [R, W, g, c, kt] of its first and of its second tile."""
+    LAYOUT: gl.constexpr = _words_layout(R, W)
+    return gl.split(ring.load(LAYOUT).reshape((R, W, 2, 8, 4, 4)).permute((0, 1, 3, 4, 5, 2)))
 
 
 @gluon.constexpr_function
@@ -85,13 +84,12 @@ def _pairs_layout(P, R, W):
 
 
 @gluon.constexpr_function
-def _words_layout(TILES, R, W):
-    """Tiles of each strip in shared memory [strips, TILES 4, 32] as lanes (c, g) hold them: 16 bytes (kt) each."""
-    along = [[0, 4, 0]] if TILES == 2 else []
+def _words_layout(R, W):
+    """Two tiles of each strip in shared memory [strips, 8, 32] as lanes (c, g) hold them: 16 bytes (kt) each."""
     rows = [[W << i, 0, 0] for i in range(R.bit_length() - 1)]
     warps = [[1 << i, 0, 0] for i in range(W.bit_length() - 1)]
     lanes = [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]]
-    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], *along, *rows], lanes, warps, [], [R * W, TILES * 4, 32])
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 4, 0], *rows], lanes, warps, [], [R * W, 8, 32])
 
 
 @gluon.jit
@@ -144,67 +142,56 @@ def _row_scales(pairs, DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MM
 
 
 @gluon.jit
-def _after(unit, m, n, units, tiles_m):
-    """What comes after a slot of work: its place along K, its block of x, its block of w."""
-    unit += 1
-    over = unit == units
-    unit = gl.where(over, 0, unit)
+def _after(step, m, n, steps, tiles_m):
+    """What comes after a step: its place along K, its block of x, its block of w."""
+    step += 1
+    over = step == steps
+    step = gl.where(over, 0, step)
     m += over.to(gl.int32)
     over = m == tiles_m
-    return unit, gl.where(over, 0, m), n + over.to(gl.int32)
+    return step, gl.where(over, 0, m), n + over.to(gl.int32)
 
 
 @gluon.jit
-def _turned(unit, n, units):
-    """Blocks of w begin at different columns, so that not all programs read the same part of x at once."""
-    unit += n % (units // 2) * 2
-    return gl.where(unit >= units, unit - units, unit)
-
-
-@gluon.jit
-def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
+def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m, total = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
-    COLUMNS: gl.constexpr = TILES * 64
     BYTES: gl.constexpr = (
         x_desc.block_type.nbytes
         + tiles_desc.block_type.nbytes
         + (scales_desc.block_type.nbytes if scales_desc is not None else 0)
         + (zeros_desc.block_type.nbytes if zeros_desc is not None else 0)
     )
-    units = steps * (2 // TILES)
-    slots = (stop - begin) * (2 // TILES)
+    count = stop - begin
     tile = begin // steps
-    unit, m, n = (begin - tile * steps) * (2 // TILES), tile % tiles_m, tile // tiles_m
-    x_unit, x_m, x_n = unit + 0, m + 0, n + 0
+    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    x_step, x_m, x_n = step, m, n
     slot, phase = 0, 1
-    for i in range(0, slots):
+    for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        k = _turned(unit, n, units)
-        load_tile(tiles_desc, [n * STRIPS, k * (TILES * 4), 0], full.index(slot), tiles_ring.index(slot))
-        group = (k * P) // (G * P // COLUMNS) if G > 0 else 0
+        load_tile(tiles_desc, [n * STRIPS, step * 8, 0], full.index(slot), tiles_ring.index(slot))
+        group = (step * P) // (G * P // 128) if G > 0 else 0
         if scales_desc is not None:
             load_tile(scales_desc, [n * STRIPS, group * 8], full.index(slot), scales_ring.index(slot))
         if zeros_desc is not None:
             load_tile(zeros_desc, [n * STRIPS, group * 8], full.index(slot), zeros_ring.index(slot))
         if i >= STAGES:
-            load_tile(x_desc, [m * BLOCK_M, k * COLUMNS], full.index(slot), x_ring.index(slot))
-        unit, m, n = _after(unit, m, n, units, tiles_m)
+            load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
+        step, m, n = _after(step, m, n, steps, tiles_m)
         slot += 1
         over = slot == STAGES
         slot = gl.where(over, 0, slot)
         phase ^= over.to(gl.int32)
-        if (i == STAGES - 1) | ((i == slots - 1) & (i < STAGES)):
+        if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
             for j in range(0, i + 1):
-                x_k = _turned(x_unit, x_n, units)
-                load_tile(x_desc, [x_m * BLOCK_M, x_k * COLUMNS], full.index(j), x_ring.index(j))
-                x_unit, x_m, x_n = _after(x_unit, x_m, x_n, units, tiles_m)
+                load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
+                x_step, x_m, x_n = _after(x_step, x_m, x_n, steps, tiles_m)
 
 
 @gluon.jit
@@ -222,14 +209,13 @@ def _consume(ring, work, rest, how: gl.constexpr):
     BLOCK_M: gl.constexpr = how[6]
     P: gl.constexpr = how[7]
     R: gl.constexpr = how[8]
-    TILES: gl.constexpr = how[9]
-    STAGES: gl.constexpr = how[10]
+    STAGES: gl.constexpr = how[9]
     W: gl.constexpr = gl.num_warps()
     BLOCK_N: gl.constexpr = R * W * 16
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    P_OF_TILE: gl.constexpr = max(1, P // TILES)
-    FLIGHT: gl.constexpr = max(1, min(8, 128 // (R * BLOCK_M)))
+    P_OF_TILE: gl.constexpr = max(1, P // 2)
+    FLIGHT: gl.constexpr = max(1, min(8, 64 // (R * BLOCK_M)))
     _ptx("griddepcontrol.wait; mov.u32 $0, 0;")  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
@@ -241,22 +227,18 @@ def _consume(ring, work, rest, how: gl.constexpr):
         scale = gl.zeros((BLOCK_N, 1), gl.float32, MMA)
         other = gl.zeros((BLOCK_N, 64), DTYPE, OPERAND)
         for step in range(s0, s1):
+            mbarrier.wait(full.index(slot), phase)
+            words = _words(tiles_ring.index(slot), R, W)
+            pairs, zeros = (0, 0), (0, 0)
+            if G > 0:
+                pairs = _pairs(scales_ring.index(slot), P, R, W)
+            if ZEROS:
+                zeros = _pairs(zeros_ring.index(slot), P, R, W)
             for half in gl.static_range(2):
-                if half == 0 or TILES == 1:
-                    mbarrier.wait(full.index(slot), phase)
-                    words = _words(tiles_ring.index(slot), TILES, R, W)
-                    pairs, zeros = (0, 0), (0, 0)
-                    if G > 0:
-                        pairs = _pairs(scales_ring.index(slot), TILES, P, R, W)
-                    if ZEROS:
-                        zeros = _pairs(zeros_ring.index(slot), TILES, P, R, W)
                 operand = _dequantize(
                     words[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, P_OF_TILE, R, W, MMA
                 )
-                x = x_ring.index(slot)
-                if TILES == 2:
-                    x = x.slice(64 * half, 64, dim=1)
-                x = x.permute((1, 0))
+                x = x_ring.index(slot).slice(64 * half, 64, dim=1).permute((1, 0))
                 if AFTER and half == 0:
                     product, other = warpgroup_mma_wait(0, deps=(product, other))
                     acc += product * scale
@@ -268,19 +250,16 @@ def _consume(ring, work, rest, how: gl.constexpr):
                     product, other = warpgroup_mma_wait(1, deps=(product, other))
                 else:
                     acc = warpgroup_mma(operand, x, acc, is_async=True)
-                    # ends the product before this one: its registers are free, and its slot if it was the last there
+                    # ends the product before this one: its registers are free, after a first half its slot too
                     acc, other = warpgroup_mma_wait(1, deps=(acc, other))
                 other = operand
                 if half == 0:
                     mbarrier.arrive(empty.index(free), pred=step > s0)
-                elif TILES == 1:
-                    mbarrier.arrive(empty.index(free))
-                if half == 1 or TILES == 1:
-                    free = slot
-                    slot += 1
-                    over = slot == STAGES
-                    slot = gl.where(over, 0, slot)
-                    phase ^= over.to(gl.int32)
+            free = slot
+            slot += 1
+            over = slot == STAGES
+            slot = gl.where(over, 0, slot)
+            phase ^= over.to(gl.int32)
         if AFTER:
             product, other = warpgroup_mma_wait(0, deps=(product, other))
             acc += product * scale
@@ -327,14 +306,14 @@ def w4a16_hopper_kernel(
     x_desc, tiles_desc, scales_desc, zeros_desc, scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K,
     G: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
-    R: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # A slot is TILES tiles along K, P groups or a part of one, of R strips of each warp; a step is two tiles.
+    # A step is two tiles along K, P groups or a part of one, of R strips of each warp.
     _ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = R * gl.num_warps()
-    P: gl.constexpr = TILES * 64 // G if G > 0 and G < TILES * 64 else 1
+    P: gl.constexpr = 128 // G if G > 0 and G < 128 else 1
     ZEROS: gl.constexpr = zeros_desc is not None
     programs = gl.num_programs(0)
     tiles_m = gl.cdiv(M, BLOCK_M)
@@ -343,8 +322,8 @@ def w4a16_hopper_kernel(
     begin = (gl.program_id(0) * total // programs).to(gl.int32)
     stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, TILES * 64], x_desc.layout)
-    tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, TILES * 4, 32], tiles_desc.layout)
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
+    tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, 8, 32], tiles_desc.layout)
     scales_ring, zeros_ring = tiles_ring, tiles_ring
     if G > 0:
         scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, P * 8], scales_desc.layout)
@@ -359,9 +338,9 @@ def w4a16_hopper_kernel(
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
     work = (begin, stop, steps, tiles_m, total)
     rest = (scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N)
-    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, TILES, STAGES)
+    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES)
     gl.warp_specialize(
-        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, TILES, STAGES))], [1], [PRODUCER_REGISTERS]
+        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, STAGES))], [1], [PRODUCER_REGISTERS]
     )
 
 
@@ -382,13 +361,22 @@ def _store(
         y = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS, BLOCK_M))
         n0 = n0 // 2
         outputs = N // 2
-    n = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout)), 1)
-    m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, y.type.layout)), 0)
-    at = m.to(gl.int64) * outputs + n
-    mask = (m < M) & (n < outputs)
+    LAYOUT: gl.constexpr = y.type.layout
     if residual_ptr is not None:
-        y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
-    gl.store(y_ptr + at, y.to(DTYPE), mask=mask)
+        n = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+        m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
+        mask = (m < M) & (n < outputs)
+        y += gl.load(residual_ptr + (m.to(gl.int64) * outputs + n), mask=mask, other=0.0).to(gl.float32)
+    # A lane holds two columns (m) of one row (n). Each 8 x 8 is transposed within its warp: two rows of one column.
+    low, high = gl.split(y.reshape((ROWS, BLOCK_M // 2, 2)))
+    TRANSPOSE: gl.constexpr = TRANSPOSE_BF16 if DTYPE == gl.bfloat16 else TRANSPOSE_F16
+    y = gl.inline_asm_elementwise(TRANSPOSE, "=r,r,r", [low, high], gl.int32, is_pure=False, pack=1)
+    PAIRS: gl.constexpr = y.type.layout
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, PAIRS)), 1)
+    pair = gl.expand_dims(gl.arange(0, BLOCK_M // 2, layout=gl.SliceLayout(0, PAIRS)), 0)
+    n = n0 + row // 8 * 8 + pair % 4 * 2
+    m = m0 + pair // 4 * 8 + row % 8
+    gl.store(y_ptr + (m.to(gl.int64) * (outputs // 2) + n // 2), y, mask=(m < M) & (n < outputs))
 
 
 Config = dict[str, int]
@@ -419,7 +407,7 @@ def takes(group_size: int) -> bool:
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int) -> Config:
     """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
-    return dict(block_m=16, rows=1, warps=8, tiles=2, stages=8, programs=132, after=1, registers=80)
+    return dict(block_m=16, rows=1, warps=8, stages=8, programs=132, after=1, registers=80)
 
 
 def tma_reads(x: Tensor) -> bool:
@@ -439,8 +427,9 @@ def w4a16_hopper(
     swiglu: bool,
     launch: Config | None = None,
 ) -> Tensor:
+    y_columns = N // 2 if swiglu else N
     """As `w4a16_wide`, which also takes what this kernel cannot: x at odd addresses, scales of another dtype than x."""
-    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size):
+    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size) or y_columns % 2:
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
     from quantkit.kernels.w4a16_decode import _counters, _launch, LAUNCHES, COUNTERS
     M, K = x.shape
@@ -448,11 +437,10 @@ def w4a16_hopper(
     block_m, rows, warps, stages = chosen["block_m"], chosen["rows"], chosen["warps"], chosen["stages"]
     y = x.new_empty(M, N // 2 if swiglu else N)
     strips = rows * warps
-    columns = TILE_K * chosen["tiles"]
-    groups = columns // group_size if 0 < group_size < columns else 1
+    groups = 128 // group_size if 0 < group_size < 128 else 1
     all_strips = tiles.shape[0]
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, columns], X)
-    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, columns // 16, 32], TILES)
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, 128], X)
+    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, 8, 32], TILES)
     scale_words, zero_words, _ = w4a16.as_words(scales, zeros)
     scales_desc = zeros_desc = None
     if group_size:
@@ -471,8 +459,8 @@ def w4a16_hopper(
     options = dict(maxnreg=chosen["registers"]) if chosen["registers"] else {}
     w4a16_hopper_kernel[(programs,)](
         x_desc, tiles_desc, scales_desc, zeros_desc, None if group_size else scales, bias, residual,
-        y, partial, counters, M, N, K,
+        y.view(torch.int32), partial, counters, M, N, K,
         G=group_size, SWIGLU=swiglu, AFTER=bool(chosen["after"]) and group_size > 0 and group_size % 128 == 0, STREAM=stream,
-        R=rows, TILES=chosen["tiles"], STAGES=stages, num_warps=warps, launch_pdl=True, **options,
+        R=rows, STAGES=stages, num_warps=warps, launch_pdl=True, **options,
     )  # fmt: skip
     return y
