@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -42,12 +43,9 @@ ADD_F16 = gl.constexpr(w4a16.ADD_F16.value)
 MUL_BF16 = gl.constexpr(w4a16.MUL_BF16.value)
 MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 
-TRANSPOSE = "{{\n.reg .b32 t;\ncvt.rn.{0}x2.f32 t, $2, $1;\nmovmatrix.sync.aligned.m8n8.trans.b16 $0, t;\n}}"
-TRANSPOSE_BF16 = gl.constexpr(TRANSPOSE.format("bf16"))
-TRANSPOSE_F16 = gl.constexpr(TRANSPOSE.format("f16"))
-
 # Triton 3.9's names, and 3.6's
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -199,7 +197,7 @@ def _consume(ring, work, rest, how: gl.constexpr):
     """All other warps: products of what is in the ring, and what follows them."""
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m, total = work
-    scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N = rest
+    scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     G: gl.constexpr = how[0]
     ZEROS: gl.constexpr = how[1]
     SWIGLU: gl.constexpr = how[2]
@@ -296,14 +294,15 @@ def _consume(ring, work, rest, how: gl.constexpr):
                         mask = (at >= 0) & (sharer <= last_sharer)
                         y += gl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 gl.store(counter_ptr + tile, 0)
-                _store(y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+                _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
         else:
-            _store(y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+            _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def w4a16_hopper_kernel(
-    x_desc, tiles_desc, scales_desc, zeros_desc, scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
+    x_desc, tiles_desc, scales_desc, zeros_desc, y_desc, scales_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
     M, N, K,
     G: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
     R: gl.constexpr, STAGES: gl.constexpr,
@@ -329,6 +328,7 @@ def w4a16_hopper_kernel(
         scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, P * 8], scales_desc.layout)
     if ZEROS:
         zeros_ring = gl.allocate_shared_memory(gl.int16, [STAGES, STRIPS, P * 8], zeros_desc.layout)
+    staging = gl.allocate_shared_memory(DTYPE, y_desc.block_type.shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -337,7 +337,7 @@ def w4a16_hopper_kernel(
     descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
     work = (begin, stop, steps, tiles_m, total)
-    rest = (scales_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, N)
+    rest = (scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
     how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES)
     gl.warp_specialize(
         [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, STAGES))], [1], [PRODUCER_REGISTERS]
@@ -346,7 +346,7 @@ def w4a16_hopper_kernel(
 
 @gluon.jit
 def _store(
-    y, n0, m0, y_ptr, bias_ptr, residual_ptr, M, N,
+    y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, SWIGLU: gl.constexpr,
 ):  # fmt: skip
     """`w4a16.store_outputs`."""
@@ -361,26 +361,36 @@ def _store(
         y = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS, BLOCK_M))
         n0 = n0 // 2
         outputs = N // 2
-    LAYOUT: gl.constexpr = y.type.layout
     if residual_ptr is not None:
+        LAYOUT: gl.constexpr = y.type.layout
         n = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
         m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
         mask = (m < M) & (n < outputs)
         y += gl.load(residual_ptr + (m.to(gl.int64) * outputs + n), mask=mask, other=0.0).to(gl.float32)
-    # A lane holds two columns (m) of one row (n). Each 8 x 8 is transposed within its warp: two rows of one column.
-    low, high = gl.split(y.reshape((ROWS, BLOCK_M // 2, 2)))
-    TRANSPOSE: gl.constexpr = TRANSPOSE_BF16 if DTYPE == gl.bfloat16 else TRANSPOSE_F16
-    y = gl.inline_asm_elementwise(TRANSPOSE, "=r,r,r", [low, high], gl.int32, is_pure=False, pack=1)
-    PAIRS: gl.constexpr = y.type.layout
-    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, PAIRS)), 1)
-    pair = gl.expand_dims(gl.arange(0, BLOCK_M // 2, layout=gl.SliceLayout(0, PAIRS)), 0)
-    n = n0 + row // 8 * 8 + pair % 4 * 2
-    m = m0 + pair // 4 * 8 + row % 8
-    gl.store(y_ptr + (m.to(gl.int64) * (outputs // 2) + n // 2), y, mask=(m < M) & (n < outputs))
+    _store_columns(y.to(DTYPE), n0, m0, y_desc, staging)
+
+
+@gluon.jit
+def _store_columns(y, n0, m0, y_desc, staging):
+    """y^T [rows, columns] to y_desc, as many columns at a time as `staging` holds; TMA leaves out what is past M and N."""
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    if COLUMNS > staging.shape[0]:
+        halves = gl.split(y.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)))
+        _store_columns(halves[0], n0, m0, y_desc, staging)
+        _store_columns(halves[1], n0, m0 + COLUMNS // 2, y_desc, staging)
+    else:
+        tma.store_wait(0)  # `staging` has been read
+        barrier()
+        staging.permute((1, 0)).store(y)
+        fence_async_shared()
+        barrier()
+        store_tile(y_desc, [m0, n0], staging)
 
 
 Config = dict[str, int]
 
+STAGED = 32  # columns of y^T in shared memory on their way out
 MAX_SUMS = 128  # float32 sums a thread
 SHARED = 227 * 1024  # bytes a program may have
 TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
@@ -429,7 +439,7 @@ def w4a16_hopper(
 ) -> Tensor:
     y_columns = N // 2 if swiglu else N
     """As `w4a16_wide`, which also takes what this kernel cannot: x at odd addresses, scales of another dtype than x."""
-    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size) or y_columns % 2:
+    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size) or y_columns % 8:
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
     from quantkit.kernels.w4a16_decode import _counters, _launch, LAUNCHES, COUNTERS
     M, K = x.shape
@@ -457,9 +467,11 @@ def w4a16_hopper(
         partial = x.new_empty(2 * programs * strips * STRIP * block_m, dtype=torch.float32)
         counters = _counters(x.device)[next(_launch) % LAUNCHES]
     options = dict(maxnreg=chosen["registers"]) if chosen["registers"] else {}
+    y_block = [min(block_m, STAGED), strips * STRIP // (2 if swiglu else 1)]
+    y_desc = TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout(min(128, 2 * y_block[1]), 16, 2))
     w4a16_hopper_kernel[(programs,)](
-        x_desc, tiles_desc, scales_desc, zeros_desc, None if group_size else scales, bias, residual,
-        y.view(torch.int32), partial, counters, M, N, K,
+        x_desc, tiles_desc, scales_desc, zeros_desc, y_desc, None if group_size else scales, bias, residual,
+        partial, counters, M, N, K,
         G=group_size, SWIGLU=swiglu, AFTER=bool(chosen["after"]) and group_size > 0 and group_size % 128 == 0, STREAM=stream,
         R=rows, STAGES=stages, num_warps=warps, launch_pdl=True, **options,
     )  # fmt: skip
