@@ -27,6 +27,7 @@ DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
+HOPPER_LAUNCH = ("block_m", "rows", "warps", "stages", "programs")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "w4a16_tiles": (
         Kernel("w4a16_decode", "w4a16_decode", _decode, parameters=DECODE_LAUNCH),
-        Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=WIDE_LAUNCH),
+        Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=HOPPER_LAUNCH),
         Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M, parameters=WIDE_LAUNCH),
         Kernel("w4a16_tiles_vendor", "dequantize", _triton),
         Kernel("w4a16_tiles_dequantize", "cpu", _cpu),

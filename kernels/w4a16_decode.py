@@ -5,16 +5,13 @@ lane, no shared memory, no barrier), `depth` groups ahead, and multiplies with m
 each group's product is scaled and added in float32. The warps of a program are a batch of products: `warps_n` of them
 share x, `warps_k` share strips, and their sums meet in shared memory at the end.
 
-With `programs` > 0 the work is cut into that many equal ranges of (strips, groups), whatever the tiles (stream-K).
-A range that ends inside a tile leaves its sums in a workspace; the last of the programs that share the tile adds them in
-a fixed order, so results are the same in every run, and sets the tile's counter to zero for the next launch.
+With `programs` > 0 the work is cut into that many equal ranges of (strips, groups), whatever the tiles (`stream_k.py`).
 
 Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 8, R = 4) to 2.5 (M = 16, R = 2).
 The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
 """
 
-from functools import cache, lru_cache
-from itertools import count
+from functools import lru_cache
 
 import torch
 import triton
@@ -24,6 +21,7 @@ from torch import Tensor
 from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
+from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import (
     LAST_FIRST,
     as_words,
@@ -37,9 +35,6 @@ from quantkit.kernels.w4a16 import (
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-COUNTERS = 4096  # of one launch: tiles that may be shared
-LAUNCHES = 256  # launches in flight on one GPU that have counters of their own
 
 Config = dict[str, int]
 
@@ -306,19 +301,6 @@ def w4a16_decode_kernel(
             store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
 
 
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros for stream-K, one row a launch in turn; a launch leaves its row at zero."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "w4a16_decode: its first launch is being captured; run the product once before the capture"
-        )
-    return torch.zeros(LAUNCHES, COUNTERS, dtype=torch.int32, device=device)
-
-
-_launch = count()
-
-
 def w4a16_decode(
     x: Tensor,
     tiles: Tensor,
@@ -356,7 +338,7 @@ def w4a16_decode(
     partial = counters = None
     if stream:
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
-        counters = _counters(x.device)[next(_launch) % LAUNCHES]
+        counters = next_counters(x.device)
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = ptx_level(x)
     pdl = asm >= 90

@@ -1,21 +1,23 @@
-"""W4A16 on Hopper, in Gluon: wgmma with the weight in registers, everything by TMA, equal work for every program.
+"""W4A16 on Hopper, in Gluon: everything by TMA through a ring in shared memory, the weight in registers for wgmma.
 
-The product of `w4a16.py` and its tiles. A ring of `stages` slots in shared memory holds the tiles, scales, zeros and x
-of the steps to come: how many bytes are in flight depends on no registers, and a program fills its ring with weights
-before it waits for the kernel before (programmatic dependent launch), x after. A step takes its tiles out of the ring into
-registers as they are, subtracts the zero, and multiplies while the next step is dequantized: two sets of registers.
+The product of `w4a16.py` from its tiles, for any M. One warp of a program keeps a ring of `stages` slots full: the tiles
+of 128 columns of some strips, their scales and zeros, and the same columns of x. How many bytes are under way depends
+on no registers, and the first slots' weights are asked for before the wait for the kernel before (programmatic dependent
+launch). The other warps take the tiles out as they are, dequantize 64 columns while the tensor cores multiply by
+the 64 before, which are in other registers, and let y leave through shared memory and TMA.
 
-Where a group is 128 columns or more and x has few rows the scale comes after the product of 128 columns, in float32;
-elsewhere it is multiplied into the weight, which is rounded once to x.dtype, as in `w4a16_wide.py`. One scale a row comes last.
+Up to 32 rows of x, and with groups of 128 columns or more, the scale comes after the product of 128 columns, in float32;
+elsewhere it is multiplied into the weight, which is rounded once to x.dtype, as in `w4a16_wide.py`. One scale a row
+comes last in either case.
 
-The work, (tiles of y) x (pairs of steps along K), is cut into `programs` equal ranges (stream-K). A range that ends inside a
-tile leaves its sums in a workspace; the last of the programs that share the tile adds them in a fixed order.
+The work, (tiles of y) x (steps of 128 columns), is cut into `programs` equal ranges (`stream_k.py`): one tile each, a few
+parts of a tile where tiles are fewer than multiprocessors, or several whole tiles.
 
-Budget: 1.4 instructions a weight to decode it, 0.5 more to scale it before the product; 30 a step and warp; x is read once
-by every block of rows: BLOCK_M / (BLOCK_N / 4) of the weight's bytes out of L2.
+Budget: 1.4 instructions a weight to decode it, 0.5 to scale it before the product, 40 a step and warp. Out of L2 come
+BLOCK_M / (BLOCK_N / 4) bytes of x for every byte of the weight. 2 M N K operations at 989 TFLOP/s from M of about 64 on.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -27,13 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels import w4a16
-from quantkit.kernels.int4tiles import STRIP, TILE_K
+from quantkit.kernels.int4tiles import PAD_K, STRIP
+from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16_wide import w4a16_wide
 
 UNPACK_BF16 = gl.constexpr(w4a16.UNPACK_BF16.value)
@@ -46,8 +48,121 @@ MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 # Triton 3.9's names, and 3.6's
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+STEP = PAD_K  # columns of a slot
+BLOCKS_M = (8, 16, 32, 64, 128, 256)
+MOST_AFTER = 32  # rows of x up to which the scale comes after the product
+STAGED_ROWS = 32  # of y, in shared memory on their way out
+MAX_SUMS = 128  # float32 sums a thread
+SUMS_OF_TWO = 32  # the same, where two programs are to fit on a multiprocessor
+REGISTERS_OF_TWO = 80  # a thread, at launch: the ring's warp then gives some of its own to the others
+PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
+SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
+RESERVED = 1024  # bytes of it that every program has besides, and its barriers
+
+TILES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SCALES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+ZEROS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
+
+Config = dict[str, int]
+
+
+def blocks(launch: Config, M: int, N: int) -> int:
+    """Tiles of y."""
+    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["rows"] * launch["warps"] * STRIP)
+
+
+def shared_bytes(launch: Config, group_size: int) -> int:
+    """Shared memory of a program whose weight has zeros."""
+    rows = launch["rows"] * launch["warps"] * STRIP
+    slot = STEP * launch["block_m"] * 2 + rows * (STEP // 2 + 4 * groups_of_step(group_size))
+    return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, launch["block_m"]) * rows * 2
+
+
+def groups_of_step(group_size: int) -> int:
+    """Groups in the columns of a slot, or 1 where they are a part of one."""
+    return STEP // group_size if 0 < group_size < STEP else 1
+
+
+def two_fit(launch: Config, group_size: int) -> bool:
+    """Whether a multiprocessor may run two programs at once."""
+    few_sums = launch["rows"] == 1 and launch["block_m"] // 2 <= SUMS_OF_TWO
+    return few_sums and 2 * shared_bytes(launch, group_size) <= SHARED
+
+
+def even_share(tiles: int, multiprocessors: int) -> int:
+    """Programs that fill a GPU and have equally many whole tiles each; 0, one tile each, where there is no such number."""
+    if tiles > multiprocessors:
+        for programs in range(multiprocessors, multiprocessors * 4 // 5, -1):
+            if tiles % programs == 0:
+                return programs
+    return 0
+
+
+def parts(tiles: int, at_once: int) -> int:
+    """Programs that share each tile equally, as many as run at once."""
+    return tiles * max(1, at_once // tiles)
+
+
+@lru_cache(maxsize=4096)
+def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> Config:
+    """Launch parameters that are good for an H100; `quantkit tune` finds better ones for a shape."""
+    block_m = next(size for size in BLOCKS_M if size >= min(M, BLOCKS_M[-1]))
+    enough = multiprocessors * 3 // 4
+
+    def launch(block_m: int, warps: int, stages: int) -> tuple[Config, int]:
+        chosen = dict(block_m=block_m, rows=1, warps=warps, stages=stages, programs=0)
+        return chosen, blocks(chosen, M, N)
+
+    if block_m <= 64:
+        chosen, tiles = launch(block_m, 8, 4)
+        if tiles < enough:
+            chosen, tiles = launch(block_m, 4, 6)
+            chosen["programs"] = parts(tiles, multiprocessors * (2 if block_m <= MOST_AFTER else 1))
+        return chosen
+    # a split costs a pass over the sums: with few columns smaller tiles are the better way
+    fitting = [launch(256, 8, 3), launch(128, 8, 5), launch(128, 4, 5)][block_m == 128 :]
+    if K > 8192:
+        fitting.pop()
+    for chosen, tiles in fitting:
+        if tiles >= enough:
+            return chosen | dict(programs=even_share(tiles, multiprocessors))
+    return chosen | dict(programs=parts(tiles, multiprocessors))
+
+
+def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
+    """Launches worth timing, `config`'s first."""
+    found = [config(M, N, K, group_size, multiprocessors)]
+    largest = next(size for size in BLOCKS_M if size >= min(M, BLOCKS_M[-1]))
+    for block_m in (largest, largest // 2):
+        for rows, warps in ((1, 4), (1, 8), (2, 8)):
+            if block_m not in BLOCKS_M or rows * block_m // 2 > MAX_SUMS:
+                continue
+            one = dict(block_m=block_m, rows=rows, warps=warps, stages=0, programs=0)
+            tiles = blocks(one, M, N)
+            twice = two_fit(one | dict(stages=4), group_size)
+            shares = [parts(tiles, multiprocessors), even_share(tiles, multiprocessors)]
+            shares += [0, multiprocessors] + [parts(tiles, 2 * multiprocessors)] * twice
+            for programs in dict.fromkeys(0 if share == tiles else share for share in shares):
+                two = twice and (programs or tiles) > multiprocessors
+                room = SHARED // 2 if two else SHARED
+                depths = (6, 4) if two else (8, 6, 5, 4, 3)
+                deep = [d for d in depths if shared_bytes(one | dict(stages=d), group_size) <= room]
+                found += [one | dict(stages=d, programs=programs) for d in deep[:2]]
+    return [launch for i, launch in enumerate(found) if launch not in found[:i]]
+
+
+def after(block_m: int, group_size: int) -> bool:
+    """Whether the scale of a group comes after its product."""
+    return block_m <= MOST_AFTER and group_size > 0 and group_size % STEP == 0
+
+
+def takes(x: Tensor, scales: Tensor, group_size: int, outputs: int) -> bool:
+    """Whether this kernel can: TMA moves x [M, K] and y [M, outputs], and a step is whole groups or within one."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and outputs % 8 == 0
+    return aligned and scales.dtype == x.dtype and (group_size % STEP == 0 or group_size in (32, 64))
 
 
 @gluon.jit
@@ -193,21 +308,15 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def _consume(ring, work, rest, how: gl.constexpr):
+def _consume(
+    ring, work, rest,
+    G: gl.constexpr, ZEROS: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
+    DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, P: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """All other warps: products of what is in the ring, and what follows them."""
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m, total = work
     scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
-    G: gl.constexpr = how[0]
-    ZEROS: gl.constexpr = how[1]
-    SWIGLU: gl.constexpr = how[2]
-    AFTER: gl.constexpr = how[3]
-    STREAM: gl.constexpr = how[4]
-    DTYPE: gl.constexpr = how[5]
-    BLOCK_M: gl.constexpr = how[6]
-    P: gl.constexpr = how[7]
-    R: gl.constexpr = how[8]
-    STAGES: gl.constexpr = how[9]
     W: gl.constexpr = gl.num_warps()
     BLOCK_N: gl.constexpr = R * W * 16
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
@@ -338,9 +447,16 @@ def w4a16_hopper_kernel(
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
     work = (begin, stop, steps, tiles_m, total)
     rest = (scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
-    how: gl.constexpr = (G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES)
     gl.warp_specialize(
-        [(_consume, (ring, work, rest, how)), (_produce, (descs, ring, work, G, P, STAGES))], [1], [PRODUCER_REGISTERS]
+        [
+            (
+                _consume,
+                (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES),
+            ),
+            (_produce, (descs, ring, work, G, P, STAGES)),
+        ],
+        [1],
+        [PRODUCER_REGISTERS],
     )
 
 
@@ -388,43 +504,6 @@ def _store_columns(y, n0, m0, y_desc, staging):
         store_tile(y_desc, [m0, n0], staging)
 
 
-Config = dict[str, int]
-
-STAGED = 32  # columns of y^T in shared memory on their way out
-MAX_SUMS = 128  # float32 sums a thread
-SHARED = 227 * 1024  # bytes a program may have
-TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
-X = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-ZEROS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
-
-
-def slot_bytes(launch: Config, group_size: int, zeros: bool) -> int:
-    strips = launch["rows"] * launch["warps"]
-    groups = 128 // group_size if 0 < group_size < 128 else 1
-    weights = strips * (1024 + groups * 8 * (4 * (group_size > 0) + 2 * zeros))
-    return launch["block_m"] * 256 + weights + 16
-
-
-def blocks(launch: Config, M: int, N: int) -> int:
-    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["rows"] * launch["warps"] * STRIP)
-
-
-def takes(group_size: int) -> bool:
-    return group_size % 128 == 0 or group_size in (32, 64)
-
-
-@lru_cache(maxsize=4096)
-def config(M: int, N: int, K: int, group_size: int) -> Config:
-    """Launch parameters by the rows of x; `quantkit tune` finds better ones for a shape."""
-    return dict(block_m=16, rows=1, warps=8, stages=8, programs=132, after=1, registers=80)
-
-
-def tma_reads(x: Tensor) -> bool:
-    """Whether TMA can read x [M, K]: its rows begin at multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
 def w4a16_hopper(
     x: Tensor,
     tiles: Tensor,
@@ -437,42 +516,45 @@ def w4a16_hopper(
     swiglu: bool,
     launch: Config | None = None,
 ) -> Tensor:
-    y_columns = N // 2 if swiglu else N
-    """As `w4a16_wide`, which also takes what this kernel cannot: x at odd addresses, scales of another dtype than x."""
-    if not tma_reads(x) or scales.dtype != x.dtype or not takes(group_size) or y_columns % 8:
+    """As `w4a16_wide`, which runs instead where this kernel cannot; see `takes`."""
+    (M, K), outputs = x.shape, N // 2 if swiglu else N
+    if not takes(x, scales, group_size, outputs):
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
-    from quantkit.kernels.w4a16_decode import _counters, _launch, LAUNCHES, COUNTERS
-    M, K = x.shape
-    chosen = launch or config(M, N, K, group_size)
-    block_m, rows, warps, stages = chosen["block_m"], chosen["rows"], chosen["warps"], chosen["stages"]
-    y = x.new_empty(M, N // 2 if swiglu else N)
-    strips = rows * warps
-    groups = 128 // group_size if 0 < group_size < 128 else 1
-    all_strips = tiles.shape[0]
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, 128], X)
-    tiles_desc = TensorDescriptor.from_tensor(tiles.view(all_strips, -1, 32), [strips, 8, 32], TILES)
+    multiprocessors = _multiprocessors(x.device)
+    chosen = launch or config(M, N, K, group_size, multiprocessors)
+    block_m, rows, warps = chosen["block_m"], chosen["rows"], chosen["warps"]
+    strips, groups = rows * warps, groups_of_step(group_size)
+    y = x.new_empty(M, outputs)
+    y_block = [min(block_m, STAGED_ROWS), strips * STRIP // (2 if swiglu else 1)]
+    y_layout = gl.NVMMASharedLayout(min(128, 2 * y_block[1]), element_bitwidth=16, rank=2)
     scale_words, zero_words, _ = w4a16.as_words(scales, zeros)
-    scales_desc = zeros_desc = None
-    if group_size:
-        scales_desc = TensorDescriptor.from_tensor(scale_words.view(all_strips, -1), [strips, groups * 8], SCALES)
-    if zeros is not None:
-        zeros_desc = TensorDescriptor.from_tensor(zero_words.view(all_strips, -1), [strips, groups * 8], ZEROS)
+    by_strip = tiles.shape[0], -1
+    describe = TensorDescriptor.from_tensor
+    of_group = [strips, groups * 8]
+
     shared = blocks(chosen, M, N)
-    programs = chosen["programs"] or shared
-    programs = min(programs, shared * triton.cdiv(K, 128))
-    stream = shared % programs != 0 or programs > shared
+    programs = min(chosen["programs"] or shared, shared * triton.cdiv(K, STEP))
+    stream = shared % programs != 0
+    if stream and shared > COUNTERS:
+        programs, stream = shared, False
     partial = counters = None
     if stream:
-        assert shared <= COUNTERS
         partial = x.new_empty(2 * programs * strips * STRIP * block_m, dtype=torch.float32)
-        counters = _counters(x.device)[next(_launch) % LAUNCHES]
-    options = dict(maxnreg=chosen["registers"]) if chosen["registers"] else {}
-    y_block = [min(block_m, STAGED), strips * STRIP // (2 if swiglu else 1)]
-    y_desc = TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout(min(128, 2 * y_block[1]), 16, 2))
+        counters = next_counters(x.device)
+    two = programs > multiprocessors and two_fit(chosen, group_size)
     w4a16_hopper_kernel[(programs,)](
-        x_desc, tiles_desc, scales_desc, zeros_desc, y_desc, None if group_size else scales, bias, residual,
-        partial, counters, M, N, K,
-        G=group_size, SWIGLU=swiglu, AFTER=bool(chosen["after"]) and group_size > 0 and group_size % 128 == 0, STREAM=stream,
-        R=rows, STAGES=stages, num_warps=warps, launch_pdl=True, **options,
+        describe(x, [block_m, STEP], X_LAYOUT),
+        describe(tiles.view(*by_strip, 32), [strips, 8, 32], TILES_LAYOUT),
+        describe(scale_words.view(by_strip), of_group, SCALES_LAYOUT) if group_size else None,
+        None if zero_words is None else describe(zero_words.view(by_strip), of_group, ZEROS_LAYOUT),
+        describe(y, y_block, y_layout),
+        None if group_size else scales, bias, residual, partial, counters, M, N, K,
+        G=group_size, SWIGLU=swiglu, AFTER=after(block_m, group_size), STREAM=stream, R=rows, STAGES=chosen["stages"],
+        num_warps=warps, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
