@@ -101,7 +101,7 @@ def _triton(problem: Problem) -> str | None:
     return None
 
 
-def _wide(problem: Problem) -> str | None:
+def _floats(problem: Problem) -> str | None:
     if problem.x_dtype == torch.float32:
         return "takes float16 or bfloat16 x, not torch.float32"
     return _triton(problem)
@@ -110,13 +110,19 @@ def _wide(problem: Problem) -> str | None:
 def _hopper(problem: Problem) -> str | None:
     if problem.target != "sm_90":
         return f"is written for sm_90, not for {problem.target}"
-    return _wide(problem)
+    return _floats(problem)
+
+
+def _wide(problem: Problem) -> str | None:
+    if problem.target == "sm_90":
+        return "is the slower one on sm_90, where w4a16_hopper calls it for what it cannot take"
+    return _floats(problem)
 
 
 def _decode(problem: Problem) -> str | None:
     if problem.M > DECODE_MAX_M:
         return f"takes {DECODE_MAX_M} rows of x, not {problem.M}"
-    return _wide(problem)
+    return _floats(problem)
 
 
 def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:

@@ -77,7 +77,7 @@ def blocks(launch: Config, M: int, N: int) -> int:
 def shared_bytes(launch: Config, group_size: int) -> int:
     """Shared memory of a program whose weight has zeros."""
     rows = launch["rows"] * launch["warps"] * STRIP
-    slot = STEP * launch["block_m"] * 2 + rows * (STEP // 2 + 4 * groups_of_step(group_size))
+    slot = STEP * launch["block_m"] * 2 + rows * (STEP // 2 + 3 * groups_of_step(group_size))
     return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, launch["block_m"]) * rows * 2
 
 
@@ -123,11 +123,10 @@ def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) 
             chosen["programs"] = parts(tiles, multiprocessors * (2 if block_m <= MOST_AFTER else 1))
         return chosen
     # a split costs a pass over the sums: with few columns smaller tiles are the better way
-    fitting = [launch(256, 8, 3), launch(128, 8, 5), launch(128, 4, 5)][block_m == 128 :]
-    if K > 8192:
-        fitting.pop()
-    for chosen, tiles in fitting:
-        if tiles >= enough:
+    for size, warps, stages in ((256, 8, 3), (128, 8, 5), (128, 4, 5))[: 2 if K > 8192 else 3]:
+        chosen, tiles = launch(size, warps, stages)
+        fits = size <= block_m and shared_bytes(chosen, group_size) <= SHARED
+        if fits and tiles >= enough:
             return chosen | dict(programs=even_share(tiles, multiprocessors))
     return chosen | dict(programs=parts(tiles, multiprocessors))
 
@@ -193,7 +192,9 @@ def _pairs_layout(P, R, W):
     along = [[0, 8 << i] for i in range(P.bit_length() - 1)]
     rows = [[W << i, 0] for i in range(R.bit_length() - 1)]
     warps = [[1 << i, 0] for i in range(W.bit_length() - 1)]
-    return gl.DistributedLinearLayout(along + rows, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], warps, [], [R * W, P * 8])
+    return gl.DistributedLinearLayout(
+        along + rows, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], warps, [], [R * W, P * 8]
+    )
 
 
 @gluon.constexpr_function
@@ -202,14 +203,18 @@ def _words_layout(R, W):
     rows = [[W << i, 0, 0] for i in range(R.bit_length() - 1)]
     warps = [[1 << i, 0, 0] for i in range(W.bit_length() - 1)]
     lanes = [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]]
-    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 4, 0], *rows], lanes, warps, [], [R * W, 8, 32])
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 4, 0], *rows], lanes, warps, [], [R * W, 8, 32]
+    )
 
 
 @gluon.jit
 def _along_rows(t, LIKE: gl.constexpr):
     """int32 [R, W, P, g, h] -> [R, W, g, 1, P, 1, h, 1], in the layout LIKE of [R, W, g, c, P, S, h, c8]."""
     t = t.permute((0, 1, 3, 2, 4))
-    t = gl.convert_layout(t, gl.SliceLayout(3, gl.SliceLayout(5, gl.SliceLayout(7, LIKE))), assert_trivial=True)
+    t = gl.convert_layout(
+        t, gl.SliceLayout(3, gl.SliceLayout(5, gl.SliceLayout(7, LIKE))), assert_trivial=True
+    )
     return gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 3), 5), 7)
 
 
@@ -232,12 +237,16 @@ def _dequantize(
         w, minus = gl.broadcast(w, minus)
     else:
         minus = gl.full_like(w, (SIGN_AND_MAGIC + 8) * 0x10001 - 2**32)
-    w = gl.inline_asm_elementwise(ADD_BF16 if BF16 else ADD_F16, "=r,r,r", [w, minus], gl.int32, is_pure=True, pack=1)
+    w = gl.inline_asm_elementwise(
+        ADD_BF16 if BF16 else ADD_F16, "=r,r,r", [w, minus], gl.int32, is_pure=True, pack=1
+    )
     if SCALES:
         low, high = scales & 0xFFFF, (scales >> 16) & 0xFFFF
         by = _along_rows(gl.join(low | (low << 16), high | (high << 16)), PAIR)
         w, by = gl.broadcast(w, by)
-        w = gl.inline_asm_elementwise(MUL_BF16 if BF16 else MUL_F16, "=r,r,r", [w, by], gl.int32, is_pure=True, pack=1)
+        w = gl.inline_asm_elementwise(
+            MUL_BF16 if BF16 else MUL_F16, "=r,r,r", [w, by], gl.int32, is_pure=True, pack=1
+        )
     low = (w & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
     high = ((w >> 16) & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
     # R W g c P S h c8 e -> rows (R, W, h, g), columns (P, S, c8, c, e)
@@ -343,7 +352,16 @@ def _consume(
                 zeros = _pairs(zeros_ring.index(slot), P, R, W)
             for half in gl.static_range(2):
                 operand = _dequantize(
-                    words[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, P_OF_TILE, R, W, MMA
+                    words[half],
+                    pairs[half],
+                    zeros[half],
+                    G > 0 and not AFTER,
+                    ZEROS,
+                    DTYPE,
+                    P_OF_TILE,
+                    R,
+                    W,
+                    MMA,
                 )
                 x = x_ring.index(slot).slice(64 * half, 64, dim=1).permute((1, 0))
                 if AFTER and half == 0:
@@ -380,7 +398,9 @@ def _consume(
         else:  # one scale a row: [strip, g, h]
             row = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
             scale_at = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
-            y = acc * gl.expand_dims(gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32), 1)
+            y = acc * gl.expand_dims(
+                gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32), 1
+            )
         if STREAM and s1 - s0 < steps:
             programs = gl.num_programs(0)
             pid = gl.program_id(0)
@@ -399,13 +419,15 @@ def _consume(
                 for i in range(first_sharer, last_sharer + 1, FLIGHT):
                     for j in gl.static_range(FLIGHT):  # loads in flight
                         sharer = i + j
-                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (
+                            BLOCK_N * BLOCK_M
+                        )
                         mask = (at >= 0) & (sharer <= last_sharer)
                         y += gl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 gl.store(counter_ptr + tile, 0)
-                _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+                _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
         else:
-            _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, BLOCK_N, BLOCK_M, DTYPE, SWIGLU)
+            _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
     tma.store_wait(0)
 
 
@@ -461,47 +483,41 @@ def w4a16_hopper_kernel(
 
 
 @gluon.jit
-def _store(
-    y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, SWIGLU: gl.constexpr,
-):  # fmt: skip
-    """`w4a16.store_outputs`."""
-    if bias_ptr is not None:
-        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
-        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-        y += gl.expand_dims(bias, 1)
-    outputs = N
-    ROWS: gl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    if SWIGLU:
-        gate, up = gl.split(y.reshape((BLOCK_N // 16, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)))
-        y = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS, BLOCK_M))
-        n0 = n0 // 2
-        outputs = N // 2
-    if residual_ptr is not None:
-        LAYOUT: gl.constexpr = y.type.layout
-        n = gl.expand_dims(n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-        m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
-        mask = (m < M) & (n < outputs)
-        y += gl.load(residual_ptr + (m.to(gl.int64) * outputs + n), mask=mask, other=0.0).to(gl.float32)
-    _store_columns(y.to(DTYPE), n0, m0, y_desc, staging)
+def _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU: gl.constexpr):
+    """`w4a16.store_outputs` for y^T [rows, columns], as many columns at a time as `staging` holds.
 
-
-@gluon.jit
-def _store_columns(y, n0, m0, y_desc, staging):
-    """y^T [rows, columns] to y_desc, as many columns at a time as `staging` holds; TMA leaves out what is past M and N."""
+    TMA leaves out what is past M and N.
+    """
     ROWS: gl.constexpr = y.shape[0]
     COLUMNS: gl.constexpr = y.shape[1]
     if COLUMNS > staging.shape[0]:
         halves = gl.split(y.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)))
-        _store_columns(halves[0], n0, m0, y_desc, staging)
-        _store_columns(halves[1], n0, m0 + COLUMNS // 2, y_desc, staging)
+        _store(halves[0], n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
+        _store(halves[1], n0, m0 + COLUMNS // 2, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
     else:
+        LAYOUT: gl.constexpr = y.type.layout
+        if bias_ptr is not None:
+            n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+            y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
+        if SWIGLU:
+            gate, up = gl.split(y.reshape((ROWS // 16, 2, 8, COLUMNS)).permute((0, 2, 3, 1)))
+            out = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS // 2, COLUMNS))
+            first, outputs = n0 // 2, N // 2
+        else:
+            out = y
+            first, outputs = n0, N
+        if residual_ptr is not None:
+            OUT: gl.constexpr = out.type.layout
+            n = gl.expand_dims(first + gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, OUT)), 1)
+            m = gl.expand_dims(m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT)), 0)
+            at = residual_ptr + (m.to(gl.int64) * outputs + n)
+            out += gl.load(at, mask=(m < M) & (n < outputs), other=0.0).to(gl.float32)
         tma.store_wait(0)  # `staging` has been read
         barrier()
-        staging.permute((1, 0)).store(y)
+        staging.permute((1, 0)).store(out.to(y_desc.dtype))
         fence_async_shared()
         barrier()
-        store_tile(y_desc, [m0, n0], staging)
+        store_tile(y_desc, [m0, first], staging)
 
 
 def w4a16_hopper(

@@ -604,10 +604,13 @@ def test_inspect_shows_the_kernel_that_a_table_chooses(run, packed, tables, tmp_
 
     default = {"1": "w4a16_decode", "16": "w4a16_decode", "256": "w4a16_hopper", "4096": "w4a16_hopper"}
     assert kernels() == default
-    entries = [tuned_entry(96, 64, 64, 16, "w4a16_wide"), tuned_entry(96, 64, 64, 256, "w4a16_tiles_vendor")]
+    entries = [
+        tuned_entry(96, 64, 64, 16, "w4a16_hopper"),
+        tuned_entry(96, 64, 64, 256, "w4a16_tiles_vendor"),
+    ]
     (tables / "sm_90.json").write_text(json.dumps({"entries": entries}))
     dispatch.forget()
-    assert kernels() == default | {"1": "w4a16_wide", "16": "w4a16_wide", "256": "w4a16_tiles_vendor"}
+    assert kernels() == default | {"1": "w4a16_hopper", "16": "w4a16_hopper", "256": "w4a16_tiles_vendor"}
 
 
 def test_a_broken_table_is_named(refused, packed, tables):

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.calibration.rtn import rtn
-from quantkit.kernels import cpu, dequantize, w4a16, w4a16_decode, w4a16_hopper, w4a16_wide
+from quantkit.kernels import cpu, dequantize, stream_k, w4a16, w4a16_decode, w4a16_hopper, w4a16_wide
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, tiled_shape, unpack_tiles
 from quantkit.linear import QuantLinear
@@ -181,7 +181,7 @@ def test_decode_in_every_launch(random: Random, dtype, launch, M, group_size):
     product.check(y)
     if launch["programs"]:  # their sums are added in a fixed order, and their counters stand at zero again
         assert torch.equal(w4a16_decode.w4a16_decode(*arguments, launch), y)
-        assert not w4a16_decode._counters(DEVICE).any()
+        assert not stream_k.counters(DEVICE).any()
 
 
 def test_decode_takes_no_more_rows_a_warp_than_there_are(random: Random):
@@ -221,15 +221,24 @@ WIDE_LAUNCHES = [
 ]
 
 
+def hopper_launch(block_m: int, rows: int, warps: int, stages: int, programs: int = 0) -> w4a16_hopper.Config:
+    return dict(block_m=block_m, rows=rows, warps=warps, stages=stages, programs=programs)
+
+
+# For M = 70, N = 136 and K = 2100: 17 steps of 128 columns, more than a ring has slots, and a last one that is not full.
 HOPPER_LAUNCHES = [
-    wide_launch(16, 1, 4, 1, 4),
-    wide_launch(32, 2, 8, 2, 3),
-    wide_launch(64, 1, 4, 1, 6),
-    wide_launch(64, 2, 4, 2, 4),
-    wide_launch(128, 1, 8, 1, 4),
-    wide_launch(128, 2, 4, 1, 3),
-    wide_launch(256, 1, 8, 1, 6),
-    wide_launch(256, 1, 4, 2, 2),
+    hopper_launch(8, 1, 8, 4),
+    hopper_launch(16, 2, 8, 3),
+    hopper_launch(32, 1, 4, 6),
+    hopper_launch(64, 2, 8, 5),
+    hopper_launch(128, 1, 4, 5),
+    hopper_launch(128, 2, 8, 3),
+    hopper_launch(256, 1, 8, 3),
+    hopper_launch(32, 1, 4, 6, programs=3),  # equal shares of whole tiles
+    hopper_launch(64, 1, 8, 4, programs=8),  # each tile cut in two
+    hopper_launch(16, 1, 4, 4, programs=7),  # cut at odd places, several tiles a program
+    hopper_launch(128, 1, 4, 3, programs=29),  # ten programs a tile
+    hopper_launch(64, 2, 8, 3, programs=1000),  # one a step
 ]
 
 
@@ -252,7 +261,7 @@ hopper = pytest.mark.skipif(
 @group_sizes
 @pytest.mark.parametrize("M", [1, 17, 33, 130, 300])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@shapes
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 1500)], ids=lambda s: "x".join(map(str, s)))
 def test_hopper(random: Random, shape, dtype, M, group_size, asymmetric):
     product = Product.of(random, M, *shape, group_size, asymmetric, dtype)
     product.check(w4a16_hopper.w4a16_hopper(*product.arguments), roundings=1)
@@ -260,20 +269,56 @@ def test_hopper(random: Random, shape, dtype, M, group_size, asymmetric):
 
 @gpu
 @hopper
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128, 256])
 @pytest.mark.parametrize("launch", HOPPER_LAUNCHES, ids=launch_name)
 def test_hopper_in_every_launch(random: Random, launch, group_size):
-    product = Product.of(random, 70, 136, 700, group_size, group_size == 32, BF16)
-    product.check(w4a16_hopper.w4a16_hopper(*product.arguments, launch), roundings=1)
+    product = Product.of(random, 70, 136, 2100, group_size, group_size in (32, 256), BF16)
+    arguments = product.arguments
+    y = w4a16_hopper.w4a16_hopper(*arguments, launch)
+    product.check(y, roundings=1)
+    assert torch.equal(w4a16_hopper.w4a16_hopper(*arguments, launch), y)
+    assert not stream_k.counters(DEVICE).any()
 
 
 @gpu
 @hopper
-def test_hopper_leaves_to_the_wide_kernel_what_it_cannot_take(random: Random):
-    product = Product.of(random, 20, 48, 300, 64, True, BF16)
+@pytest.mark.parametrize("reason", ["x at an odd address", "y in odd rows", "a group that fits no step"])
+def test_hopper_leaves_to_the_wide_kernel_what_it_cannot_take(random: Random, reason):
+    N, group_size = 141 if "rows" in reason else 48, 96 if "group" in reason else 64
+    product = Product.of(random, 20, N, 300, group_size, True, BF16)
     x, *rest = product.arguments
-    odd = torch.zeros(20, 303, dtype=BF16, device=DEVICE)[:, 1:301].copy_(x)
-    product.check(w4a16_hopper.w4a16_hopper(odd, *rest), roundings=1)
+    if "address" in reason:
+        x = torch.zeros(20, 303, dtype=BF16, device=DEVICE)[:, 1:301].copy_(x)
+    product.check(w4a16_hopper.w4a16_hopper(x, *rest), roundings=1)
+
+
+@gpu
+@hopper
+def test_hopper_without_a_counter_a_tile_gives_every_program_one_tile(random: Random, monkeypatch):
+    monkeypatch.setattr(w4a16_hopper, "COUNTERS", 1)
+    product = Product.of(random, 40, 136, 600, 128, False, BF16)
+    product.check(
+        w4a16_hopper.w4a16_hopper(*product.arguments, hopper_launch(16, 1, 4, 4, programs=7)), roundings=1
+    )
+
+
+SIZES = [
+    (M, N, K)
+    for M in (17, 40, 100, 300, 5000)
+    for N, K in ((64, 512), (4096, 4096), (4096, 14336), (57344, 8192))
+]
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_launches_of_hoppers_kernel_fit_its_gpu(size, group_size):
+    launches = w4a16_hopper.candidates(*size, group_size)
+    assert launches[0] == w4a16_hopper.config(*size, group_size)
+    for launch in launches:
+        assert launch["rows"] * launch["block_m"] // 2 <= w4a16_hopper.MAX_SUMS
+        assert w4a16_hopper.shared_bytes(launch, group_size) <= w4a16_hopper.SHARED
+        assert launch["stages"] >= 3
+    assert len({tuple(launch.items()) for launch in launches}) == len(launches)
 
 
 @zeros
@@ -292,6 +337,13 @@ KERNELS = {  # kernel, M, launch, roundings before y
     "stream": (w4a16_decode.w4a16_decode, 5, decode_launch(2, 2, 2, 1, 1, programs=5), 0),
     "wide": (w4a16_wide.w4a16_wide, 37, wide_launch(32, 2, 4, 2, 3), 1),
     "hopper": (w4a16_hopper.w4a16_hopper, 37, None, 1),
+    "hopper few": (
+        w4a16_hopper.w4a16_hopper,
+        16,
+        hopper_launch(16, 1, 8, 4),
+        0,
+    ),  # the scale after the product
+    "hopper stream": (w4a16_hopper.w4a16_hopper, 130, hopper_launch(128, 1, 4, 3, programs=5), 1),
     # w, the product, the bias, silu, silu(gate) * up
     "vendor": (lambda *a: dequantize.w4a16_tiles_vendor(*a[:-1]), 4, None, 5),
 }
@@ -299,12 +351,12 @@ KERNELS = {  # kernel, M, launch, roundings before y
 
 @pytest.mark.parametrize(("bias", "residual", "swiglu"), FOLLOWING)
 @pytest.mark.parametrize(
-    "kernel", [pytest.param(name, marks=[gpu, hopper] if name == "hopper" else []) for name in KERNELS]
+    "kernel", [pytest.param(name, marks=[gpu, hopper] if "hopper" in name else []) for name in KERNELS]
 )
 @dtypes
 def test_what_follows_the_product(random: Random, dtype, kernel, bias, residual, swiglu):
     run, M, launch, roundings = KERNELS[kernel]
-    N = 144 if swiglu else 141
+    N = 144 if swiglu else 136 if "hopper" in kernel else 141
     product = Product.of(random, M, N, 300, 64, True, dtype, bias=bias, residual=residual, swiglu=swiglu)
     product.check(run(*product.arguments, launch), roundings)
 
@@ -321,11 +373,17 @@ def test_scales_may_have_the_other_16_bit_type(random: Random, dtype, group_size
 
 
 @pytest.mark.parametrize("kind", ["outliers", "mean"])
-@pytest.mark.parametrize("kernel", ["decode", "stream", "wide"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *("decode", "stream", "wide"),
+        *(pytest.param(name, marks=[gpu, hopper]) for name in ("hopper", "hopper stream", "hopper few")),
+    ],
+)
 @dtypes
 def test_hard_activations_cost_no_more_than_dequantizing_first(random: Random, dtype, kernel, kind):
     """Columns of 1000, and a mean of 1000: the sums nearly cancel."""
-    run, M, launch, _ = KERNELS[kernel]
+    run, M, launch, roundings = KERNELS[kernel]
     N, K, group_size = 136, 512, 128
     product = Product.of(random, M, N, K, group_size, True, dtype)
     x = torch.randn(M, K, generator=random.generator)
@@ -341,8 +399,8 @@ def test_hard_activations_cost_no_more_than_dequantizing_first(random: Random, d
     assert torch.isfinite(plain).all()
 
     error = (run(*product.arguments, launch).double() - exact).norm()
-    # the wide kernel rounds the same weights, and adds up the same terms in another order
-    assert error <= (plain.double() - exact).norm() * (1.01 if kernel == "wide" else 1)
+    # those that round a weight round the same ones, and adds up the same terms in another order
+    assert error <= (plain.double() - exact).norm() * (1 if roundings == 0 else 1.01)
 
 
 @zeros
@@ -548,7 +606,7 @@ def test_a_captured_stream_k_launch_replays_with_another_x(random: Random, dtype
         x.copy_(values)
         graph.replay()
         assert torch.equal(y, w4a16_decode.w4a16_decode(values, *rest, STREAM))
-    assert not w4a16_decode._counters(DEVICE).any()
+    assert not stream_k.counters(DEVICE).any()
 
 
 @gpu
