@@ -279,7 +279,7 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
-    begin, stop, steps, tiles_m, total = work
+    begin, stop, steps, tiles_m = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
@@ -324,8 +324,8 @@ def _consume(
 ):  # fmt: skip
     """All other warps: products of what is in the ring, and what follows them."""
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
-    begin, stop, steps, tiles_m, total = work
-    scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
+    begin, stop, steps, tiles_m = work
+    total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     W: gl.constexpr = gl.num_warps()
     BLOCK_N: gl.constexpr = R * W * 16
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
@@ -467,8 +467,8 @@ def w4a16_hopper_kernel(
         mbarrier.init(empty.index(i), count=1)
     descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
-    work = (begin, stop, steps, tiles_m, total)
-    rest = (scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
+    work = (begin, stop, steps, tiles_m)
+    rest = (total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
     gl.warp_specialize(
         [
             (
