@@ -60,11 +60,15 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     whole = group_size % PAD_K == 0  # a smaller group has half as many columns a unit
     if M <= 8:
         chosen = dict(rows=4 if whole else 2, depth=1 if whole else 2, programs=0, max_registers=128)
-        if strips < 1024 and K <= 8192:  # too few for four strips a warp: one, and all of its columns at once
-            chosen = dict(rows=1, depth=8, programs=0, max_registers=168)
-        elif strips < 1024:
-            chosen = dict(rows=2, depth=2, programs=512, max_registers=128)
         chosen |= dict(warps_n=1, warps_k=4, stages=1)
+        if (
+            M == 1 and strips < 1024 and K <= 8192
+        ):  # too few for four strips a warp: one, and all columns at once
+            chosen |= dict(rows=1, warps_k=8, depth=2 if whole else 4, max_registers=80)
+        elif M == 1 and strips < 1024:
+            chosen |= dict(rows=2, depth=2, programs=512)
+        elif strips < 1024:
+            chosen |= dict(stages=2, programs=528)
     elif strips < 1600:
         programs = 384 if K > 8192 else min(384, strips)
         chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2, stages=2, programs=programs, max_registers=168)

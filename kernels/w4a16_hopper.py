@@ -66,6 +66,9 @@ X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ran
 SCALES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 ZEROS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
 
+# block_m, warps, stages, and the rate of such tiles beside the first's, where they fill an H100 equally well
+LARGE = ((256, 8, 3, 1.0), (256, 4, 3, 0.93), (128, 8, 5, 0.9), (128, 4, 6, 0.85))
+
 Config = dict[str, int]
 
 
@@ -106,29 +109,38 @@ def parts(tiles: int, at_once: int) -> int:
     return tiles * max(1, at_once // tiles)
 
 
+def worth(tiles: int, multiprocessors: int) -> float:
+    """Share of the multiprocessors' time that tiles fill, in waves; less for tiles that are cut in parts."""
+    if tiles < multiprocessors:
+        cut = multiprocessors // tiles
+        return tiles * cut / multiprocessors / (1 + 0.1 * (cut - 1))
+    return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
+
+
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100; `quantkit tune` finds better ones for a shape."""
     block_m = next(size for size in BLOCKS_M if size >= min(M, BLOCKS_M[-1]))
-    enough = multiprocessors * 3 // 4
 
-    def launch(block_m: int, warps: int, stages: int) -> tuple[Config, int]:
-        chosen = dict(block_m=block_m, rows=1, warps=warps, stages=stages, programs=0)
-        return chosen, blocks(chosen, M, N)
+    def launch(block_m: int, warps: int, stages: int) -> Config:
+        return dict(block_m=block_m, rows=1, warps=warps, stages=stages, programs=0)
 
     if block_m <= 64:
-        chosen, tiles = launch(block_m, 8, 4)
-        if tiles < enough:
-            chosen, tiles = launch(block_m, 4, 6)
-            chosen["programs"] = parts(tiles, multiprocessors * (2 if block_m <= MOST_AFTER else 1))
+        chosen = launch(block_m, 8, 4)
+        if blocks(chosen, M, N) < multiprocessors * 3 // 4:
+            chosen = launch(block_m, 4, 6)
+            two = block_m <= 16 or (block_m == 32 and K > 8192)
+            chosen["programs"] = parts(blocks(chosen, M, N), multiprocessors * (2 if two else 1))
         return chosen
-    # a split costs a pass over the sums: with few columns smaller tiles are the better way
-    for size, warps, stages in ((256, 8, 3), (128, 8, 5), (128, 4, 5))[: 2 if K > 8192 else 3]:
-        chosen, tiles = launch(size, warps, stages)
-        fits = size <= block_m and shared_bytes(chosen, group_size) <= SHARED
-        if fits and tiles >= enough:
-            return chosen | dict(programs=even_share(tiles, multiprocessors))
-    return chosen | dict(programs=parts(tiles, multiprocessors))
+    best = 0.0
+    for size, warps, stages, factor in LARGE:
+        one = launch(size, warps, stages)
+        score = factor * worth(blocks(one, M, N), multiprocessors)
+        if size <= block_m and shared_bytes(one, group_size) <= SHARED and score > best:
+            best, chosen = score, one
+    tiles = blocks(chosen, M, N)
+    share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
+    return chosen | dict(programs=0 if share == tiles else share)
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
@@ -185,6 +197,12 @@ def _words(ring, R: gl.constexpr, W: gl.constexpr):
     """Codes of a slot: [R, W, g, c, kt] of its first and of its second tile."""
     LAYOUT: gl.constexpr = _words_layout(R, W)
     return gl.split(ring.load(LAYOUT).reshape((R, W, 2, 8, 4, 4)).permute((0, 1, 3, 4, 5, 2)))
+
+
+@gluon.constexpr_function
+def _zeros_apart(strips, P):
+    """Slots of zeros that a slot takes: TMA writes to multiples of 128 bytes."""
+    return max(1, 8 // (strips * P))
 
 
 @gluon.constexpr_function
@@ -301,7 +319,12 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
         if scales_desc is not None:
             load_tile(scales_desc, [n * STRIPS, group * 8], full.index(slot), scales_ring.index(slot))
         if zeros_desc is not None:
-            load_tile(zeros_desc, [n * STRIPS, group * 8], full.index(slot), zeros_ring.index(slot))
+            load_tile(
+                zeros_desc,
+                [n * STRIPS, group * 8],
+                full.index(slot),
+                zeros_ring.index(slot * _zeros_apart(STRIPS, P)),
+            )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
         step, m, n = _after(step, m, n, steps, tiles_m)
@@ -349,7 +372,7 @@ def _consume(
             if G > 0:
                 pairs = _pairs(scales_ring.index(slot), P, R, W)
             if ZEROS:
-                zeros = _pairs(zeros_ring.index(slot), P, R, W)
+                zeros = _pairs(zeros_ring.index(slot * _zeros_apart(R * W, P)), P, R, W)
             for half in gl.static_range(2):
                 operand = _dequantize(
                     words[half],
@@ -458,7 +481,8 @@ def w4a16_hopper_kernel(
     if G > 0:
         scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, P * 8], scales_desc.layout)
     if ZEROS:
-        zeros_ring = gl.allocate_shared_memory(gl.int16, [STAGES, STRIPS, P * 8], zeros_desc.layout)
+        APART: gl.constexpr = _zeros_apart(STRIPS, P)
+        zeros_ring = gl.allocate_shared_memory(gl.int16, [STAGES * APART, STRIPS, P * 8], zeros_desc.layout)
     staging = gl.allocate_shared_memory(DTYPE, y_desc.block_type.shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
