@@ -450,3 +450,17 @@ def test_a_small_weight_is_tuned_on_the_gpu(folder):
     table = tune([(1024, 1024, 128)], [1, 16, 64], "cuda", replays=3)
     assert [e["M"] for e in table["entries"]] == [1, 16, 64]
     assert all(0 < e["us"] and e["rel_error"] < 0.01 for e in table["entries"])
+
+
+@pytest.mark.parametrize("path", sorted(tuned.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_dispatch_takes_every_entry_that_is_shipped(tmp_path, monkeypatch, path):
+    monkeypatch.setenv("QUANTKIT_TUNED", str(tmp_path))  # no table of the user's own
+    dispatch.forget()
+    entries = tuned.read(path)["entries"]
+    assert entries
+    for entry in entries:
+        size = (entry[name] for name in ("M", "N", "K"))
+        problem = dispatch.Problem(path.stem, *size, torch.bfloat16, torch.int32, entry["group_size"])
+        kernel, launch = dispatch.choose(entry["op"], problem)
+        assert (kernel.name, launch) == (entry["kernel"], entry["launch"])
+    dispatch.forget()
