@@ -64,7 +64,8 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
         if (
             M == 1 and strips < 1024 and K <= 8192
         ):  # too few for four strips a warp: one, and all columns at once
-            chosen |= dict(rows=1, warps_k=8, depth=2 if whole else 4, max_registers=80)
+            few = dict(warps_k=8, depth=2, max_registers=80) if whole else dict(depth=8, max_registers=168)
+            chosen |= dict(rows=1) | few
         elif M == 1 and strips < 1024:
             chosen |= dict(rows=2, depth=2, programs=512)
         elif strips < 1024:

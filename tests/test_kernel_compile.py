@@ -373,7 +373,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 35, "sm_89": 20, "sm_90": 0, "sm_100": 20, "sm_120": 20, "gfx942": 29, "gfx950": 14}
+KERNELS = {"sm_80": 35, "sm_89": 20, "sm_90": 63, "sm_100": 20, "sm_120": 20, "gfx942": 29, "gfx950": 14}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
