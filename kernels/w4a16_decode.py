@@ -61,9 +61,8 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     if M <= 8:
         chosen = dict(rows=4 if whole else 2, depth=1 if whole else 2, programs=0, max_registers=128)
         chosen |= dict(warps_n=1, warps_k=4, stages=1)
-        if (
-            M == 1 and strips < 1024 and K <= 8192
-        ):  # too few for four strips a warp: one, and all columns at once
+        if M == 1 and strips < 1024 and K <= 8192:
+            # too few for four strips a warp: one, and all of its columns at once
             few = dict(warps_k=8, depth=2, max_registers=80) if whole else dict(depth=8, max_registers=168)
             chosen |= dict(rows=1) | few
         elif M == 1 and strips < 1024:
@@ -72,7 +71,8 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
             chosen |= dict(stages=2, programs=528)
     elif strips < 1600:
         programs = 384 if K > 8192 else min(384, strips)
-        chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2, stages=2, programs=programs, max_registers=168)
+        chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2 if whole else 1, stages=2, programs=programs)
+        chosen |= dict(max_registers=168)
     else:
         programs = 0 if strips <= 8 * 264 else 264  # whole tiles where they are one wave
         chosen = dict(rows=2, warps_n=4, warps_k=2, depth=1, stages=3, programs=programs, max_registers=128)
