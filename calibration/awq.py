@@ -42,7 +42,7 @@ def search_scales(
         weights: of the linears that share the input x, any floating dtype, [N_i, K] each.
         hessian: mean (or sum) over tokens of x x^T [K, K]; float32 or float64, and so is s.
         mean_abs: mean of |x| over tokens [K].
-        scheme: int4.
+        scheme: of 2 to 4 bits.
         head_dim, repeats: for the output projection under grouped-query attention, where each value head
             serves `repeats` query heads: channels that come from the same value channel get the same s,
             and `untie` gives the value projection's share. See there.
@@ -53,10 +53,10 @@ def search_scales(
         never active. Never worse in L than s = 1.
 
     Raises:
-        QuantKitError: the scheme is not int4.
+        QuantKitError: the scheme has 8 bits.
     """
-    if scheme.weight != "int4":
-        raise QuantKitError(f"AWQ scales serve int4 schemes; {scheme.label} is rounded to nearest")
+    if scheme.bits == 8:
+        raise QuantKitError(f"AWQ scales serve 2 to 4 bits; {scheme.label} is rounded to nearest")
     H = at_least_float32(hessian)
     weights = [w.to(H.dtype) for w in weights]
     best = torch.ones(len(H), dtype=H.dtype, device=H.device)
@@ -123,7 +123,7 @@ def awq(
     Args:
         weight: W diag(s) [N, K].
         hessian: of the inputs divided by s: mean of x x^T / (s s^T) [K, K].
-        scheme: int4.
+        scheme: of 2 to 4 bits.
         scale_dtype: of the stored scales.
     """
     grid = search_clip(weight, scheme, hessian, scale_dtype)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.calibration.grid import INT4_MAX, Grid, at_least_float32, search_clip
+from quantkit.calibration.grid import Grid, at_least_float32, search_clip
 from quantkit.errors import QuantKitError
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
@@ -114,13 +114,13 @@ def gptq(
     act_order: bool = True,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> GPTQResult:
-    """Quantize a weight to an int4 scheme, given the second moments of its inputs.
+    """Quantize a weight to a scheme of 2 to 4 bits, given the second moments of its inputs.
 
     Args:
         weight: any floating dtype [N, K].
         hessian: mean (or sum) over calibration tokens of x x^T [K, K]. The computation runs in its
             dtype, float32 or float64. Inputs that were always zero are rounded to nearest.
-        scheme: an int4 scheme.
+        scheme: of 2 to 4 bits.
         grid: the grid to round onto; by default `search_clip` with the costs above.
         damp_percent: added to the diagonal, in units of its mean; ten times more for each failure.
         block_size: columns whose errors reach the rest of the row in one product. It changes speed only.
@@ -129,10 +129,10 @@ def gptq(
 
     Raises:
         HessianError: the Hessian is not finite, or not positive definite under any damping.
-        QuantKitError: the scheme is not int4, or the weight has NaN or infinite entries.
+        QuantKitError: the scheme has 8 bits, or the weight has NaN or infinite entries.
     """
-    if scheme.weight != "int4":
-        raise QuantKitError(f"GPTQ quantizes to int4 schemes; {scheme.label} is rounded to nearest")
+    if scheme.bits == 8:
+        raise QuantKitError(f"GPTQ quantizes to 2 to 4 bits; {scheme.label} is rounded to nearest")
     H = at_least_float32(hessian).clone()
     N, K = weight.shape
     if H.shape != (K, K):
@@ -159,7 +159,7 @@ def gptq(
         for j in range(start, stop):
             w, scale = W[:, j], scales[:, j - start]
             zero = zeros if isinstance(zeros, float) else zeros[:, j - start]
-            q = (w / scale + zero).round_().clamp_(0, INT4_MAX)
+            q = (w / scale + zero).round_().clamp_(0, scheme.largest_code)
             error = (w - (q - zero) * scale) / U[j, j]
             W[:, j + 1 : stop] -= error[:, None] * U[j, j + 1 : stop]
             codes[order[j]], errors[:, j - start] = q.to(torch.uint8), error

@@ -1,7 +1,7 @@
 """The grid of a weight: its scales and zeros, fitted before any code is chosen, and rounding onto it.
 
-    int4   symmetric    scale = max|w| / 7.5, zero = 8
-           asymmetric   scale = (max(w, 0) - min(w, 0)) / 15, zero = round(-min(w, 0) / scale)
+    2 to 4 bits   symmetric    scale = max|w| / (c / 2), zero = (c + 1) / 2
+    c = 2^bits-1  asymmetric   scale = (max(w, 0) - min(w, 0)) / c, zero = round(-min(w, 0) / scale)
     int8   scale = max|w| / 127       fp8   scale = max|w| / 448
 
 each over one group of columns, one row or one tile, as the scheme says. Codes are rounded (to nearest,
@@ -15,12 +15,11 @@ import torch
 from torch.nn.functional import pad
 
 from quantkit.errors import QuantKitError
-from quantkit.packing import SYMMETRIC_ZERO, QuantizedTensor, expand_groups, pack_int4
+from quantkit.packing import QuantizedTensor, expand_groups, pack_codes
 from quantkit.scheme import Scheme
 
-INT4_MAX = 15  # largest code
-LARGEST = {"int4": 7.5, "int8": 127.0, "fp8": 448.0}  # what max|w| / scale becomes
-SCALE_DTYPES = (torch.bfloat16, torch.float16)  # of int4; the other schemes store float32
+LARGEST = {"int8": 127.0, "fp8": 448.0}  # what max|w| / scale becomes
+SCALE_DTYPES = (torch.bfloat16, torch.float16)  # of 2 to 4 bits; the other schemes store float32
 SHRINKS = tuple(1 - i / 32 for i in range(13))  # 1 ... 0.625, tried by `search_clip`
 
 
@@ -42,16 +41,16 @@ class Grid:
         """
         N, K = self.shape
         scheme = self.scheme
-        if columns is None and scheme.weight == "int4":
+        if columns is None and scheme.bits < 8:
             scale = expand_groups(self.scales.to(dtype), scheme.group_size, K)
             if self.zeros is None:
-                return scale, float(SYMMETRIC_ZERO)
+                return scale, float(scheme.symmetric_zero)
             return scale, expand_groups(self.zeros.to(dtype), scheme.group_size, K)
         if columns is None:
             columns = torch.arange(K, device=self.scales.device)
-        if scheme.weight == "int4":
+        if scheme.bits < 8:
             group = columns // (scheme.group_size or K)
-            zero = float(SYMMETRIC_ZERO) if self.zeros is None else self.zeros[:, group].to(dtype)
+            zero = float(scheme.symmetric_zero) if self.zeros is None else self.zeros[:, group].to(dtype)
             return self.scales[:, group].to(dtype), zero
         if scheme.block_size is None:
             return self.scales.to(dtype), 0.0
@@ -59,11 +58,11 @@ class Grid:
         return self.scales.to(dtype)[rows][:, columns // scheme.block_size], 0.0
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """Nearest codes of weight [N, K], ties to even: uint8 0..15, int8 -127..127 or float8_e4m3fn."""
+        """Nearest codes of weight [N, K], ties to even: uint8 0..2^bits-1, int8 -127..127 or float8_e4m3fn."""
         w = at_least_float32(weight)
         scale, zero = self.expand(w.dtype)
-        if self.scheme.weight == "int4":
-            return (w / scale + zero).round_().clamp_(0, INT4_MAX).to(torch.uint8)
+        if self.scheme.bits < 8:
+            return (w / scale + zero).round_().clamp_(0, self.scheme.largest_code).to(torch.uint8)
         # a scale at the smallest float32 can leave w / scale above the largest code
         largest = LARGEST[self.scheme.weight]
         q = (w / scale).clamp_(-largest, largest)
@@ -76,7 +75,7 @@ class Grid:
 
     def pack(self, codes: torch.Tensor) -> QuantizedTensor:
         """Unpacked codes [N, K] and this grid -> the neutral layout."""
-        packed = pack_int4(codes) if self.scheme.weight == "int4" else codes
+        packed = pack_codes(codes, self.scheme.bits) if self.scheme.bits < 8 else codes
         return QuantizedTensor(self.scheme, self.shape, packed, self.scales, self.zeros)
 
 
@@ -115,28 +114,28 @@ def fit_grid(
     Args:
         weight: any floating dtype [N, K]; computed in float64 if it is that, else in float32.
         scheme: what a code is, and which weights share a scale.
-        scale_dtype: of the stored int4 scales, bfloat16 or float16.
+        scale_dtype: of the stored scales of 2 to 4 bits, bfloat16 or float16.
         shrink: clips the range, 0 < shrink <= 1: a number, or one for each scale.
 
     Raises:
         QuantKitError: the weight has NaN or infinite entries, or scale_dtype is not one of the two.
     """
     if scale_dtype not in SCALE_DTYPES:
-        raise QuantKitError(f"int4 scales are stored as bfloat16 or float16, not {scale_dtype}")
+        raise QuantKitError(f"scales of 2 to 4 bits are stored as bfloat16 or float16, not {scale_dtype}")
     w = at_least_float32(weight)
     if not torch.isfinite(w).all():
         bad = int((~torch.isfinite(w)).sum())
         raise QuantKitError(f"{bad} of {w.numel()} weights are NaN or infinite; the checkpoint is damaged")
     N, K = w.shape
     zeros = None
-    if scheme.weight == "int4":
+    if scheme.bits < 8:
         groups = split_groups(w, scheme.group_size)
         low, high = groups.amin(2).clamp(max=0) * shrink, groups.amax(2).clamp(min=0) * shrink
         if scheme.symmetric:
-            scales = storable(torch.maximum(-low, high) / LARGEST["int4"], scale_dtype)
+            scales = storable(torch.maximum(-low, high) / (scheme.largest_code / 2), scale_dtype)
         else:
-            scales = storable((high - low) / INT4_MAX, scale_dtype)
-            zeros = (-low / scales.to(w.dtype)).round_().clamp_(0, INT4_MAX).to(torch.uint8)
+            scales = storable((high - low) / scheme.largest_code, scale_dtype)
+            zeros = (-low / scales.to(w.dtype)).round_().clamp_(0, scheme.largest_code).to(torch.uint8)
     elif block := scheme.block_size:
         tiles = pad(w.abs(), (0, -K % block, 0, -N % block)).view(
             -(-N // block), block, -(-K // block), block
@@ -154,7 +153,7 @@ def search_clip(
     scale_dtype: torch.dtype = torch.bfloat16,
     shrinks: Sequence[float] = SHRINKS,
 ) -> Grid:
-    """Int4 grid whose range is shrunk, group by group, to the least output error of rounding to nearest.
+    """Grid of 2 to 4 bits whose range is shrunk, group by group, to the least output error of rounding to nearest.
 
     The error of row n in group g is e H_g e^T, e = w[n, g] - rounded and H_g the diagonal block of the
     Hessian X^T X that belongs to the group: the clip search of AWQ (arXiv:2306.00978, section 3 and its
@@ -162,7 +161,7 @@ def search_clip(
 
     Args:
         weight: [N, K].
-        scheme: an int4 scheme.
+        scheme: of 2 to 4 bits.
         hessian: X^T X up to a factor [K, K]; its diagonal or other weights of the columns
             [K] for a cheaper search; or None, which
             minimises the squared error of the weights themselves.

@@ -22,7 +22,7 @@ def rtn(
     Args:
         weight: any floating dtype [N, K]; float64 is rounded in float64, the others in float32.
         scheme: any; a static activation scale is added by the caller.
-        scale_dtype: of the stored int4 scales, bfloat16 or float16.
+        scale_dtype: of the stored scales of 2 to 4 bits, bfloat16 or float16.
         grid: round onto this grid instead of the one that covers the weight's range.
 
     Raises:

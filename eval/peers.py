@@ -12,7 +12,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from quantkit.packing import SYMMETRIC_ZERO, QuantizedTensor, unpack_int4
+from quantkit.packing import QuantizedTensor, unpack_codes
 from quantkit.scheme import PRESETS, Scheme
 from quantkit.source import first_line
 
@@ -80,7 +80,7 @@ def present(
 
 def tinygemm(q: QuantizedTensor) -> Product:
     """PyTorch's own: w = (code - 8) * scale + offset, two codes a byte, the first in the high half."""
-    codes = unpack_int4(q.codes, q.shape[1])
+    codes = unpack_codes(q.codes, q.shape[1], 4)
     pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # uint8 [N, K/2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
     scales = q.scales.t()  # [K / group_size, N]
@@ -93,8 +93,10 @@ def gemlite(q: QuantizedTensor) -> Product:
     from gemlite.helper import A16Wn
 
     linear = A16Wn(device=q.codes.device, dtype=torch.float16)
-    codes, scales = unpack_int4(q.codes, q.shape[1]).contiguous(), q.scales.half()
-    return linear.from_weights(codes, scales, torch.full_like(scales, SYMMETRIC_ZERO), 4, q.scheme.group_size)
+    codes, scales = unpack_codes(q.codes, q.shape[1], 4).contiguous(), q.scales.half()
+    return linear.from_weights(
+        codes, scales, torch.full_like(scales, q.scheme.symmetric_zero), 4, q.scheme.group_size
+    )
 
 
 def marlin(q: QuantizedTensor) -> Product:

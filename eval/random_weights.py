@@ -6,11 +6,11 @@ Real data in every tensor: kernels run faster on zeros than they will on weights
 import torch
 
 from quantkit.linear import tensor_specs
-from quantkit.packing import QuantizedTensor
+from quantkit.packing import QuantizedTensor, pack_codes
 from quantkit.scheme import Scheme
 
 STD = 0.02  # of the weights that the codes stand for: transformers' initializer_range
-CODE_STD = {"int4": 4.6, "int8": 73.6, "fp8": 100.0}  # uniform on 0..15, uniform on -127..127, normal
+CODE_STD = {"int2": 1.1, "int3": 2.3, "int4": 4.6, "int8": 73.6, "fp8": 100.0}  # integers uniform, fp8 normal
 INPUT_MAX = 6.0  # covers standard normal activations: |x| > 6 has probability 2e-9
 
 
@@ -26,19 +26,19 @@ def random_quantized(
 
     Args:
         generator: on `device`; None: torch's own.
-        scale_dtype: of int4 scales; the others are float32.
+        scale_dtype: of scales of 2 to 4 bits; the others are float32.
     """
     specs = tensor_specs(scheme, N, K, scale_dtype)
     tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in specs.items()}
     codes, scales = tensors["codes"], tensors["scales"]
-    if scheme.weight == "int4":
+    if scheme.bits < 8:
         codes.copy_(
             torch.randint(
                 -(2**31), 2**31 - 1, codes.shape, generator=generator, device=device, dtype=torch.int32
             )
         )
-        if tail := K % 8:
-            codes[:, -1] &= 2 ** (4 * tail) - 1  # columns past K hold the code 0
+        within = torch.full((1, K), scheme.largest_code, device=device)
+        codes &= pack_codes(within, scheme.bits)  # columns past K hold the code 0
     elif scheme.weight == "int8":
         codes.copy_(
             torch.randint(-127, 128, codes.shape, generator=generator, device=device, dtype=torch.int8)
@@ -50,7 +50,11 @@ def random_quantized(
     scales.copy_(spread * (STD / CODE_STD[scheme.weight]))
     if "zeros" in tensors:
         zeros = tensors["zeros"]
-        zeros.copy_(torch.randint(0, 16, zeros.shape, generator=generator, device=device, dtype=torch.uint8))
+        zeros.copy_(
+            torch.randint(
+                0, scheme.largest_code + 1, zeros.shape, generator=generator, device=device, dtype=torch.uint8
+            )
+        )
     if "input_scale" in tensors:
         tensors["input_scale"].fill_(INPUT_MAX / (127 if scheme.activation == "int8" else 448))
     return QuantizedTensor(scheme, (N, K), **tensors)

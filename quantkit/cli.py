@@ -142,8 +142,10 @@ def read_scheme(text: str, group_size: str | None, asymmetric: bool) -> Scheme:
             raise QuantKitError(
                 f"--group-size {group_size}: expected {', '.join(map(str, GROUP_SIZES))} or channel"
             )
-        if scheme.weight != "int4":
-            raise QuantKitError(f"--group-size: {scheme.name} has no groups; it is for w4a16")
+        if scheme.bits == 8:
+            raise QuantKitError(
+                f"--group-size: {scheme.name} has no groups; it is for schemes of 2 to 4 bits"
+            )
         scheme = replace(scheme, group_size=None if group_size == "channel" else int(group_size))
     return replace(scheme, symmetric=False) if asymmetric else scheme
 
@@ -156,10 +158,12 @@ def quantize(
         str | None, typer.Option(help=f"{', '.join(PRESETS)}, or in one word w4a16-g64-asym.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}; gptq for w4a16, else rtn, by default.")
+        str | None, typer.Option(help=f"{', '.join(METHODS)}; gptq for 2 to 4 bits, else rtn, by default.")
     ] = None,
-    group_size: Annotated[str | None, typer.Option(help="32, 64, 128 or channel (w4a16 only).")] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points (w4a16 only).")] = False,
+    group_size: Annotated[str | None, typer.Option(help="32, 64, 128 or channel (2 to 4 bits only).")] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="With zero points (2 to 4 bits only).")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML with scheme, method, rules, calibration.")] = None,
     calibration: Annotated[
         str | None,
@@ -574,7 +578,7 @@ def int4_weights(folder: Path) -> list[Weight]:
     config = read_quantized_config(folder)
     reader = CheckpointReader(folder)
     stored = reader.tensors
-    names = [name for name in config.modules if config.scheme_of(name).weight == "int4"]
+    names = [name for name in config.modules if config.scheme_of(name).op == "w4a16"]
     absent = [t for name in names for t in (f"{name}.scales", f"{name}.weight") if t not in stored]
     if absent:
         raise QuantKitError(f"{folder}: {absent[0]} is missing; run quantkit verify {folder}")

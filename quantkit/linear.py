@@ -12,11 +12,15 @@ from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
 from quantkit.kernels.tuned import TableError
-from quantkit.packing import CODES_PER_WORD, QuantizedTensor
+from quantkit.packing import QuantizedTensor, words_of
 from quantkit.scheme import Scheme
 
 REPACKED = ("packed", "packed_scales", "packed_zeros")
-CODE_DTYPES = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODE_DTYPES = {
+    **dict.fromkeys(("int2", "int3", "int4"), torch.int32),
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def tensor_specs(
@@ -24,12 +28,12 @@ def tensor_specs(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored tensor of one packed weight [N, K], by the suffix of its name.
 
-    `scale_dtype` holds for int4 alone: the scales of 8-bit weights are float32.
+    `scale_dtype` holds for 2 to 4 bits alone: the scales of 8-bit weights are float32.
     """
-    if scheme.weight == "int4":
+    if scheme.bits < 8:
         groups = -(-K // (scheme.group_size or K))
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "codes": ((N, -(-K // CODES_PER_WORD)), torch.int32),
+            "codes": ((N, words_of(K, scheme.bits)), torch.int32),
             "scales": ((N, groups), scale_dtype),
         }
         if not scheme.symmetric:
@@ -54,7 +58,7 @@ def repacked_op(
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
     """The op of the layout that `QuantLinear.repack` chooses for a device of this target; None: the neutral one."""
-    if scheme.weight != "int4":
+    if scheme.op != "w4a16":
         return None
     if target == "cpu":
         why_not = not_packable(N, K, scheme.group_size or K, x_dtype, scale_dtype)

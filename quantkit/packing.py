@@ -4,8 +4,11 @@ Neutral layout, the one on disk (FORMAT.md): rows are output features.
 
     int4   codes int32 [N, ceil(K/8)]: eight codes 0..15 of one row in a word, the first in the lowest bits
            word = q7|q6|q5|q4|q3|q2|q1|q0; columns past K hold the code 0
-           scales [N, ceil(K/group_size)]; zeros uint8 of the same shape, or None: every zero is 8
-           w[n, k] = (q[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size]
+    int3   codes int32 [N, 3 ceil(K/32)]: 32 codes 0..7 in 96 bits, which are three words, the lowest bits first;
+           columns 10 and 21 of the 32 straddle two words
+    int2   codes int32 [N, ceil(K/16)]: sixteen codes 0..3 in a word
+           all three: scales [N, ceil(K/group_size)]; zeros uint8 of the same shape, or None: every zero is
+           8, 4 or 2;  w[n, k] = (q[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size]
     int8   codes int8 [N, K], scales float32 [N, 1]:       w[n, k] = q[n, k] * scales[n, 0]
     fp8    codes float8_e4m3fn [N, K], scales float32 [N, 1], or one a 128 x 128 tile:
            [ceil(N/128), ceil(K/128)]
@@ -13,32 +16,55 @@ Neutral layout, the one on disk (FORMAT.md): rows are output features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
 from quantkit.errors import QuantKitError
 from quantkit.scheme import Scheme
 
-CODES_PER_WORD = 8  # 4-bit codes in an int32
-SYMMETRIC_ZERO = 8
+WORD = 32  # bits
 TURN = 8  # rows of one part, then as many of the other, where gates and ups are interleaved
 
 
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, any integer dtype [N, K] -> int32 [N, ceil(K/8)], the first code in the lowest bits."""
+def run_of(bits: int) -> tuple[int, int]:
+    """(codes, words) of the shortest run of codes that fills whole words: (8, 1), (32, 3), (16, 1) for 4, 3, 2 bits."""
+    common = gcd(bits, WORD)
+    return WORD // common, bits // common
+
+
+def words_of(K: int, bits: int) -> int:
+    """Words in a packed row of K codes."""
+    codes, words = run_of(bits)
+    return -(-K // codes) * words
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes 0 .. 2^bits - 1 of 2, 3 or 4 bits, any integer dtype [N, K] -> int32 [N, words_of(K, bits)]."""
     N, K = codes.shape
-    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -K % CODES_PER_WORD))
-    words = padded.view(N, -1, CODES_PER_WORD)
-    packed = torch.zeros_like(words[..., 0])
-    for i in range(CODES_PER_WORD):
-        packed |= words[..., i] << 4 * i
-    return packed
+    run, words = run_of(bits)
+    runs = torch.nn.functional.pad(codes.to(torch.int32), (0, -K % run)).view(N, -1, run)
+    packed = runs.new_zeros(N, runs.shape[1], words)
+    for i in range(run):
+        word, shift = divmod(i * bits, WORD)
+        packed[..., word] |= runs[..., i] << shift
+        if shift + bits > WORD:
+            packed[..., word + 1] |= runs[..., i] >> WORD - shift
+    return packed.flatten(1)
 
 
-def unpack_int4(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """int32 [N, ceil(K/8)] -> codes 0..15, uint8 [N, K]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    return (packed.unsqueeze(-1) >> shifts & 0xF).to(torch.uint8).flatten(1)[:, :K]
+def unpack_codes(packed: torch.Tensor, K: int, bits: int) -> torch.Tensor:
+    """int32 [N, words_of(K, bits)] -> codes 0 .. 2^bits - 1, uint8 [N, K]."""
+    run, words = run_of(bits)
+    runs = packed.unflatten(1, (-1, words))
+    codes = torch.empty(*runs.shape[:2], run, dtype=torch.uint8, device=packed.device)
+    for i in range(run):
+        word, shift = divmod(i * bits, WORD)
+        code = runs[..., word] >> shift
+        if shift + bits > WORD:  # the shift is arithmetic: the sign has filled the upper bits
+            code = code & 2 ** (WORD - shift) - 1 | runs[..., word + 1] << WORD - shift
+        codes[..., i] = code & 2**bits - 1
+    return codes.flatten(1)[:, :K]
 
 
 def expand_groups(per_group: torch.Tensor, group_size: int | None, K: int) -> torch.Tensor:
@@ -53,7 +79,8 @@ class QuantizedTensor:
     Attributes:
         scheme: how to read the rest.
         shape: (N, K) of the weight.
-        codes, scales, zeros: see the table above. Scales of int4 are bfloat16 or float16, the others float32.
+        codes, scales, zeros: see the table above. Scales of 2 to 4 bits are bfloat16 or float16,
+            the others float32.
         input_scale: float32 [1], the static activation scale (x is divided by it), or None.
     """
 
@@ -69,9 +96,11 @@ class QuantizedTensor:
         N, K = self.shape
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         scales = self.scales.to(exact)
-        if self.scheme.weight == "int4":
-            zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, SYMMETRIC_ZERO)
-            q = unpack_int4(self.codes, K).to(exact)
+        if self.scheme.bits < 8:
+            zeros = self.zeros
+            if zeros is None:
+                zeros = torch.full_like(self.scales, self.scheme.symmetric_zero)
+            q = unpack_codes(self.codes, K, self.scheme.bits).to(exact)
             group_size = self.scheme.group_size
             w = (q - expand_groups(zeros.to(exact), group_size, K)) * expand_groups(scales, group_size, K)
         elif block := self.scheme.block_size:

@@ -47,7 +47,7 @@ class Recipe:
 
     Args:
         scheme: a preset or label, see `quantkit.scheme.parse_scheme`.
-        method: 'rtn', 'gptq' or 'awq'; None: gptq for w4a16, else rtn. A linear whose scheme the method
+        method: 'rtn', 'gptq' or 'awq'; None: gptq for 2 to 4 bits, else rtn. A linear whose scheme the method
             does not make (8-bit ones under gptq) is rounded to nearest.
         rules: exceptions, the first that matches a name decides.
         calibration: what is fed to the model where the method or the scheme needs activations.
@@ -172,9 +172,9 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
                 f"{name} shares its weight with the embedding: packing would untie them; leave it out"
             )
         scheme, remark = fit_scheme(parse_scheme(label), linear.in_features)
-        method = (rule and rule.method) or recipe.method or ("gptq" if scheme.weight == "int4" else "rtn")
-        if scheme.weight != "int4" and method != "rtn":
-            method, remark = "rtn", remark or f"{method} is for w4a16"
+        method = (rule and rule.method) or recipe.method or ("gptq" if scheme.bits < 8 else "rtn")
+        if scheme.bits == 8 and method != "rtn":
+            method, remark = "rtn", remark or f"{method} is for 2 to 4 bits"
         plans[name] = ModulePlan(name, scheme, method, remark)
     if unused:
         raise QuantKitError(f"recipe: no linear of {type(model).__name__} matches {sorted(unused)[0]!r}")

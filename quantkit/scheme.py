@@ -6,6 +6,7 @@ from typing import Any, Literal
 from quantkit.errors import QuantKitError
 
 GROUP_SIZES = (32, 64, 128)
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
 BLOCK = 128  # rows and columns of one fp8-block tile, as DeepSeek-V3's checkpoints have it
 
 
@@ -15,17 +16,17 @@ class Scheme:
 
     Args:
         name: the preset; it fixes `weight`, `block_size`, `activation` and `activation_scale`.
-        weight: what a code is: a 4-bit integer, an 8-bit integer, or a float8_e4m3fn.
+        weight: what a code is: an integer of 2, 3, 4 or 8 bits, or a float8_e4m3fn.
         group_size: neighbouring columns of one row that share a scale; None: the whole row shares one.
         block_size: edge of the square tile that shares a scale (fp8-block); None: scales belong to rows.
-        symmetric: no zero points. Only `w4a16` can be asymmetric.
+        symmetric: no zero points. Only codes of 2 to 4 bits can be asymmetric.
         activation: what x is rounded to before the product; None: x stays in its floating type.
         activation_scale: 'token', one scale a row of x, found at run time; 'group', one for every
             `block_size` columns of a row; 'static', one number a linear, found in calibration.
     """
 
     name: str
-    weight: Literal["int4", "int8", "fp8"]
+    weight: Literal["int2", "int3", "int4", "int8", "fp8"]
     group_size: int | None = None
     block_size: int | None = None
     symmetric: bool = True
@@ -33,18 +34,36 @@ class Scheme:
     activation_scale: Literal["token", "group", "static"] | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and (self.weight != "int4" or self.group_size not in GROUP_SIZES):
+        if self.group_size is not None and (self.bits == 8 or self.group_size not in GROUP_SIZES):
             raise QuantKitError(
                 f"scheme {self.name}: group_size {self.group_size} is not supported; "
-                f"w4a16 takes {', '.join(map(str, GROUP_SIZES))} or 'channel', the others have one scale a row"
+                f"schemes of 2 to 4 bits take {', '.join(map(str, GROUP_SIZES))} or 'channel', "
+                f"the others have one scale a row"
             )
-        if not self.symmetric and self.weight != "int4":
-            raise QuantKitError(f"scheme {self.name}: only w4a16 can be asymmetric; leave --asymmetric out")
+        if not self.symmetric and self.bits == 8:
+            raise QuantKitError(
+                f"scheme {self.name}: only schemes of 2 to 4 bits can be asymmetric; leave --asymmetric out"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Of one code. Fewer than 8: integers packed into words, a scale a group, perhaps zeros."""
+        return BITS[self.weight]
+
+    @property
+    def largest_code(self) -> int:
+        """Of codes of fewer than 8 bits, which begin at 0."""
+        return 2**self.bits - 1
+
+    @property
+    def symmetric_zero(self) -> int:
+        """The code that stands for 0 in a symmetric scheme of fewer than 8 bits."""
+        return 2 ** (self.bits - 1)
 
     @property
     def label(self) -> str:
-        """The scheme in one word, unique: `w4a16-g128`, `w4a16-channel-asym`, `fp8-static`."""
-        if self.weight != "int4":
+        """The scheme in one word, unique: `w4a16-g128`, `w3a16-channel-asym`, `fp8-static`."""
+        if self.bits == 8:
             return self.name
         groups = f"g{self.group_size}" if self.group_size else "channel"
         return f"{self.name}-{groups}" + ("" if self.symmetric else "-asym")
@@ -52,8 +71,8 @@ class Scheme:
     @property
     def op(self) -> str:
         """The kernel family that multiplies by such a weight: a file of `kernels/` and an op `quantkit::<op>`."""
-        if self.weight == "int4":
-            return "w4a16"
+        if self.bits < 8:
+            return "w4a16" if self.bits == 4 else "wna16"
         if self.block_size:
             return "fp8_block"
         return "w8a8" if self.activation else "w8a16"
@@ -68,6 +87,8 @@ PRESETS = {
         Scheme("w8a16", "int8"),
         Scheme("w8a8", "int8", activation="int8", activation_scale="token"),
         Scheme("w4a16", "int4", group_size=128),
+        Scheme("w3a16", "int3", group_size=128),
+        Scheme("w2a16", "int2", group_size=128),
         Scheme("fp8", "fp8", activation="fp8", activation_scale="token"),
         Scheme("fp8-static", "fp8", activation="fp8", activation_scale="static"),
         Scheme("fp8-block", "fp8", block_size=BLOCK, activation="fp8", activation_scale="group"),
@@ -86,7 +107,7 @@ def parse_scheme(text: str) -> Scheme:
         return PRESETS[text]
     head, *options = text.split("-")
     scheme = PRESETS.get(head)
-    if scheme is None or scheme.weight != "int4":
+    if scheme is None or scheme.bits == 8:
         raise QuantKitError(
             f"unknown scheme {text!r}; known: {', '.join(PRESETS)}, and w4a16-g64, w4a16-channel-asym, ..."
         )

@@ -151,5 +151,5 @@ def test_same_call_same_bits():
 
 def test_other_schemes_are_refused():
     _, weights, H, mean_abs = problem()
-    with pytest.raises(QuantKitError, match="AWQ scales serve int4 schemes; w8a8 is rounded to nearest"):
+    with pytest.raises(QuantKitError, match="AWQ scales serve 2 to 4 bits; w8a8 is rounded to nearest"):
         search_scales(weights, H, mean_abs, parse_scheme("w8a8"))

@@ -26,7 +26,7 @@ from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.eval.roofline import Roof
 from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
 from quantkit.linear import QuantLinear
-from quantkit.packing import unpack_int4
+from quantkit.packing import unpack_codes
 from quantkit.scheme import PRESETS, parse_scheme
 
 # At its first use torch notes which functions a device context governs: it must see the real ones, not those
@@ -64,7 +64,7 @@ def test_random_codes_stand_for_ordinary_weights(label, N, K):
     assert 0.5 * STD <= w.std().item() <= 2 * STD
     assert len(q.scales.unique()) > min(q.scales.numel() // 4, 20)
     if scheme.weight == "int4":
-        assert torch.equal(unpack_int4(q.codes, q.codes.shape[1] * 8)[:, K:].sum(), torch.tensor(0))
+        assert torch.equal(unpack_codes(q.codes, q.codes.shape[1] * 8, 4)[:, K:].sum(), torch.tensor(0))
 
 
 def test_random_codes_repeat_with_their_seed():

@@ -3,10 +3,14 @@ import torch
 
 from quantkit.calibration.grid import diagonal_blocks, fit_grid, search_clip, split_groups
 from quantkit.errors import QuantKitError
-from quantkit.packing import SYMMETRIC_ZERO
 from quantkit.scheme import parse_scheme
 
-INT4 = ["w4a16-g32", "w4a16-g128", "w4a16-channel", "w4a16-g32-asym", "w4a16-g128-asym", "w4a16-channel-asym"]
+GROUPED = [
+    f"w{bits}a16-{groups}{asym}"
+    for bits in (2, 3, 4)
+    for groups in ("g32", "g128", "channel")
+    for asym in ("", "-asym")
+]
 EIGHT_BIT = ["w8a16", "fp8", "fp8-block"]
 SHAPE = (130, 200)  # rows and columns that neither 32 nor 128 divides
 
@@ -15,16 +19,16 @@ def weight(shape=SHAPE, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+@pytest.mark.parametrize("name", GROUPED + EIGHT_BIT)
 def test_rounding_error_is_at_most_half_a_step(name):
     w, scheme = weight(), parse_scheme(name)
     grid = fit_grid(w, scheme)
     scale, _ = grid.expand(w.dtype)
     error = (w - grid.dequantize(grid.round(w), w.dtype)).abs()
-    if scheme.weight == "int4":
+    if scheme.bits < 8:
         # Half a step, and at the ends of the range what the scale lost when it was rounded to bfloat16
-        # (2^-9 of 7.5 or 15 steps); a zero rounded by half a step can push either end out by as much.
-        bound = scale * (0.5 + 2**-9 * 15 + (0 if scheme.symmetric else 0.5))
+        # (2^-9 of all steps); a zero rounded by half a step can push either end out by as much.
+        bound = scale * (0.5 + 2**-9 * scheme.largest_code + (0 if scheme.symmetric else 0.5))
     elif scheme.weight == "int8":
         bound = scale * (0.5 + 127 * 2**-24)
     else:  # e4m3: 3 bits of mantissa, subnormals in steps of 2^-9
@@ -32,20 +36,22 @@ def test_rounding_error_is_at_most_half_a_step(name):
     assert (error / bound).max().item() <= 1
 
 
-def test_symmetric_formula():
-    grid = fit_grid(weight(), parse_scheme("w4a16-g128"))
-    expected = torch.stack([weight()[:, :128].abs().amax(1), weight()[:, 128:].abs().amax(1)], 1) / 7.5
+@pytest.mark.parametrize(("bits", "reach"), [(4, 7.5), (3, 3.5), (2, 1.5)])
+def test_symmetric_formula(bits, reach):
+    grid = fit_grid(weight(), parse_scheme(f"w{bits}a16-g128"))
+    expected = torch.stack([weight()[:, :128].abs().amax(1), weight()[:, 128:].abs().amax(1)], 1) / reach
     assert torch.equal(grid.scales, expected.bfloat16())
     assert grid.zeros is None
 
 
-def test_asymmetric_range_includes_zero_and_zeros_are_codes():
-    w = weight().abs() + 1
-    grid = fit_grid(w, parse_scheme("w4a16-channel-asym"))
-    assert torch.equal(grid.scales, (w.amax(1, keepdim=True) / 15).bfloat16())
+@pytest.mark.parametrize(("bits", "largest"), [(4, 15), (3, 7), (2, 3)])
+def test_asymmetric_range_includes_zero_and_zeros_are_codes(bits, largest):
+    w, scheme = weight().abs() + 1, parse_scheme(f"w{bits}a16-channel-asym")
+    grid = fit_grid(w, scheme)
+    assert torch.equal(grid.scales, (w.amax(1, keepdim=True) / largest).bfloat16())
     assert grid.zeros.dtype == torch.uint8
     assert (grid.zeros == 0).all()
-    assert (fit_grid(-w, parse_scheme("w4a16-channel-asym")).zeros == 15).all()
+    assert (fit_grid(-w, scheme).zeros == largest).all()
 
 
 def test_block_scales_belong_to_tiles_with_ragged_edges():
@@ -58,9 +64,10 @@ def test_block_scales_belong_to_tiles_with_ragged_edges():
         assert grid.scales[i, j] == (tile.abs().max() / 448).float()
 
 
-@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+@pytest.mark.parametrize("name", GROUPED + EIGHT_BIT)
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-30, 1e-5, 1e4, 3e38])
+# codes of 2 bits reach 4/3 of the largest weight, so that 3e38 would not do
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-30, 1e-5, 1e4, 2e38])
 def test_scales_are_positive_and_finite_for_any_weight(name, scale_dtype, magnitude):
     w = (weight().clamp(-1, 1) * magnitude).float()
     w[0] = 0
@@ -73,7 +80,7 @@ def test_scales_are_positive_and_finite_for_any_weight(name, scale_dtype, magnit
     assert (dequantized[0] == 0).all()
 
 
-@pytest.mark.parametrize("name", INT4 + EIGHT_BIT)
+@pytest.mark.parametrize("name", GROUPED + EIGHT_BIT)
 def test_expanding_chosen_columns_is_choosing_expanded_columns(name):
     grid = fit_grid(weight(), parse_scheme(name))
     columns = torch.tensor([199, 3, 128, 3])
@@ -82,7 +89,7 @@ def test_expanding_chosen_columns_is_choosing_expanded_columns(name):
     assert all(map(torch.equal, whole, chosen))
 
 
-@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("importance", ["none", "diagonal", "full"])
 def test_clip_search_is_never_worse_than_the_full_range(name, importance):
     scheme = parse_scheme(name)
@@ -104,9 +111,10 @@ def test_clip_search_is_never_worse_than_the_full_range(name, importance):
     assert searched.sum() < full.sum()
 
 
-def test_symmetric_zero_is_shared():
-    _, zero = fit_grid(weight(), parse_scheme("w4a16")).expand(torch.float32)
-    assert zero == SYMMETRIC_ZERO
+@pytest.mark.parametrize(("bits", "shared"), [(4, 8), (3, 4), (2, 2)])
+def test_symmetric_zero_is_shared(bits, shared):
+    _, zero = fit_grid(weight(), parse_scheme(f"w{bits}a16")).expand(torch.float32)
+    assert zero == shared
 
 
 def test_damaged_weights_are_refused():

@@ -19,7 +19,7 @@ from quantkit.kernels import cpu, dequantize, stream_k, w4a16, w4a16_decode, w4a
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, tiled_shape, unpack_tiles
 from quantkit.linear import QuantLinear
-from quantkit.packing import merge_rows, unpack_int4
+from quantkit.packing import merge_rows, unpack_codes
 from quantkit.scheme import parse_scheme
 from rounding import DEVICE, GPU, Random, assert_within
 
@@ -420,7 +420,7 @@ def test_tiles_hold_every_code_where_equation_1_says(random: Random, shape, grou
     assert tile_scales.shape == (strips, all_groups, 8, 2)
 
     q = torch.zeros(strips * 16, along_k * 64, dtype=torch.uint8, device=DEVICE)
-    q[:N, :K] = unpack_int4(codes, K)
+    q[:N, :K] = unpack_codes(codes, K, 4)
     s, t, g, c, kt = torch.meshgrid(*(torch.arange(n) for n in tiles.shape), indexing="ij")
     for h, c8, e in itertools.product(range(2), repeat=3):
         n, k = 16 * s + 8 * h + g, 64 * t + 16 * kt + 8 * c8 + 2 * c + e

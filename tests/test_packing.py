@@ -6,35 +6,46 @@ import torch
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.linear import QuantLinear
-from quantkit.packing import QuantizedTensor, expand_groups, merge_rows, pack_int4, unpack_int4
+from quantkit.packing import QuantizedTensor, expand_groups, merge_rows, pack_codes, unpack_codes, words_of
 from quantkit.scheme import parse_scheme
 
 
 def test_the_first_code_is_in_the_lowest_bits_and_the_file_is_little_endian():
-    words = pack_int4(torch.arange(8)[None])
+    words = pack_codes(torch.arange(8)[None], 4)
     assert words.dtype == torch.int32
     assert words.item() == 0x76543210
     assert words.numpy().astype("<i4").tobytes() == bytes([0x10, 0x32, 0x54, 0x76])
 
 
 def test_a_large_last_code_reaches_the_sign_bit():
-    words = pack_int4(torch.tensor([[0, 0, 0, 0, 0, 0, 0, 15], [15] * 8]))
+    words = pack_codes(torch.tensor([[0, 0, 0, 0, 0, 0, 0, 15], [15] * 8]), 4)
     assert words.flatten().tolist() == [0xF0000000 - 2**32, -1]
-    assert unpack_int4(words, 8).tolist() == [[0] * 7 + [15], [15] * 8]
+    assert unpack_codes(words, 8, 4).tolist() == [[0] * 7 + [15], [15] * 8]
 
 
 def test_columns_past_the_last_hold_the_code_0():
-    assert pack_int4(torch.tensor([[1, 2, 3]])).tolist() == [[0x321]]
+    assert pack_codes(torch.tensor([[1, 2, 3]]), 4).tolist() == [[0x321]]
 
 
-# one word, less than one, a word and a bit, no multiple of anything, a row of several groups
-@pytest.mark.parametrize("K", [8, 1, 9, 77, 192])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_row_is_one_number_with_the_first_code_in_the_lowest_bits(bits):
+    codes = torch.randint(0, 2**bits, (1, 70), generator=torch.Generator().manual_seed(bits))
+    row = sum(code << bits * i for i, code in enumerate(codes[0].tolist()))
+    packed = pack_codes(codes, bits).numpy().astype("<i4").tobytes()
+    assert packed == row.to_bytes(len(packed), "little")
+
+
+# one word, less than one, a word and a bit, three words of 3 bits and a code, no multiple of anything, several groups
+@pytest.mark.parametrize("K", [8, 1, 9, 33, 77, 192])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_int4_codes_come_back(K, dtype):
-    codes = torch.randint(0, 16, (5, K), generator=torch.Generator().manual_seed(K)).to(dtype)
-    packed = pack_int4(codes)
-    assert packed.shape == (5, -(-K // 8))
-    unpacked = unpack_int4(packed, K)
+def test_codes_come_back(K, bits, dtype):
+    codes = torch.randint(0, 2**bits, (5, K), generator=torch.Generator().manual_seed(K)).to(dtype)
+    packed = pack_codes(codes, bits)
+    words = {4: -(-K // 8), 3: 3 * -(-K // 32), 2: -(-K // 16)}[bits]
+    assert packed.shape == (5, words)
+    assert words_of(K, bits) == words
+    unpacked = unpack_codes(packed, K, bits)
     assert unpacked.dtype == torch.uint8
     assert torch.equal(unpacked, codes.to(torch.uint8))
 
@@ -50,7 +61,7 @@ def test_int4_dequantizes_by_the_formula():
     quantized = QuantizedTensor(
         parse_scheme("w4a16-g32-asym"),
         (2, 40),
-        pack_int4(codes),
+        pack_codes(codes, 4),
         torch.tensor([[0.5, 2.0], [1.0, 4.0]], dtype=torch.bfloat16),
         torch.tensor([[1, 2], [0, 8]], dtype=torch.uint8),
     )
@@ -61,10 +72,20 @@ def test_int4_dequantizes_by_the_formula():
     assert torch.equal(quantized.dequantize(torch.float64), w.double())
 
 
+@pytest.mark.parametrize(("bits", "values"), [(3, [-1.0, 0.0, 0.75, -0.25]), (2, [-0.5, 0.0, 0.25, -0.25])])
+def test_symmetric_codes_of_3_and_2_bits_have_the_zeros_4_and_2(bits, values):
+    zero = 2 ** (bits - 1)
+    codes = torch.tensor([[0, zero, 2 * zero - 1, zero - 1]])
+    scales = torch.tensor([[0.25]], dtype=torch.bfloat16)
+    scheme = parse_scheme(f"w{bits}a16-channel")
+    quantized = QuantizedTensor(scheme, (1, 4), pack_codes(codes, bits), scales)
+    assert quantized.dequantize().tolist() == [values]
+
+
 def test_symmetric_int4_has_the_zero_8():
     codes = torch.tensor([[0, 8, 15, 7]])
     scales = torch.tensor([[0.25]], dtype=torch.bfloat16)
-    quantized = QuantizedTensor(parse_scheme("w4a16-channel"), (1, 4), pack_int4(codes), scales)
+    quantized = QuantizedTensor(parse_scheme("w4a16-channel"), (1, 4), pack_codes(codes, 4), scales)
     assert quantized.dequantize().tolist() == [[-2.0, 0.0, 1.75, -0.25]]
 
 

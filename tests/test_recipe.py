@@ -57,7 +57,7 @@ def test_a_recipe_survives_its_dictionary():
         ("scheme: w4a16\nrules: [{scheme: fp8}]", "match is missing"),
         ("method: rtn", "scheme is missing"),
         ("scheme: 4", "scheme is 4, expected a word"),
-        ("scheme: w3a16", "unknown scheme 'w3a16'"),
+        ("scheme: w5a16", "unknown scheme 'w5a16'"),
         ("scheme: w4a16\nmethod: best", "unknown method 'best'; known: rtn, gptq, awq"),
         ("scheme: w4a16\nrules: [{match: '(', scheme: fp8}]", "'(' is not a regular expression"),
         ("- scheme", "found list, expected a mapping"),
@@ -73,7 +73,7 @@ def test_a_recipe_that_says_something_else_is_refused(tmp_path, text, message):
 
 
 def test_an_error_in_a_recipe_file_names_the_file(tmp_path):
-    for text in ("scheme: w3a16", "scheme: w4a16\nmethod: best", "scheme: w4a16\ncalibration: {samples: 0}"):
+    for text in ("scheme: w5a16", "scheme: w4a16\nmethod: best", "scheme: w4a16\ncalibration: {samples: 0}"):
         with pytest.raises(QuantKitError, match=r"recipe\.yaml"):
             read_recipe(written(tmp_path, text))
 
@@ -113,7 +113,7 @@ def test_a_rule_may_change_the_method_alone(tiny):
 
 def test_a_method_that_a_scheme_does_not_have_becomes_rounding_and_says_so(tiny):
     plan = plan_modules(tiny(), Recipe("w8a16", "gptq"))["model.layers.0.mlp.up_proj"]
-    assert (plan.method, plan.remark) == ("rtn", "gptq is for w4a16")
+    assert (plan.method, plan.remark) == ("rtn", "gptq is for 2 to 4 bits")
 
 
 def test_an_untied_lm_head_is_packed_when_named(tiny):

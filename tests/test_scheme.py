@@ -3,12 +3,14 @@ import pytest
 from quantkit.errors import QuantKitError
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
 
-INT4_LABELS = [
-    f"w4a16-{groups}{asym}"
+GROUPED = ("w4a16", "w3a16", "w2a16")
+GROUPED_LABELS = [
+    f"{name}-{groups}{asym}"
+    for name in GROUPED
     for groups in (*(f"g{size}" for size in GROUP_SIZES), "channel")
     for asym in ("", "-asym")
 ]
-LABELS = [*(name for name in PRESETS if name != "w4a16"), *INT4_LABELS]
+LABELS = [*(name for name in PRESETS if name not in GROUPED), *GROUPED_LABELS]
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -22,9 +24,10 @@ def test_labels_are_unique():
     assert len({parse_scheme(label) for label in LABELS}) == len(LABELS)
 
 
-def test_w4a16_alone_means_symmetric_groups_of_128():
-    assert parse_scheme("w4a16").label == "w4a16-g128"
-    assert parse_scheme("w4a16-sym") == parse_scheme("w4a16-g128-sym") == parse_scheme("w4a16")
+@pytest.mark.parametrize("name", GROUPED)
+def test_the_name_alone_means_symmetric_groups_of_128(name):
+    assert parse_scheme(name).label == f"{name}-g128"
+    assert parse_scheme(f"{name}-sym") == parse_scheme(f"{name}-g128-sym") == parse_scheme(name)
 
 
 def test_every_scheme_has_an_op():
@@ -33,6 +36,8 @@ def test_every_scheme_has_an_op():
         "w8a16": "w8a16",
         "w8a8": "w8a8",
         "w4a16": "w4a16",
+        "w3a16": "wna16",
+        "w2a16": "wna16",
         "fp8": "w8a8",
         "fp8-static": "w8a8",
         "fp8-block": "fp8_block",
@@ -43,12 +48,12 @@ def test_every_scheme_has_an_op():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w3a16", "unknown scheme 'w3a16'; known: w8a16, w8a8, w4a16"),
+        ("w5a16", "unknown scheme 'w5a16'; known: w8a16, w8a8, w4a16"),
         ("w8a16-g64", "unknown scheme 'w8a16-g64'"),
         ("", "unknown scheme ''"),
         ("w4a16-g", "unknown part 'g'; parts are g32, g64, g128, channel, sym, asym"),
         ("w4a16-64", "unknown part '64'"),
-        ("w4a16-g48", "group_size 48 is not supported; w4a16 takes 32, 64, 128 or 'channel'"),
+        ("w4a16-g48", "group_size 48 is not supported; schemes of 2 to 4 bits take 32, 64, 128 or 'channel'"),
     ],
 )
 def test_a_wrong_label_is_refused_with_what_is_known(text, message):
@@ -61,7 +66,7 @@ def test_a_wrong_label_is_refused_with_what_is_known(text, message):
     ("fields", "message"),
     [
         (dict(name="fp8", weight="fp8", group_size=64), "group_size 64 is not supported"),
-        (dict(name="w8a16", weight="int8", symmetric=False), "only w4a16 can be asymmetric"),
+        (dict(name="w8a16", weight="int8", symmetric=False), "only schemes of 2 to 4 bits can be asymmetric"),
     ],
 )
 def test_a_scheme_checks_itself(fields, message):
