@@ -1,12 +1,12 @@
-"""The four products on a CPU, in plain PyTorch: weights are dequantized a few rows at a time, activations rounded as on a GPU.
+"""The products on a CPU, in plain PyTorch: weights are dequantized a few rows at a time, activations rounded as on a GPU.
 
 Also the definition of activation rounding, which `quantize_activations.py` repeats bit for bit in Triton:
 
     scale = max(max |x| / top, SCALE_FLOOR)          top = 127 (int8) or 448 (e4m3)
     code  = round_half_even(x / scale) within +-top
 
-4-bit and e4m3 codes are decoded by a table of 256 entries, one a byte, to float32, scaled there, and rounded once to
-the type that is multiplied. Everything here takes x [M, K] with M >= 1 and returns y [M, N] in x.dtype; `ops.py` has
+Codes of fewer than 8 bits and of e4m3 are decoded by a table, one entry a byte (12 bits for codes of 3), to float32, scaled
+there, and rounded once to the type that is multiplied. Everything here takes x [M, K] with M >= 1 and returns y [M, N] in x.dtype; `ops.py` has
 checked the shapes. What was measured is in README.md.
 """
 
@@ -23,8 +23,8 @@ FP8 = torch.float8_e4m3fn
 TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest code
 SCALE_FLOOR = 2.0**-100  # a row of zeros gets this scale, so that 0 / scale is 0 and not NaN
 BLOCK = 128
-CODES_PER_WORD = 8
-SYMMETRIC_ZERO = 8
+CODES_PER_WORD = 8  # of 4 bits
+SYMMETRIC_ZERO = 8  # of 4 bits
 CHUNK = (
     2**20
 )  # weights dequantized at a time: the allocator reuses the 4 MiB, and the product finds them in cache
@@ -66,10 +66,11 @@ def expand_blocks(scales: Tensor, N: int, K: int) -> Tensor:
 
 
 @cache
-def _int4_table(zero: int) -> Tensor:
-    """float32 [256, 2]: the two codes of a byte, low half first, minus `zero`."""
-    byte = torch.arange(256)
-    return torch.stack([byte & 0xF, byte >> 4], 1).float() - zero
+def _code_table(bits: int, zero: int) -> Tensor:
+    """The codes of every index, lowest bits first, minus `zero`: float32 [256, 2] for 4 bits, [256, 4] for 2, [4096, 4] for 3."""
+    codes = 2 if bits == 4 else 4
+    index = torch.arange(2 ** (bits * codes)).unsqueeze(1)
+    return (index >> bits * torch.arange(codes) & 2**bits - 1).float() - zero
 
 
 @cache
@@ -78,14 +79,18 @@ def _fp8_table() -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(FP8).float().unsqueeze(1)
 
 
-def _lookup(codes: Tensor, table: Tensor) -> Tensor:
-    """Every byte of codes [n, ...] replaced by its row of the table: float32 [n, bytes * table.shape[1]].
+def _bytes(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8).to(torch.int32)
 
-    index_select over a one-dimensional table costs 0.4 ns an entry, a tenth of what `.to(float32)` of e4m3 does.
+
+def _lookup(indices: Tensor, table: Tensor) -> Tensor:
+    """Every one of the indices, int32 [n, ...], replaced by its row of the table: float32 [n, indices * table.shape[1]].
+
+    index_select over a one-dimensional table costs 0.4 ns an entry, a tenth of what `.to(float32)` of e4m3 does: rows of
+    several numbers pass as one wider number.
     """
-    entries = table.view(torch.int64) if table.shape[1] == 2 else table
-    indices = codes.view(torch.uint8).to(torch.int32)
-    return entries.flatten().index_select(0, indices.flatten()).view(torch.float32).view(len(codes), -1)
+    entries = table.view({1: torch.float32, 2: torch.int64, 4: torch.complex128}[table.shape[1]])
+    return entries.flatten().index_select(0, indices.flatten()).view(torch.float32).view(len(indices), -1)
 
 
 def _scale_groups(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int) -> Tensor:
@@ -101,18 +106,30 @@ def _scale_groups(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: i
 
 def int4_values(codes: Tensor) -> Tensor:
     """Packed 4-bit codes, two a byte, [n, ...] -> q - 8 as float32 [n, codes of a row]."""
-    return _lookup(codes, _int4_table(SYMMETRIC_ZERO))
+    return _lookup(_bytes(codes), _code_table(4, SYMMETRIC_ZERO))
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int) -> Tensor:
     """(q - zero) * scale as float32 [N, K], from the neutral layout: see `ops.w4a16`."""
-    q = _lookup(codes, _int4_table(SYMMETRIC_ZERO if zeros is None else 0))
+    q = _lookup(_bytes(codes), _code_table(4, SYMMETRIC_ZERO if zeros is None else 0))
+    return _scale_groups(q, scales, zeros, group_size or K, K)
+
+
+def dequantize_wna16(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int, bits: int
+) -> Tensor:
+    """The same for codes of 2 or 3 bits: see `ops.wna16`."""
+    fours = _bytes(codes)  # four codes each
+    if bits == 3:
+        low, middle, high = fours.unflatten(1, (-1, 3)).unbind(2)
+        fours = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], 2).flatten(1)
+    q = _lookup(fours, _code_table(bits, 2 ** (bits - 1) if zeros is None else 0))
     return _scale_groups(q, scales, zeros, group_size or K, K)
 
 
 def _decode_8bit(codes: Tensor) -> Tensor:
     """int8 or e4m3 [n, K] -> float32 [n, K], a new tensor."""
-    return codes.float() if codes.dtype == torch.int8 else _lookup(codes, _fp8_table())
+    return codes.float() if codes.dtype == torch.int8 else _lookup(_bytes(codes), _fp8_table())
 
 
 def linear(
@@ -143,6 +160,33 @@ def w4a16_dequantize(
         return dequantize_int4(codes[rows], scales[rows], part, group_size, x.shape[1])
 
     return linear(x, len(codes), bias, weight)
+
+
+def wna16_dequantize(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """y = x @ dequantize(codes)^T + bias; the weight is rounded once to x.dtype."""
+
+    def weight(rows: slice) -> Tensor:
+        part = None if zeros is None else zeros[rows]
+        return dequantize_wna16(codes[rows], scales[rows], part, group_size, x.shape[1], bits)
+
+    return linear(x, len(codes), bias, weight)
+
+
+def w4a8_cpu(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """y = (x_codes @ dequantize(codes)^T) * x_scale + bias in float32."""
+    x_codes, x_scales = quantize_activations(x, torch.int8)
+    y = w4a16_dequantize(x_codes.float(), codes, scales, zeros, None, group_size).mul_(x_scales)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:

@@ -39,7 +39,7 @@ class Problem:
     N: int
     K: int
     x_dtype: torch.dtype
-    codes_dtype: torch.dtype  # int32 (packed int4), int8 or float8_e4m3fn
+    codes_dtype: torch.dtype  # int32 (2 to 4 bits, packed), int8 or float8_e4m3fn
     group_size: int = 0
 
 
@@ -142,6 +142,12 @@ def _vendor_w4a16(problem: Problem) -> str | None:
     return _triton(problem)
 
 
+def _one_scale_a_block(problem: Problem) -> str | None:
+    if problem.group_size % 32:  # columns of the smallest block
+        return f"needs a group_size that is a multiple of 32, or 0, not {problem.group_size}"
+    return _triton(problem)
+
+
 def _scaled_mm(problem: Problem) -> str | None:
     if problem.codes_dtype != torch.float8_e4m3fn or problem.x_dtype != torch.bfloat16:
         return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
@@ -169,6 +175,14 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a16_cpu": (
         Kernel("w4a16_int4pack", "int4pack", _int4pack),
         Kernel("w4a16_int4pack_dequantize", "int4pack", _cpu),
+    ),
+    "wna16": (
+        Kernel("wna16_triton", "wna16", _one_scale_a_block),
+        Kernel("wna16_dequantize", "cpu", _cpu),
+    ),
+    "w4a8": (
+        Kernel("w4a8_triton", "w4a8", _one_scale_a_block),
+        Kernel("w4a8_cpu", "cpu", _cpu),
     ),
     "w8a16": (
         Kernel("w8a16_vendor", "dequantize", _vendor(VENDOR_MIN_M)),

@@ -1,10 +1,12 @@
 """The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
-w4a16_cpu, w8a16, w8a8, fp8_block}`.
+w4a16_cpu, wna16, w4a8, w8a16, w8a8, fp8_block}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
 
     w4a16      y = x w^T + bias        w[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]
+    wna16      the same for codes of 2 and 3 bits
+    w4a8       y = (round(x / s) w^T) * s + bias, x to int8, w as for w4a16           s: one scale a row of x
     w8a16      y = x w^T + bias        w[n, k] = codes[n, k] * scales[n, 0]
     w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
@@ -17,7 +19,7 @@ makes the same checks, so a wrong shape is reported while torch.compile traces.
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cpu import BLOCK, CODES_PER_WORD
+from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.dispatch import Problem, choose, target_of
 from quantkit.kernels.int4pack import GROUP_SIZES
 from quantkit.kernels.int4tiles import tiled_shape
@@ -35,6 +37,10 @@ SCHEMAS = {
     "w4a16_cpu": (
         "(Tensor x, Tensor packed, Tensor scales_and_zeros, Tensor? residual, Tensor? bias, int group_size) -> Tensor"
     ),
+    "wna16": (
+        "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, int bits) -> Tensor"
+    ),
+    "w4a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
     "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
     "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
@@ -75,15 +81,22 @@ def _expect_x(op: str, x: Tensor, codes: Tensor) -> tuple[int, int]:
     return codes.shape[0], x.shape[-1]
 
 
-def _check_w4a16(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+def _check_grouped(
+    op: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    bits: int,
 ) -> None:
-    op = "w4a16"
     N, K = _expect_x(op, x, codes)
     if group_size < 0:
         raise ValueError(f"{op}: group_size is {group_size}, expected 32, 64, 128, or 0 for one scale a row")
     groups = -(-K // group_size) if group_size else 1
-    _expect(op, "codes", codes, (N, -(-K // CODES_PER_WORD)), (torch.int32,), x)
+    words = 3 * -(-K // 32) if bits == 3 else -(-K // (32 // bits))
+    _expect(op, "codes", codes, (N, words), (torch.int32,), x)
     _expect(op, "scales", scales, (N, groups), FLOATS, x)
     if zeros is not None:
         _expect(op, "zeros", zeros, (N, groups), (torch.uint8,), x)
@@ -143,7 +156,7 @@ def w4a16(
     Raises:
         ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
     """
-    _check_w4a16(x, codes, scales, zeros, bias, group_size)
+    _check_grouped("w4a16", x, codes, scales, zeros, bias, group_size, 4)
     N = len(codes)
     return _run("w4a16", x, codes, scales, zeros, bias, group_size, N=N, outputs=N, group_size=group_size)
 
@@ -259,6 +272,53 @@ def w4a16_cpu(
     return _run("w4a16_cpu", x, packed, *rest, N=N, outputs=N, group_size=group_size)
 
 
+def _check_wna16(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> None:
+    if bits not in (2, 3):
+        raise ValueError(f"wna16: bits is {bits}, expected 2 or 3; w4a16 takes codes of 4 bits")
+    _check_grouped("wna16", x, codes, scales, zeros, bias, group_size, bits)
+
+
+def wna16(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """2- or 3-bit weights times floating activations.
+
+    Args:
+        codes: int32, rows of bits with the first code in the lowest: [N, ceil(K/16)] for 2 bits, and for 3, where 32
+            codes take three words, [N, 3 ceil(K/32)].
+        zeros: uint8 as scales, or None: every zero is 2^(bits - 1).
+        bits: 2 or 3.
+
+    The rest as in `w4a16`.
+    """
+    _check_wna16(x, codes, scales, zeros, bias, group_size, bits)
+    rest = (scales, zeros, bias, group_size, bits)
+    return _run("wna16", x, codes, *rest, N=len(codes), outputs=len(codes), group_size=group_size)
+
+
+def w4a8(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """4-bit weights times activations rounded to int8, one scale a row of x; arguments as in `w4a16`."""
+    _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size, 4)
+    N = len(codes)
+    return _run("w4a8", x, codes, scales, zeros, bias, group_size, N=N, outputs=N, group_size=group_size)
+
+
 def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """8-bit weights (int8 or float8_e4m3fn [N, K], scales float32 [N, 1]) times floating activations; see `w4a16`."""
     _check_8bit("w8a16", x, codes, scales, None, bias)
@@ -295,7 +355,7 @@ def _result(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def _fake_w4a16(x, codes, scales, zeros, bias, group_size):
-    _check_w4a16(x, codes, scales, zeros, bias, group_size)
+    _check_grouped("w4a16", x, codes, scales, zeros, bias, group_size, 4)
     return _result(x, codes)
 
 
@@ -307,6 +367,16 @@ def _fake_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, sw
 def _fake_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size):
     _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
     return _result(x, packed)
+
+
+def _fake_wna16(x, codes, scales, zeros, bias, group_size, bits):
+    _check_wna16(x, codes, scales, zeros, bias, group_size, bits)
+    return _result(x, codes)
+
+
+def _fake_w4a8(x, codes, scales, zeros, bias, group_size):
+    _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size, 4)
+    return _result(x, codes)
 
 
 def _fake_w8a16(x, codes, scales, bias):
@@ -328,6 +398,8 @@ for _name, _implementation, _fake in (
     ("w4a16", w4a16, _fake_w4a16),
     ("w4a16_tiles", w4a16_tiles, _fake_w4a16_tiles),
     ("w4a16_cpu", w4a16_cpu, _fake_w4a16_cpu),
+    ("wna16", wna16, _fake_wna16),
+    ("w4a8", w4a8, _fake_w4a8),
     ("w8a16", w8a16, _fake_w8a16),
     ("w8a8", w8a8, _fake_w8a8),
     ("fp8_block", fp8_block, _fake_fp8_block),

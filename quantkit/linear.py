@@ -222,6 +222,11 @@ class QuantLinear(nn.Module):
             return ops.w4a16_tiles(x, *weights, None, self.scheme.group_size or 0, self.out_features, False)
         if self.scheme.op == "w4a16":
             return ops.w4a16(x, self.codes, self.scales, self.zeros, self.bias, self.scheme.group_size or 0)
+        if self.scheme.op == "wna16":
+            grouped = (self.codes, self.scales, self.zeros, self.bias, self.scheme.group_size or 0)
+            return ops.wna16(x, *grouped, self.scheme.bits)
+        if self.scheme.op == "w4a8":
+            return ops.w4a8(x, self.codes, self.scales, self.zeros, self.bias, self.scheme.group_size or 0)
         if self.scheme.op == "w8a16":
             return ops.w8a16(x, self.codes, self.scales, self.bias)
         if self.scheme.op == "w8a8":

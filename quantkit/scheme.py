@@ -72,6 +72,8 @@ class Scheme:
     def op(self) -> str:
         """The kernel family that multiplies by such a weight: a file of `kernels/` and an op `quantkit::<op>`."""
         if self.bits < 8:
+            if self.activation:
+                return "w4a8"
             return "w4a16" if self.bits == 4 else "wna16"
         if self.block_size:
             return "fp8_block"
@@ -89,6 +91,7 @@ PRESETS = {
         Scheme("w4a16", "int4", group_size=128),
         Scheme("w3a16", "int3", group_size=128),
         Scheme("w2a16", "int2", group_size=128),
+        Scheme("w4a8", "int4", group_size=128, activation="int8", activation_scale="token"),
         Scheme("fp8", "fp8", activation="fp8", activation_scale="token"),
         Scheme("fp8-static", "fp8", activation="fp8", activation_scale="static"),
         Scheme("fp8-block", "fp8", block_size=BLOCK, activation="fp8", activation_scale="group"),

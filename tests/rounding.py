@@ -35,6 +35,12 @@ class Random:
             words[:, -1] &= (1 << 4 * (K % 8)) - 1
         return words.to(DEVICE)
 
+    def codes(self, N: int, K: int, bits: int) -> Tensor:
+        """2, 3 or 4 bits in the neutral layout."""
+        from quantkit.packing import pack_codes  # imports Triton, which conftest.py prepares after this file
+
+        return pack_codes(torch.randint(0, 2**bits, (N, K), generator=self.generator), bits).to(DEVICE)
+
     def bytes8(self, N: int, K: int, dtype: torch.dtype) -> Tensor:
         """All codes but the NaNs of e4m3."""
         codes = torch.randint(-127, 128, (N, K), generator=self.generator).to(DEVICE, torch.int8)
@@ -45,8 +51,8 @@ class Random:
     def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.rand(*shape, generator=self.generator) * 0.02 + 0.001).to(DEVICE, dtype)
 
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.randint(0, 16, shape, generator=self.generator).to(DEVICE, torch.uint8)
+    def zeros(self, *shape: int, bits: int = 4) -> Tensor:
+        return torch.randint(0, 2**bits, shape, generator=self.generator).to(DEVICE, torch.uint8)
 
     def bias(self, N: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(N, generator=self.generator).to(DEVICE, dtype)

@@ -15,6 +15,8 @@ CODES = {
     "w4a16": torch.int32,
     "w4a16_tiles": torch.int32,
     "w4a16_cpu": torch.uint8,
+    "wna16": torch.int32,
+    "w4a8": torch.int32,
     "w8a16": INT8,
     "w8a8": INT8,
     "fp8_block": FP8,
@@ -30,7 +32,7 @@ def _only_the_kernels_own_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     choose.cache_clear()
 
 
-@pytest.mark.parametrize("op", ["w4a16", "w8a16", "w8a8", "fp8_block"])
+@pytest.mark.parametrize("op", ["w4a16", "wna16", "w4a8", "w8a16", "w8a8", "fp8_block"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_every_gpu_has_a_kernel_for_every_op(op, target, dtype):
@@ -107,9 +109,10 @@ def test_no_kernel_lists_every_reason(target, M, group_size, reason):
 
 def test_an_unknown_op_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown op 'w3a16'; known: w4a16, w4a16_tiles, w4a16_cpu, w8a16, w8a8, fp8_block"
+        ValueError,
+        match="unknown op 'w5a16'; known: w4a16, w4a16_tiles, w4a16_cpu, wna16, w4a8, w8a16, w8a8, fp8_block",
     ):
-        kernel_name("w3a16", "cpu", 1, 1, 1, BF16, torch.int32)
+        kernel_name("w5a16", "cpu", 1, 1, 1, BF16, torch.int32)
 
 
 def test_the_cpu_path_never_imports_triton():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from quantkit.kernels import cpu, dequantize, fp8_block, int4pack, ops, w4a16, w8a8, w8a16
+from quantkit.kernels import cpu, dequantize, fp8_block, int4pack, ops, w4a8, w4a16, w8a8, w8a16, wna16
 from quantkit.kernels.dispatch import native_fp8, target_of
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.packing import QuantizedTensor
@@ -75,19 +75,75 @@ def test_w4a16_takes_scales_of_any_float(random: Random, scales_dtype):
     assert_within(y, expected, x.double().abs() @ w.abs().T, K, roundings=1)
 
 
-@pytest.mark.parametrize("label", ["w4a16-g32", "w4a16-g64-asym", "w4a16-channel", "w4a16-channel-asym"])
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym-bias"])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+@dtypes
+@shapes
+def test_wna16(random: Random, shape, dtype, group_size, asymmetric, bits):
+    M, N, K = shape
+    groups = -(-K // group_size) if group_size else 1
+    x, codes = random.x(M, K, dtype), random.codes(N, K, bits)
+    scales = random.scales(N, groups, dtype=torch.bfloat16)
+    zeros = random.zeros(N, groups, bits=bits) if asymmetric else None
+    b = random.bias(N, dtype) if asymmetric else None
+    arguments = (x, codes, scales, zeros, b, group_size, bits)
+    expected = wna16.reference(*arguments)
+    w = wna16.dequantize(codes, scales, zeros, group_size, K, bits)
+    magnitude = x.double().abs() @ w.abs().T + (0 if b is None else b.double().abs())
+
+    if triton_runs(dtype):
+        assert_within(wna16.wna16_triton(*arguments), expected, magnitude, K)
+    if not GPU:  # w is rounded to x.dtype, and y once before the bias is added
+        y = torch.ops.quantkit.wna16(*arguments)
+        assert_within(y, expected, magnitude, K, roundings=1 + asymmetric)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym-bias"])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+@dtypes
+@shapes
+def test_w4a8(random: Random, shape, dtype, group_size, asymmetric):
+    M, N, K = shape
+    groups = -(-K // group_size) if group_size else 1
+    x, codes = random.x(M, K, dtype), random.codes(N, K, 4)
+    scales = random.scales(N, groups, dtype=torch.bfloat16)
+    zeros = random.zeros(N, groups) if asymmetric else None
+    b = random.bias(N, dtype) if asymmetric else None
+    x_codes, x_scales = quantize_activations(x, torch.int8)
+    weights = (codes, scales, zeros, b, group_size)
+    expected = w4a8.reference(x_codes, x_scales, *weights)
+    w = w4a16.dequantize(codes, scales, zeros, group_size, K)
+    magnitude = (x_codes.double().abs() * x_scales) @ w.abs().T
+    magnitude += 0 if b is None else b.double().abs()
+
+    if triton_runs(dtype):
+        y = w4a8.w4a8_rounded(x_codes, x_scales, *weights, dtype)
+        assert_within(y, expected, magnitude, K)
+    assert_within(torch.ops.quantkit.w4a8(x, *weights), expected, magnitude, K)
+
+
+LABELS = [
+    f"w{bits}a16-{rest}" for bits in (2, 3, 4) for rest in ("g32", "g64-asym", "channel", "channel-asym")
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_the_references_read_the_neutral_layout(random: Random, label):
     N, K, scheme = 24, 100, parse_scheme(label)
     group_size = scheme.group_size or 0
     groups = -(-K // group_size) if group_size else 1
-    codes, scales = random.int4(N, K), random.scales(N, groups, dtype=torch.float16)
-    zeros = None if scheme.symmetric else random.zeros(N, groups)
+    bits = scheme.bits
+    codes, scales = random.codes(N, K, bits), random.scales(N, groups, dtype=torch.float16)
+    zeros = None if scheme.symmetric else random.zeros(N, groups, bits=bits)
     weight = QuantizedTensor(scheme, (N, K), codes, scales, zeros)
-    assert torch.equal(
-        w4a16.dequantize(codes, scales, zeros, group_size, K), weight.dequantize(torch.float64)
-    )
+    grouped = (codes, scales, zeros, group_size, K)
+    assert torch.equal(wna16.dequantize(*grouped, bits), weight.dequantize(torch.float64))
+    if bits == 4:
+        assert torch.equal(w4a16.dequantize(*grouped), weight.dequantize(torch.float64))
     if not GPU:
-        assert torch.equal(cpu.dequantize_int4(codes, scales, zeros, group_size, K), weight.dequantize())
+        w = cpu.dequantize_int4(*grouped) if bits == 4 else cpu.dequantize_wna16(*grouped, bits)
+        assert torch.equal(w, weight.dequantize())
 
 
 @biases
@@ -169,14 +225,17 @@ def test_fp8_block(random: Random, shape, dtype, bias):
     assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * GPU)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [32, 100, 7])
-def test_w4a16_takes_any_group_size_on_a_cpu(random: Random, group_size):
+def test_grouped_codes_take_any_group_size_on_a_cpu(random: Random, group_size, bits):
     M, N, K = 3, 24, 100
     groups = -(-K // group_size)
-    x, codes = random.x(M, K, torch.float32).cpu(), random.int4(N, K).cpu()
-    scales, zeros = random.scales(N, groups).cpu(), random.zeros(N, groups).cpu()
-    y = torch.ops.quantkit.w4a16(x, codes, scales, zeros, None, group_size)
-    expected = w4a16.reference(x, codes, scales, zeros, None, group_size)
+    x, codes = random.x(M, K, torch.float32).cpu(), random.codes(N, K, bits).cpu()
+    scales, zeros = random.scales(N, groups).cpu(), random.zeros(N, groups, bits=bits).cpu()
+    arguments = (x, codes, scales, zeros, None, group_size)
+    ops = torch.ops.quantkit
+    y = ops.w4a16(*arguments) if bits == 4 else ops.wna16(*arguments, bits)
+    expected = wna16.reference(*arguments, bits)
     assert_within(y, expected, x.double().abs() @ torch.full((K, N), 15 * 0.021).double(), K)
 
 
@@ -273,6 +332,9 @@ def calls(random: Random, dtype: torch.dtype = torch.float32) -> list[Call]:
     return [
         Call("w4a16", (random.int4(N, K), random.scales(N, 2), random.zeros(N, 2), b, 32)),
         Call("w4a16", (random.int4(N, K), s, None, None, 0)),
+        Call("wna16", (random.codes(N, K, 3), random.scales(N, 2), random.zeros(N, 2, bits=3), b, 32, 3)),
+        Call("wna16", (random.codes(N, K, 2), s, None, None, 0, 2)),
+        Call("w4a8", (random.codes(N, K, 4), random.scales(N, 2), random.zeros(N, 2), b, 32)),
         Call("w8a16", (int8, s, b)),
         Call("w8a16", (fp8, s, None)),
         Call("w8a8", (int8, s, None, b)),
@@ -284,6 +346,9 @@ def calls(random: Random, dtype: torch.dtype = torch.float32) -> list[Call]:
 CALLS = [
     "w4a16-asym",
     "w4a16-channel",
+    "w3a16-asym",
+    "w2a16-channel",
+    "w4a8-asym",
     "w8a16-int8",
     "w8a16-fp8",
     "w8a8-int8",
@@ -309,7 +374,7 @@ def test_leading_shapes_strides_and_no_rows(random: Random, index):
 @each_call
 def test_a_row_of_zeros_gives_the_bias(random: Random, index):
     call = calls(random)[index]
-    bias = {"w4a16": -2}.get(call.op, -1)
+    bias = {"w4a16": -2, "w4a8": -2, "wna16": -3}.get(call.op, -1)
     expected = call.weights[bias]
     y = call(torch.zeros(2, 40, device=DEVICE))
     assert torch.equal(y, torch.zeros(2, 24, device=DEVICE) + (0 if expected is None else expected))
@@ -362,6 +427,9 @@ WRONG = [  # op, argument, its replacement, what the message must say
     ("w4a16", 2, lambda t: t.int(), "zeros is int32, expected uint8"),
     ("w4a16", 3, lambda t: t[:5], "bias has shape [5], expected [24]"),
     ("w4a16", 4, lambda g: -1, "group_size is -1, expected"),
+    ("wna16", 0, lambda t: t[:, :3].contiguous(), "codes has shape [24, 3], expected [24, 6] for x [2, 40]"),
+    ("wna16", 5, lambda bits: 4, "bits is 4, expected 2 or 3; w4a16 takes codes of 4 bits"),
+    ("w4a8", 1, lambda t: t[:, :1].contiguous(), "scales has shape [24, 1], expected [24, 2]"),
     ("w8a16", 0, lambda t: t.float(), "codes is float32, expected int8 or float8_e4m3fn"),
     ("w8a16", 1, lambda t: t.half(), "scales is float16, expected float32"),
     ("w8a16", 1, lambda t: t[:1].expand(24, 1), "scales has strides (0, 1); call .contiguous()"),

@@ -3,7 +3,7 @@ import pytest
 from quantkit.errors import QuantKitError
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
 
-GROUPED = ("w4a16", "w3a16", "w2a16")
+GROUPED = ("w4a16", "w3a16", "w2a16", "w4a8")
 GROUPED_LABELS = [
     f"{name}-{groups}{asym}"
     for name in GROUPED
@@ -38,6 +38,7 @@ def test_every_scheme_has_an_op():
         "w4a16": "w4a16",
         "w3a16": "wna16",
         "w2a16": "wna16",
+        "w4a8": "w4a8",
         "fp8": "w8a8",
         "fp8-static": "w8a8",
         "fp8-block": "fp8_block",
