@@ -32,6 +32,9 @@ ROWS = (  # scheme, method
     ("w4a16-g32", "gptq"),
     ("w4a16-g128-asym", "gptq"),
     ("w4a16-channel", "gptq"),
+    ("w4a8-g128", "gptq"),
+    ("w3a16-g128", "gptq"),
+    ("w2a16-g32", "gptq"),
 )
 DEFAULT_TEXT = f"pydoc_data.topics of Python {sys.version_info.major}.{sys.version_info.minor}"
 PROMPT, NEW_TOKENS = 32, 16  # of the speed figure

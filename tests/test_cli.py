@@ -137,6 +137,26 @@ def test_inspect_shows_the_modules_and_the_kernels(run, packed, tmp_path):
     assert content["bytes"] == sum(t.stop - t.start for t in read_header(folder / WEIGHTS).values())
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "nbytes"),  # of down_proj [64, 96] in 3 groups: codes, scales and zeros
+    [
+        ("w3a16", "wna16_dequantize", 64 * (3 * 3 * 4 + 3 * 3)),
+        ("w2a16", "wna16_dequantize", 64 * (6 * 4 + 3 * 3)),
+        ("w4a8", "w4a8_cpu", 64 * (12 * 4 + 3 * 3)),
+    ],
+)
+def test_groups_and_zeros_are_for_every_scheme_of_2_to_4_bits(run, source, tmp_path, scheme, kernel, nbytes):
+    options = ("--scheme", scheme, "--group-size", "32", "--asymmetric", "--method", "rtn", "--device", "cpu")
+    assert run("quantize", source("llama"), tmp_path / "out", *options)[0] == 0
+    code, out, err = run("inspect", tmp_path / "out", "--device", "cpu", "--json", tmp_path / "inspect.json")
+    assert (code, err) == (0, "")
+    assert kernel in out
+    rows = {row["name"]: row for row in json.loads((tmp_path / "inspect.json").read_text())["modules"]}
+    row = rows["model.layers.0.mlp.down_proj"]
+    assert (row["scheme"], row["bytes"]) == (f"{scheme}-g32-asym", nbytes)
+    assert set(row["kernels"].values()) == {kernel}
+
+
 def test_verify_says_what_is_whole_and_what_is_not(run, quantized, tmp_path):
     code, out, err = run("verify", quantized, "--json", tmp_path / "verify.json")
     assert (code, err) == (0, "")
@@ -336,7 +356,7 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(refused, 
     ("text", "words"),
     [
         ("scheme: w4a16\nbits: 4", ("recipe.yaml", "unknown name 'bits'", "known: scheme")),
-        ("scheme: w3a16", ("recipe.yaml", "unknown scheme 'w3a16'", "known: w8a16")),
+        ("scheme: w5a16", ("recipe.yaml", "unknown scheme 'w5a16'", "known: w8a16")),
         ("scheme: [", ("recipe.yaml", "cannot be read as YAML")),
         ("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]", ("no linear", "'experts'")),
         ("scheme: w8a16\nrules: [{match: ., scheme: keep}]", ("leaves no linear to quantize",)),
@@ -370,13 +390,14 @@ def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--scheme", "w3a16"), ("unknown scheme 'w3a16'", "known: w8a16")),
+        (("--scheme", "w5a16"), ("unknown scheme 'w5a16'", "known: w8a16")),
         (("--scheme", "w8a16", "--method", "best"), ("unknown method 'best'", "known: rtn, gptq, awq")),
         (("--scheme", "w8a16", "--device", "tpu9"), ("--device tpu9",)),
         (("--scheme", "w8a16", "--device", "meta"), ("--device meta", "cpu and cuda")),
         (("--scheme", "w8a16", "--device", "cuda:99"), ("--device cuda:99", "use cpu")),
         (("--scheme", "w8a16", "--group-size", "32"), ("--group-size", "schemes of 2 to 4 bits")),
         (("--scheme", "w4a16", "--group-size", "48"), ("48", "32, 64, 128")),
+        (("--scheme", "w2a16", "--group-size", "16"), ("16", "32, 64, 128")),
         (("--scheme", "w4a16", "--group-size", "many"), ("--group-size many", "or channel")),
         (("--scheme", "fp8", "--asymmetric"), ("only schemes of 2 to 4 bits can be asymmetric",)),
         ((), ("give one of --scheme and --recipe",)),

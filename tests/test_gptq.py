@@ -14,7 +14,7 @@ from quantkit.errors import QuantKitError
 from quantkit.scheme import parse_scheme
 
 SCHEMES = ["w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a16-channel"]
-SCHEMES += [name + "-asym" for name in SCHEMES]
+SCHEMES += [name + "-asym" for name in SCHEMES] + ["w3a16-g64", "w2a16-g32-asym"]
 K = 200  # a multiple of neither a group nor a block
 
 

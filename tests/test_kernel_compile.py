@@ -154,6 +154,26 @@ def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[
     return specific, options
 
 
+def low_bits_jobs(target: str):
+    """What the wrappers of the portable kernels for words of codes launch: as `jobs`."""
+    import torch
+
+    from quantkit.kernels import w4a8, wna16
+
+    rows = ROWS if target in ("sm_80", "sm_90", "gfx942") else ROWS[-1:]
+    sizes = {"M": "i32", "N": "i32", "K": "i32"}
+    for M in rows:
+        for group_size, bits in ((128, 3), (32, 2)):
+            zeros = "*u8" if group_size == 32 else None
+            types = {"x_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*bf16", "zeros_ptr": zeros}
+            types |= {"bias_ptr": None, "y_ptr": "*bf16", **sizes, "G": group_size}
+            launch = wna16.config(M, group_size, torch.bfloat16)
+            more = {"stride_xm": "i32", "BITS": bits}
+            yield f"wna16 {bits} bits g{group_size} M={M}", wna16.wna16_kernel, types | more, launch
+            types |= {"x_ptr": "*i8", "x_scales_ptr": "*fp32"}
+            yield f"w4a8 g{group_size} M={M}", w4a8.w4a8_kernel, types, w4a8.config(M, group_size)
+
+
 def jobs(target: str):
     """(name, kernel, run-time argument types, constexprs, launch options) of everything the wrappers launch."""
     import torch
@@ -162,6 +182,7 @@ def jobs(target: str):
     from quantkit.kernels.dispatch import native_fp8
 
     yield from w4a16_jobs(target)
+    yield from low_bits_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()
     N, K, full = 4096, 4096, target in ("sm_80", "sm_90", "gfx942")
@@ -317,8 +338,9 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
     if kernel.startswith("w4a16"):
         G = arguments["G"]
         return kernel_name("w4a16_tiles", target, M, N, 4096, x_dtype, torch.int32, G) == kernel
-    codes = {"*i8": torch.int8, "*u8": torch.float8_e4m3fn}[arguments["codes_ptr"]]
-    return kernel_name(kernel, target, M, N, 4096, x_dtype, codes) == f"{kernel}_triton"
+    codes = {"*i8": torch.int8, "*u8": torch.float8_e4m3fn, "*i32": torch.int32}[arguments["codes_ptr"]]
+    G = arguments.get("G", 0)
+    return kernel_name(kernel, target, M, N, 4096, x_dtype, codes, G) == f"{kernel}_triton"
 
 
 def compile_all(target: str) -> None:
@@ -373,7 +395,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 35, "sm_89": 20, "sm_90": 63, "sm_100": 20, "sm_120": 20, "gfx942": 29, "gfx950": 14}
+KERNELS = {"sm_80": 47, "sm_89": 24, "sm_90": 75, "sm_100": 24, "sm_120": 24, "gfx942": 41, "gfx950": 18}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 

@@ -75,12 +75,20 @@ def test_w4a16_takes_scales_of_any_float(random: Random, scales_dtype):
     assert_within(y, expected, x.double().abs() @ w.abs().T, K, roundings=1)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym-bias"])
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+LOW_BITS = [  # bits, group_size, with zeros and bias
+    (2, 0, False),
+    (2, 32, True),
+    (2, 64, False),
+    (3, 0, True),
+    (3, 32, False),
+    (3, 128, True),
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "asymmetric"), LOW_BITS)
 @dtypes
 @shapes
-def test_wna16(random: Random, shape, dtype, group_size, asymmetric, bits):
+def test_wna16(random: Random, shape, dtype, bits, group_size, asymmetric):
     M, N, K = shape
     groups = -(-K // group_size) if group_size else 1
     x, codes = random.x(M, K, dtype), random.codes(N, K, bits)
@@ -99,8 +107,9 @@ def test_wna16(random: Random, shape, dtype, group_size, asymmetric, bits):
         assert_within(y, expected, magnitude, K, roundings=1 + asymmetric)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym-bias"])
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("group_size", "asymmetric"), [(0, False), (0, True), (32, True), (64, False), (128, True)]
+)
 @dtypes
 @shapes
 def test_w4a8(random: Random, shape, dtype, group_size, asymmetric):

@@ -17,6 +17,12 @@ def test_the_first_code_is_in_the_lowest_bits_and_the_file_is_little_endian():
     assert words.numpy().astype("<i4").tobytes() == bytes([0x10, 0x32, 0x54, 0x76])
 
 
+def test_the_words_of_3_and_2_bits_are_those_of_the_format():
+    words = [word & 0xFFFFFFFF for word in pack_codes(torch.arange(32)[None] % 8, 3)[0].tolist()]
+    assert words == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
+    assert pack_codes(torch.arange(16)[None] % 4, 2).item() & 0xFFFFFFFF == 0xE4E4E4E4
+
+
 def test_a_large_last_code_reaches_the_sign_bit():
     words = pack_codes(torch.tensor([[0, 0, 0, 0, 0, 0, 0, 15], [15] * 8]), 4)
     assert words.flatten().tolist() == [0xF0000000 - 2**32, -1]

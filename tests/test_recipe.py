@@ -149,6 +149,7 @@ def test_a_recipe_that_leaves_nothing_is_an_error(tiny):
         ("w4a16-g64-asym", 96, "w4a16-g32-asym", "group size 32, since 64 does not divide K=96"),
         ("w4a16-g128", 200, "w4a16-g128", "the last group of each row has 72 columns"),
         ("w4a16-channel", 77, "w4a16-channel", ""),
+        ("w3a16-g128", 192, "w3a16-g64", "group size 64, since 128 does not divide K=192"),
         ("fp8-block", 77, "fp8-block", ""),
     ],
 )

@@ -27,6 +27,9 @@ LABELS = [
     "w4a16-g64-asym",
     "w4a16-g128",
     "w4a16-channel",
+    "w3a16-g64-asym",
+    "w2a16-channel",
+    "w4a8-g32-asym",
     "fp8",
     "fp8-static",
     "fp8-block",
@@ -338,7 +341,9 @@ def test_a_module_declares_the_tensors_that_it_stores(mixed):
             assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("label", ["w8a16", "w8a8", "w4a16-g64-asym", "fp8-static", "fp8-block"])
+@pytest.mark.parametrize(
+    "label", ["w8a16", "w8a8", "w4a16-g64-asym", "w3a16-g32", "w4a8-g32", "fp8-static", "fp8-block"]
+)
 def test_a_quantized_model_compiles_without_graph_breaks(label, packed, monkeypatch):
     monkeypatch.undo()  # conftest's poisoned allocations are not for the tracer
     torch._dynamo.reset()
