@@ -45,6 +45,13 @@ FOLDS = {
 }
 NORMS_PLUS_ONE = {"gemma2", "gemma3_text"}  # y = x / rms(x) * (1 + weight)
 
+# Linears of a block whose outputs are added to the residual stream as they are; what reads it, reads it
+# through the norms of FOLDS. Not so in Gemma 2 and 3: there a norm with a weight lies between.
+WRITERS = {
+    kind: ("self_attn.o_proj", "mlp.down_proj") for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")
+}
+FINAL_NORM = "model.norm"
+
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's decoder blocks: the longest ModuleList of modules with linears in them.

@@ -17,6 +17,7 @@ from quantkit.calibration.pipeline import (
     needs_activations,
     quantize_block,
 )
+from quantkit.calibration.rotation import Rotation, random_rotations, rotate_block, rotate_outer, untie_head
 from quantkit.errors import QuantKitError
 from quantkit.hf import QuantKitConfig, install
 from quantkit.models import FOLDS, NORMS_PLUS_ONE, decoder_blocks
@@ -84,6 +85,12 @@ class Job:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
+        self.rotation: Rotation | None = None
+        self.untied: dict[str, str] = {}  # tensor -> the tensor it was tied to, and is still stored as
+        if recipe.rotates:
+            self.rotation = random_rotations(model, recipe.calibration.seed, device)
+            if self.rotation.residual is not None:
+                self.untied = untie_head(model)
         self.plans = plan_modules(model, recipe)
         self.prefix, self.blocks = decoder_blocks(model)
         self.dtype = model.dtype  # before a block is loaded in another one to compute with
@@ -103,8 +110,16 @@ class Job:
     def outer_plans(self) -> dict[str, ModulePlan]:
         return {name: plan for name, plan in self.plans.items() if not name.startswith(f"{self.prefix}.")}
 
+    def rotate_outer(self) -> None:
+        """Readies the loaded outer part for capture; blocks are rotated as their turn comes."""
+        if self.rotation is not None:
+            rotate_outer(self.model, self.rotation, self.dtype)
+
     def quantize_block(self, index: int) -> list[ModuleResult]:
         block, plans = self.blocks[index], self.block_plans(index)
+        if self.rotation is not None:
+            rotate_block(block, self.rotation)
+            plans = {name: with_remark(plan, self.rotation.remark) for name, plan in plans.items()}
         statistics = {}
         if self.activations is not None:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
@@ -139,6 +154,10 @@ class Job:
         schemes = {plan.scheme.label: plan.scheme.to_dict() for plan in self.plans.values()}
         order = {name: self.modules[name] for name in self.plans}
         return QuantKitConfig(schemes, order, self.recipe.to_dict(), calibration)
+
+
+def with_remark(plan: ModulePlan, remark: str) -> ModulePlan:
+    return replace(plan, remark="; ".join(filter(None, (plan.remark, remark))))
 
 
 def without_folds(plan: ModulePlan, kind: str) -> ModulePlan:
@@ -187,6 +206,8 @@ def quantize(
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
+    job.rotate_outer()
+    if tokens is not None and job.needs_tokens:
         job.activations = capture(model, job.blocks, tokens, job.device)
     progress.start(len(job.blocks) + 1)
     packed: dict[str, QuantizedTensor] = {}

@@ -13,6 +13,9 @@ from quantkit.models import decoder_blocks, linears
 from quantkit.scheme import GROUP_SIZES, Scheme, parse_scheme
 
 KEEP = "keep"  # in the place of a scheme: leave the module as it is
+ROTATE = (
+    "rotate"  # a step before the method, for the whole model: 'rotate+gptq', or alone with the default method
+)
 METHODS = {"rtn": "round-to-nearest", "gptq": "GPTQ (arXiv:2210.17323)", "awq": "AWQ (arXiv:2306.00978)"}
 
 
@@ -47,8 +50,9 @@ class Recipe:
 
     Args:
         scheme: a preset or label, see `quantkit.scheme.parse_scheme`.
-        method: 'rtn', 'gptq' or 'awq'; None: gptq for 2 to 4 bits, else rtn. A linear whose scheme the method
-            does not make (8-bit ones under gptq) is rounded to nearest.
+        method: 'rtn', 'gptq' or 'awq'; None: gptq for w4a16, else rtn. A linear whose scheme the method
+            does not make (8-bit ones under gptq) is rounded to nearest. 'rotate+' before it, or 'rotate'
+            alone, first rotates the model (arXiv:2404.00456).
         rules: exceptions, the first that matches a name decides.
         calibration: what is fed to the model where the method or the scheme needs activations.
     """
@@ -62,7 +66,7 @@ class Recipe:
         for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
             if scheme not in (None, KEEP):
                 parse_scheme(scheme)
-        for method in (self.method, *(rule.method for rule in self.rules)):
+        for method in (self.rounding, *(rule.method for rule in self.rules)):
             if method is not None and method not in METHODS:
                 raise QuantKitError(f"recipe: unknown method {method!r}; known: {', '.join(METHODS)}")
         for rule in self.rules:
@@ -77,6 +81,15 @@ class Recipe:
             raise QuantKitError(
                 f"recipe: calibration of {spec.samples} x {spec.seq_len} tokens; needs at least 1 x 2"
             )
+
+    @property
+    def rotates(self) -> bool:
+        return self.method is not None and self.method.split("+")[0] == ROTATE
+
+    @property
+    def rounding(self) -> str | None:
+        """The method without the rotation before it."""
+        return self.method.partition("+")[2] or None if self.rotates and self.method else self.method
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
@@ -172,9 +185,9 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
                 f"{name} shares its weight with the embedding: packing would untie them; leave it out"
             )
         scheme, remark = fit_scheme(parse_scheme(label), linear.in_features)
-        method = (rule and rule.method) or recipe.method or ("gptq" if scheme.bits < 8 else "rtn")
-        if scheme.bits == 8 and method != "rtn":
-            method, remark = "rtn", remark or f"{method} is for 2 to 4 bits"
+        method = (rule and rule.method) or recipe.rounding or ("gptq" if scheme.weight == "int4" else "rtn")
+        if scheme.weight != "int4" and method != "rtn":
+            method, remark = "rtn", remark or f"{method} is for w4a16"
         plans[name] = ModulePlan(name, scheme, method, remark)
     if unused:
         raise QuantKitError(f"recipe: no linear of {type(model).__name__} matches {sorted(unused)[0]!r}")

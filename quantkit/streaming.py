@@ -129,6 +129,7 @@ def quantize_checkpoint(
 
         progress.start(len(job.blocks) + 1)
         loader.load_outer()
+        job.rotate_outer()
         if tokens is not None and job.needs_tokens:
             job.activations = capture(model, job.blocks, tokens, device)
         write(OUTER, model, "", job.quantize_outer)
@@ -166,7 +167,7 @@ class BlockLoader:
         self.job, self.reader, self.device = job, reader, device
         tied = getattr(job.model, "all_tied_weights_keys", {})
         self.names = [name for name in job.model.state_dict() if name not in tied]
-        for target, origin in tied.items():
+        for target, origin in (tied | job.untied).items():
             both = target in reader.tensors and origin in reader.tensors
             if both and sha256(reader.tensors[target]) != sha256(reader.tensors[origin]):
                 raise QuantKitError(
@@ -185,7 +186,9 @@ class BlockLoader:
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        tensors = self.reader.load(names)
+        origins = {name: self.job.untied.get(name, name) for name in names}
+        stored = self.reader.load(dict.fromkeys(origins.values()))
+        tensors = {name: stored[origin] for name, origin in origins.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
