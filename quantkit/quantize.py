@@ -18,6 +18,7 @@ from quantkit.calibration.pipeline import (
     quantize_block,
 )
 from quantkit.errors import QuantKitError
+from quantkit.experts import unfuse_experts
 from quantkit.hf import QuantKitConfig, install
 from quantkit.models import FOLDS, NORMS_PLUS_ONE, decoder_blocks
 from quantkit.packing import QuantizedTensor
@@ -84,6 +85,7 @@ class Job:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
+        unfuse_experts(model)
         self.plans = plan_modules(model, recipe)
         self.prefix, self.blocks = decoder_blocks(model)
         self.dtype = model.dtype  # before a block is loaded in another one to compute with
@@ -109,7 +111,7 @@ class Job:
         if self.activations is not None:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
-        kind = self.model.config.model_type
+        kind = self.model.config.get_text_config().model_type
         if kind not in FOLDS:
             plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(
