@@ -66,10 +66,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             data = 8 + length
             tensors = {
-                name: StoredTensor(
-                    path, t["dtype"], tuple(t["shape"]), *(data + o for o in t["data_offsets"]), name
-                )
+                name: StoredTensor(path, t["dtype"], tuple(t["shape"]), data + start, data + stop, name)
                 for name, t in header.items()
+                for start, stop in [t["data_offsets"]]
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantKitError(

@@ -39,11 +39,21 @@ class UnfusedExperts(nn.ModuleList):
     """
 
     def __init__(self, fused: Any) -> None:
-        gates_ups, downs = fused.gate_up_proj.detach(), fused.down_proj.detach()
-        super().__init__(
-            Expert(*gate_up.chunk(2), down, fused.act_fn)
-            for gate_up, down in zip(gates_ups, downs, strict=True)
+        gates, ups = fused.gate_up_proj.detach().chunk(2, dim=1)
+        weights = zip(gates, ups, fused.down_proj.detach(), strict=True)
+        super().__init__(Expert(*one, act=fused.act_fn) for one in weights)
+        self.__dict__["fused"] = fused.to("meta")  # not a submodule: what `fuse` fills again
+
+    def fuse(self) -> Any:
+        """The fused module that this was made of, with the weights of these linears."""
+        fused, experts = self.__dict__["fused"], list[Any](self)
+        gates, ups, downs = (
+            torch.stack([expert.get_submodule(name).weight for expert in experts])
+            for name in ("gate_proj", "up_proj", "down_proj")
         )
+        fused.gate_up_proj = nn.Parameter(torch.cat([gates, ups], 1), requires_grad=False)
+        fused.down_proj = nn.Parameter(downs, requires_grad=False)
+        return fused
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -74,6 +84,14 @@ def unfuse_experts(model: nn.Module) -> None:
         replace_module(model, name, UnfusedExperts(model.get_submodule(name)))
     if fused and isinstance(model, PreTrainedModel):
         model._can_compile_fullgraph = False  # how many tokens an expert gets is known at run time alone
+
+
+def fuse_experts(model: nn.Module) -> None:
+    """Undoes `unfuse_experts`, where every expert's linears are plain ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnfusedExperts):
+            replace_module(model, name, module.fuse())
+    model.__dict__.pop("_can_compile_fullgraph", None)
 
 
 def describe_experts(modules: dict[str, dict[str, Any]]) -> str:

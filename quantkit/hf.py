@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import QuantKitError
-from quantkit.experts import unfuse_experts
+from quantkit.experts import fuse_experts, unfuse_experts
 from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
@@ -135,7 +135,9 @@ class QuantKitQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 replace_module(model, name, dequantized_twin(module, dtype or model.dtype))
-        model.__dict__.pop("save_pretrained", None)
+        fuse_experts(model)
+        for name in ("save_pretrained", "_weight_conversions"):  # it is saved as any model of its kind again
+            model.__dict__.pop(name, None)
         return model
 
     def is_serializable(self) -> bool:
@@ -253,11 +255,11 @@ def install(
         linear = linear_called(model, name)
         replace_module(model, name, QuantLinear.from_quantized(quantized, linear.bias))
     model.config.quantization_config = config
-    model._weight_conversions = []  # save_pretrained would bring back the names of the files that it came from
     for name, value in (
         ("hf_quantizer", QuantKitQuantizer(config)),
         ("is_quantized", True),
         ("quantization_method", METHOD),
+        ("_weight_conversions", []),  # save_pretrained would bring back the names of the files it came from
     ):
         setattr(model, name, value)
     return prepare(model)

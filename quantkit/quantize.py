@@ -14,6 +14,7 @@ from quantkit.calibration.pipeline import (
     advance,
     capture,
     collect,
+    lend_ranges,
     needs_activations,
     quantize_block,
 )
@@ -111,6 +112,7 @@ class Job:
         if self.activations is not None:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
+            lend_ranges(statistics, plans)
         kind = self.model.config.get_text_config().model_type
         if kind not in FOLDS:
             plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
