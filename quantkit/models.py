@@ -41,6 +41,7 @@ FOLDS = {
     "qwen3": LLAMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "qwen2_vl_text": LLAMA,
     "phi3": PHI3,
 }
 NORMS_PLUS_ONE = {"gemma2", "gemma3_text"}  # y = x / rms(x) * (1 + weight)

@@ -39,17 +39,16 @@ def model_names(tensors: dict[str, StoredTensor], model: PreTrainedModel) -> dic
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     sources = {pattern: entry.source_patterns for entry in converters for pattern in entry.source_patterns}
     known = dict.fromkeys(own | stacks, True)
-    named = {}
+    named = {name: tensor for name, tensor in tensors.items() if name in own}
     for name, tensor in tensors.items():
         if name in own:
-            named[name] = tensor
             continue
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         experts, _, stack = target.rpartition(".")
         if pattern is None and target in stacks and len(tensor.shape) == 3:
             named.update(unstack(experts, STACKED[stack], tensor))
         elif pattern is None:
-            named[target] = tensor
+            named.setdefault(target, tensor)
         elif target in stacks and (expert := re.search(r"\.experts\.(\d+)\.", name)):
             part = STACKED[stack][sources[pattern].index(pattern)]
             named[f"{experts}.{expert[1]}.{part}.weight"] = tensor
