@@ -105,7 +105,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", dict(num_local_experts=4)),
     "qwen2_moe": (
         "Qwen2MoeConfig",
-        dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=96),
+        dict(
+            num_experts=4, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=96
+        ),
     ),
     "qwen3_moe": (
         "Qwen3MoeConfig",

@@ -113,7 +113,9 @@ def test_quantize_ends_with_a_word_on_experts(run, source, tmp_path):
     modules = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
     fewest = min(entry["tokens"] for name, entry in modules.items() if ".experts." in name)
     assert re.search(
-        rf"^experts: \d+ of 10 calibrated, fewest tokens {fewest} \(model\.layers\.\d\.mlp\.experts\.\d\)$", out, re.M
+        rf"^experts: \d+ of 10 calibrated, fewest tokens {fewest} \(model\.layers\.\d\.mlp\.experts\.\d\)$",
+        out,
+        re.M,
     )
     assert "experts:" not in run("quantize", source("qwen3_moe"), tmp_path / "plain", *QUICK)[1]
 

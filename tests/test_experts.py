@@ -164,7 +164,7 @@ def test_files_that_hold_stacks_give_the_same(architecture, source, packed, tmp_
 
 
 def test_more_experts_on_disk_than_in_the_config(source, tmp_path):
-    content = json.loads((source("qwen3_moe") / "config.json").read_text()) 
+    content = json.loads((source("qwen3_moe") / "config.json").read_text())
     content |= {"num_experts": 4, "num_local_experts": 4}
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(content))

@@ -54,7 +54,9 @@ def test_stacks_of_experts_of_another_kind():
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    with pytest.raises(QuantKitError, match=r"experts\.\w+: .* is a stack of experts of a kind that is not supp"):
+    with pytest.raises(
+        QuantKitError, match=r"experts\.\w+: .* is a stack of experts of a kind that is not supp"
+    ):
         quantkit.quantize(AutoModelForCausalLM.from_config(config), Recipe("w8a16"))
 
 
