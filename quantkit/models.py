@@ -82,7 +82,7 @@ def language_tower(model: nn.Module) -> tuple[str, nn.Module]:
     if getattr(config, "vision_config", None) is None:
         return "", model
     tower = model.get_decoder()  # type: ignore[operator]
-    if getattr(tower.config, "vision_config", None) is not None:
+    if getattr(getattr(tower, "config", None), "vision_config", None) is not None:
         raise QuantKitError(
             f"{type(model).__name__}: its text model has no module of its own; such multimodal models are not supported"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_architectures import logits, original, rounding_noise, stored_modules
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -17,7 +18,6 @@ from quantkit.errors import QuantKitError
 from quantkit.experts import UnfusedExperts, describe_experts, fuse_experts, unfuse_experts
 from quantkit.load import verify
 from quantkit.models import decoder_blocks, packable
-from test_architectures import logits, original, rounding_noise, stored_modules
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
 LAYER = "model.layers.{}.mlp.experts"
@@ -213,7 +213,7 @@ def test_rules_reach_single_experts(packed):
 
 def test_a_rule_for_routers_matches_nothing(source, tmp_path):
     recipe = Recipe("w8a16", rules=(Rule(r"shared_expert_gate$", "w8a16"),))
-    with pytest.raises(QuantKitError, match="no linear .* matches 'shared_expert_gate"):
+    with pytest.raises(QuantKitError, match=r"no linear .* matches 'shared_expert_gate"):
         quantize_checkpoint(source("qwen2_moe"), tmp_path / "out", recipe, "cpu")
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import SIZES
 from safetensors.torch import load_file
+from test_architectures import relative, stored_modules
 from transformers import AutoModelForImageTextToText
 
 import quantkit
-from conftest import SIZES
 from quantkit import QuantLinear, Recipe, Rule, quantize_checkpoint
 from quantkit.checkpoint import WEIGHTS
 from quantkit.errors import QuantKitError
 from quantkit.load import verify
-from test_architectures import relative, stored_modules
+from quantkit.models import decoder_blocks
 
 IMAGE = 120  # the token that an image's patches stand for
 TEXT = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
@@ -151,3 +152,14 @@ def test_a_rule_for_the_vision_tower_matches_nothing(saved, tmp_path):
         QuantKitError, match="no linear of LlavaForConditionalGeneration matches 'vision_tower'"
     ):
         quantize_checkpoint(saved("llava"), tmp_path / "out", recipe, "cpu")
+
+
+def test_a_model_whose_language_tower_is_no_module_is_refused():
+    class Blended(torch.nn.Module):
+        config = config_of("llava")
+
+        def get_decoder(self):
+            return self
+
+    with pytest.raises(QuantKitError, match=r"Blended: its text model has no module of its own"):
+        decoder_blocks(Blended())
