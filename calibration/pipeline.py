@@ -5,6 +5,7 @@ earlier errors. A block is on the device only while it is worked on; between blo
 hidden states of the calibration tokens.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from quantkit.calibration.awq import awq, fold_into_linear, fold_into_norm, search_scales, untie
 from quantkit.calibration.gptq import DAMP_PERCENT, HessianError, InputStatistics, gptq, output_error
+from quantkit.calibration.grid import search_clip
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.models import Fold
@@ -23,6 +25,9 @@ from quantkit.scheme import BLOCK, Scheme
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
 FP8_MAX = 448.0
+FEW_TOKENS = (
+    0.25  # of the input channels: a Hessian from fewer tokens has most of its directions from damping
+)
 # weights rounded to nearest at a time: what that needs in between then stays below the 32 MB from which on
 # the C library asks the system for every allocation anew, and a CPU spends most of its time on page faults
 AT_A_TIME = 1 << 22
@@ -37,6 +42,7 @@ class ModuleResult:
         quantized: the packed weight.
         error: relative error, the root of tr(E H E^T) / tr(W H W^T) over the calibration tokens where there
             are any ('output'), else |E| / |W| ('weight'); E = W - dequantized, Frobenius norms.
+        tokens: calibration tokens that an expert's linear got; None for other linears, and where none were needed.
     """
 
     plan: ModulePlan
@@ -45,15 +51,18 @@ class ModuleResult:
     error: float
     error_of: str
     remark: str = ""
+    tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What the checkpoint's config.json keeps of it."""
-        entry = {
+        entry: dict[str, Any] = {
             "scheme": self.plan.scheme.label,
             "method": self.method,
             "error": float(f"{self.error:.4g}"),
             "error_of": self.error_of,
         }
+        if self.tokens is not None:
+            entry["tokens"] = self.tokens
         return {**entry, "remark": self.remark} if self.remark else entry
 
 
@@ -171,6 +180,7 @@ def collect(
     try:
         for _ in run_block(block, index, activations, device):
             alive.clear()
+            first_fed.clear()  # an expert may first be reached by a later batch, where other tensors have these ids
     finally:
         for handle in handles:
             handle.remove()
@@ -303,10 +313,15 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
     Falls back to rounding where GPTQ cannot, and says so.
     """
     scheme, method, remark = plan.scheme, plan.method, plan.remark
-    if needs_activations(plan) and (inputs is None or inputs.tokens == 0):
-        raise QuantKitError(
-            f"{plan.name}: no calibration token reached it, {plan.method} needs some; use more text"
-        )
+    expert_tokens = None
+    if needs_activations(plan):
+        tokens = inputs.tokens if inputs is not None else 0
+        if not tokens:
+            return quantize_untouched(weight, plan, inputs)
+        if tokens < FEW_TOKENS * weight.shape[1]:
+            few = f"only {tokens} calibration tokens for {weight.shape[1]} input channels"
+            remark = f"{remark}; " * bool(remark) + few
+        expert_tokens = tokens if is_expert(plan) else None
     if method == "gptq" and inputs is not None:
         try:
             result = gptq(weight, inputs.hessian, scheme)
@@ -324,15 +339,65 @@ def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatist
     else:
         quantized, weight_error = round_to_nearest(weight, scheme)
     if scheme.activation_scale == "static" and inputs is not None:
-        scale = inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny).view(1) / FP8_MAX
-        quantized = replace(quantized, input_scale=scale)
+        quantized = replace(quantized, input_scale=static_scale(inputs))
 
     if inputs is not None and inputs.tokens:
         difference = weight - quantized.dequantize()
         signal = output_error(weight, inputs.hessian)
         relative = (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0
-        return ModuleResult(plan, quantized, method, relative, "output", remark)
+        return ModuleResult(plan, quantized, method, relative, "output", remark, expert_tokens)
     return ModuleResult(plan, quantized, method, weight_error, "weight", remark)
+
+
+def is_expert(plan: ModulePlan) -> bool:
+    return re.search(r"\.experts\.\d+\.", plan.name) is not None
+
+
+def quantize_untouched(
+    weight: torch.Tensor, plan: ModulePlan, lent: InputStatistics | None = None
+) -> ModuleResult:
+    """Packs a weight [N, K] that no calibration token reached: rounded to nearest, int4 with a clip search.
+
+    Args:
+        lent: what `lend_ranges` gives a linear with a static activation scale.
+    """
+    scheme = plan.scheme
+    remark = f"{plan.remark}; " * bool(plan.remark) + "no calibration token reached it: rounded to nearest"
+    if scheme.weight == "int4":
+        grid = search_clip(weight, scheme)
+        quantized = grid.pack(grid.round(weight))
+    else:
+        quantized, _ = round_to_nearest(weight, scheme)
+    norm = weight.float().norm().item()
+    lost = (weight.float() - quantized.dequantize()).norm().item()
+    if scheme.activation_scale == "static":
+        if lent is None:
+            raise QuantKitError(
+                f"{plan.name}: no calibration token reached it, a static activation scale needs some; use more text"
+            )
+        quantized = replace(quantized, input_scale=static_scale(lent))
+        remark += ", activation scale from the other experts"
+    tokens = 0 if is_expert(plan) else None
+    return ModuleResult(plan, quantized, "rtn", lost / norm if norm else 0.0, "weight", remark, tokens)
+
+
+def static_scale(inputs: InputStatistics) -> torch.Tensor:
+    """The one activation scale [1] that takes the largest |x| seen to the largest fp8 number."""
+    return inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny).view(1) / FP8_MAX
+
+
+def lend_ranges(statistics: dict[str, InputStatistics], plans: dict[str, ModulePlan]) -> None:
+    """For static activation scales of experts that no token reached: the largest |x| of the block's other experts.
+
+    Adds statistics of 0 tokens, without a Hessian, under the names of such linears.
+    """
+    kin = lambda name: re.sub(r"\.\d+\.", ".*.", name)  # the same linear of every expert
+    for name, plan in plans.items():
+        if plan.scheme.activation_scale == "static" and name not in statistics:
+            ranges = [s.max_abs for other, s in statistics.items() if kin(other) == kin(name) and s.tokens]
+            if ranges:
+                statistics[name] = InputStatistics(0, ranges[0].device)
+                statistics[name].max_abs = torch.stack(ranges).amax(0)
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> tuple[QuantizedTensor, float]:

@@ -36,13 +36,18 @@ DTYPE_ORDER = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, safetensors dtype, shape, and the byte range in the file."""
+    """Where a tensor lies: file, safetensors dtype, shape, the byte range in the file, and its name there.
+
+    `index` is not empty where it is a part of the tensor of that name; shape and byte range are the part's.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    name: str
+    index: tuple[int | slice, ...] = ()
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -61,10 +66,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             data = 8 + length
             tensors = {
-                name: StoredTensor(
-                    path, t["dtype"], tuple(t["shape"]), *(data + o for o in t["data_offsets"])
-                )
+                name: StoredTensor(path, t["dtype"], tuple(t["shape"]), data + start, data + stop, name)
                 for name, t in header.items()
+                for start, stop in [t["data_offsets"]]
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantKitError(
@@ -127,8 +131,15 @@ class CheckpointReader:
         for path, wanted in by_file.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    # clone: a tensor that views the mapped file would keep its pages counted as ours
-                    loaded.update({name: file.get_tensor(name).clone() for name in wanted})
+                    for name in wanted:
+                        stored = self.tensors[name]
+                        part = (
+                            file.get_slice(stored.name)[stored.index]
+                            if stored.index
+                            else file.get_tensor(stored.name)
+                        )
+                        # clone: a tensor that views the mapped file would keep its pages counted as ours
+                        loaded[name] = part.clone()
             except (SafetensorError, OSError) as error:
                 raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
         return loaded

@@ -29,6 +29,7 @@ from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import quality_tables, rich_table, tables
 from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writable
+from quantkit.experts import describe_experts
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of
@@ -214,6 +215,8 @@ def quantize(
             f"note: the text gives {summary.calibration['samples']} of the {spec.samples} sequences asked for",
             highlight=False,
         )
+    if experts := describe_experts(summary.modules):
+        out.print(experts, highlight=False, soft_wrap=True)
     worst = max(summary.modules, key=lambda name: summary.modules[name]["error"])
     out.print(
         f"{out_dir}: {len(summary.modules)} linears, {summary.bits_per_weight:.3f} bits a weight; "

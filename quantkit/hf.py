@@ -13,10 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import QuantKitError
+from quantkit.experts import fuse_experts, unfuse_experts
 from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
@@ -105,6 +107,7 @@ class QuantKitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        unfuse_experts(model)
         stored = stored_tensors(checkpoint_files or [])
         for name in self.quantization_config.modules:
             scheme = self.quantization_config.scheme_of(name)
@@ -125,13 +128,16 @@ class QuantKitQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        return weight_conversions
+        """Renamings alone: the files hold the tensors of the model, so nothing is to be stacked or split."""
+        return [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 replace_module(model, name, dequantized_twin(module, dtype or model.dtype))
-        model.__dict__.pop("save_pretrained", None)
+        fuse_experts(model)
+        for name in ("save_pretrained", "_weight_conversions"):  # it is saved as any model of its kind again
+            model.__dict__.pop(name, None)
         return model
 
     def is_serializable(self) -> bool:
@@ -253,6 +259,7 @@ def install(
         ("hf_quantizer", QuantKitQuantizer(config)),
         ("is_quantized", True),
         ("quantization_method", METHOD),
+        ("_weight_conversions", []),  # save_pretrained would bring back the names of the files it came from
     ):
         setattr(model, name, value)
     return prepare(model)

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantkit.checkpoint import CheckpointReader, damage, read_json
 from quantkit.errors import QuantKitError
 from quantkit.hf import METHOD, QuantKitConfig
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of, tensor_specs
-from quantkit.source import first_line
+from quantkit.source import auto_class, auto_config, first_line
 
 
 def read_quantized_config(folder: Path) -> QuantKitConfig:
@@ -69,7 +69,9 @@ def verify(folder: Path) -> list[str]:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` of a quantkit directory, with clear errors.
+    """`from_pretrained` of a quantkit directory, with clear errors.
+
+    By `AutoModelForCausalLM`, or `AutoModelForImageTextToText` where the config has a vision tower.
 
     Args:
         folder: what `quantkit quantize` wrote.
@@ -92,7 +94,7 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model = auto_class(auto_config(folder)).from_pretrained(folder, **kwargs)
     except QuantKitError as error:
         raise placed(error, folder) from error
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:

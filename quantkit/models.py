@@ -41,6 +41,7 @@ FOLDS = {
     "qwen3": LLAMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "qwen2_vl_text": LLAMA,
     "phi3": PHI3,
 }
 NORMS_PLUS_ONE = {"gemma2", "gemma3_text"}  # y = x / rms(x) * (1 + weight)
@@ -56,14 +57,17 @@ FINAL_NORM = "model.norm"
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's decoder blocks: the longest ModuleList of modules with linears in them.
 
+    Lists inside of others (a block's experts) do not count, nor do those outside the language tower.
+
     Raises:
         QuantKitError: the model has no such list.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and linears(module)
-    ]
+    prefix, tower = language_tower(model)
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in tower.named_modules(prefix=prefix):
+        inner = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inner and linears(module):
+            found.append((name, module))
     if not found:
         conv1d = sum(type(module).__name__ == "Conv1D" for module in model.modules())
         why = (
@@ -73,6 +77,38 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
         raise QuantKitError(f"{type(model).__name__}: no linear to quantize in its decoder blocks: {why}")
     return max(found, key=lambda item: len(item[1]))
+
+
+def language_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the text model inside a multimodal one; '' and the model itself where there is no other.
+
+    Raises:
+        QuantKitError: the text model of a multimodal one cannot be told from the rest of it.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "vision_config", None) is None:
+        return "", model
+    tower = model.get_decoder()  # type: ignore[operator]
+    if getattr(getattr(tower, "config", None), "vision_config", None) is not None:
+        raise QuantKitError(
+            f"{type(model).__name__}: its text model has no module of its own; such multimodal models are not supported"
+        )
+    return next((name, module) for name, module in model.named_modules() if module is tower)
+
+
+def packable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears that a recipe can name: all but routers of experts, and in a multimodal model but its other towers.
+
+    A router is what stands beside a module `experts`: it decides where tokens go, and is small.
+    """
+    _, tower = language_tower(model)
+    allowed = set(tower.modules())
+    if tower is not model:
+        allowed.add(model.get_output_embeddings())  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "experts"):
+            allowed -= set(module.children())
+    return {name: linear for name, linear in linears(model).items() if linear in allowed}
 
 
 def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:

@@ -14,11 +14,13 @@ from quantkit.calibration.pipeline import (
     advance,
     capture,
     collect,
+    lend_ranges,
     needs_activations,
     quantize_block,
 )
 from quantkit.calibration.rotation import Rotation, random_rotations, rotate_block, rotate_outer, untie_head
 from quantkit.errors import QuantKitError
+from quantkit.experts import unfuse_experts
 from quantkit.hf import QuantKitConfig, install
 from quantkit.models import FOLDS, NORMS_PLUS_ONE, decoder_blocks
 from quantkit.packing import QuantizedTensor
@@ -85,6 +87,7 @@ class Job:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
+        unfuse_experts(model)
         self.rotation: Rotation | None = None
         self.untied: dict[str, str] = {}  # tensor -> the tensor it was tied to, and is still stored as
         if recipe.rotates:
@@ -124,7 +127,8 @@ class Job:
         if self.activations is not None:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
-        kind = self.model.config.model_type
+            lend_ranges(statistics, plans)
+        kind = self.model.config.get_text_config().model_type
         if kind not in FOLDS:
             plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 from quantkit.errors import QuantKitError
-from quantkit.models import decoder_blocks, linears
+from quantkit.models import decoder_blocks, linears, packable
 from quantkit.scheme import GROUP_SIZES, Scheme, parse_scheme
 
 KEEP = "keep"  # in the place of a scheme: leave the module as it is
@@ -157,7 +157,8 @@ class ModulePlan:
 def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
     """The plan of every linear that will be packed, by name.
 
-    Linears outside the decoder blocks (the LM head) are packed only where a rule matches them.
+    Linears outside the decoder blocks (the LM head) are packed only where a rule matches them; routers of experts
+    and vision towers never are.
 
     Raises:
         QuantKitError: nothing is left to quantize, a rule matches no linear, or it asks for a tied LM head.
@@ -166,13 +167,13 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
     for name, parameter in blocks.named_parameters(block_name):
         if parameter.dim() == 3:
             raise QuantKitError(
-                f"{name}: {list(parameter.shape)} is a stack of experts; mixtures of experts are not supported yet"
+                f"{name}: {list(parameter.shape)} is a stack of experts of a kind that is not supported"
             )
     inside = linears(blocks, f"{block_name}.")
     unused = {rule.match for rule in recipe.rules}
     tied = tied_linears(model)
     plans = {}
-    for name, linear in linears(model).items():
+    for name, linear in packable(model).items():
         rule = next((rule for rule in recipe.rules if re.search(rule.match, name)), None)
         unused -= {rule.match for rule in recipe.rules if re.search(rule.match, name)}
         if rule is None and name not in inside:

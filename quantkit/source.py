@@ -1,6 +1,7 @@
 """The model to be quantized: found, its config read, its skeleton built, its tokenizer loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -8,6 +9,7 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +29,7 @@ COPIED = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "*processor*.json",
     "LICENSE*",
 )
 
@@ -75,11 +78,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers whose `from_pretrained` opens a model of this config as a language model."""
+    multimodal = getattr(config, "vision_config", None) is not None
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of a config with its parameters on the meta device, its buffers real."""
+    """The language model of a config with its parameters on the meta device, its buffers real."""
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            model = auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
     except Exception as error:  # whatever a model's constructor makes of odd sizes
         raise QuantKitError(
             f"{config.name_or_path}: no causal language model: {first_line(error)}"
@@ -97,4 +106,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def whole_model(folder: Path, device: torch.device) -> PreTrainedModel:
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+    return auto_class(auto_config(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -21,6 +21,7 @@ from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha25
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
 from quantkit.linear import replace_module
+from quantkit.names import model_names
 from quantkit.packing import QuantizedTensor
 from quantkit.quantize import (
     Job,
@@ -79,6 +80,7 @@ def quantize_checkpoint(
     reader = CheckpointReader(folder)
     model = empty_model(config)
     job = Job(model, recipe, device)
+    reader.tensors = model_names(reader.tensors, model)
     loader = BlockLoader(job, reader, device)
 
     calibration = None

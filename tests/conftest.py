@@ -102,6 +102,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", SLIDING),
     "gemma3": ("Gemma3TextConfig", SLIDING),
     "phi3": ("Phi3Config", {}),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        dict(
+            num_experts=4, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=96
+        ),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
+    ),
+    "olmoe": ("OlmoeConfig", dict(num_experts=4, num_experts_per_tok=2)),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def edit_config(folder: Path, **changes) -> None:
 
 
 # what it prints and writes
+
+
+def test_quantize_ends_with_a_word_on_experts(run, source, tmp_path):
+    code, out, _ = run("quantize", source("qwen3_moe"), tmp_path / "out", *GPTQ)
+    assert code == 0
+    modules = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
+    fewest = min(entry["tokens"] for name, entry in modules.items() if ".experts." in name)
+    assert re.search(
+        rf"^experts: \d+ of 10 calibrated, fewest tokens {fewest} \(model\.layers\.\d\.mlp\.experts\.\d\)$",
+        out,
+        re.M,
+    )
+    assert "experts:" not in run("quantize", source("qwen3_moe"), tmp_path / "plain", *QUICK)[1]
 
 
 def test_quantize_prints_a_line_a_module_and_a_summary(run, model, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTJConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, GPTJConfig, GptOssConfig
 
 import quantkit
 from quantkit import QuantKitError, Recipe, quantize_checkpoint
@@ -49,12 +49,14 @@ def test_a_folder_of_the_users_where_the_stage_would_be(source, tmp_path):
     assert [path.name for path in stage.iterdir()] == ["precious"]
 
 
-def test_stacks_of_experts():
-    config = MixtralConfig(
+def test_stacks_of_experts_of_another_kind():
+    config = GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=2,
-        num_attention_heads=2, num_key_value_heads=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    with pytest.raises(QuantKitError, match=r"experts\.\w+: .* is a stack of experts"):
+    with pytest.raises(
+        QuantKitError, match=r"experts\.\w+: .* is a stack of experts of a kind that is not supp"
+    ):
         quantkit.quantize(AutoModelForCausalLM.from_config(config), Recipe("w8a16"))
 
 
