@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from quantkit.calibration.gptq import output_error
+from quantkit.calibration.folds import tie
 from quantkit.calibration.grid import at_least_float32, fit_grid, search_clip, split_groups
-from quantkit.errors import QuantKitError
+from quantkit.calibration.statistics import output_error, tensor_cores
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -42,7 +42,7 @@ def search_scales(
         weights: of the linears that share the input x, any floating dtype, [N_i, K] each.
         hessian: mean (or sum) over tokens of x x^T [K, K]; float32 or float64, and so is s.
         mean_abs: mean of |x| over tokens [K].
-        scheme: of 2 to 4 bits.
+        scheme: any.
         head_dim, repeats: for the output projection under grouped-query attention, where each value head
             serves `repeats` query heads: channels that come from the same value channel get the same s,
             and `untie` gives the value projection's share. See there.
@@ -51,20 +51,16 @@ def search_scales(
     Returns:
         s, positive and finite, sqrt(max s * min s) = 1 over the active channels; 1 for channels that were
         never active. Never worse in L than s = 1.
-
-    Raises:
-        QuantKitError: the scheme has 8 bits.
     """
-    if scheme.bits == 8:
-        raise QuantKitError(f"AWQ scales serve 2 to 4 bits; {scheme.label} is rounded to nearest")
     H = at_least_float32(hessian)
     weights = [w.to(H.dtype) for w in weights]
     best = torch.ones(len(H), dtype=H.dtype, device=H.device)
-    least = scaled_error(weights, H, best, scheme, scale_dtype)
-    for s in candidates(weights, mean_abs.to(H.dtype), scheme, head_dim, repeats):
-        loss = scaled_error(weights, H, s, scheme, scale_dtype)
-        if loss < least:
-            best, least = s, loss
+    with tensor_cores():  # the losses are only compared
+        least = scaled_error(weights, H, best, scheme, scale_dtype)
+        for s in candidates(weights, mean_abs.to(H.dtype), scheme, head_dim, repeats):
+            loss = scaled_error(weights, H, s, scheme, scale_dtype)
+            if loss < least:
+                best, least = s, loss
     return best
 
 
@@ -128,59 +124,3 @@ def awq(
     """
     grid = search_clip(weight, scheme, hessian, scale_dtype)
     return grid.pack(grid.round(weight))
-
-
-def tie(x: torch.Tensor, head_dim: int | None, repeats: int) -> torch.Tensor:
-    """Mean of x [K] over the query heads that share a value head, at every one of them [K]."""
-    if repeats == 1 or head_dim is None:
-        return x
-    shared = x.view(-1, repeats, head_dim)  # [value heads, repeats, head_dim]
-    return shared.mean(1, keepdim=True).expand_as(shared).reshape(-1)
-
-
-def untie(s: torch.Tensor, head_dim: int, repeats: int) -> torch.Tensor:
-    """Tied scales [K] of an output projection -> scales of the value projection's rows [K / repeats]."""
-    return s.view(-1, repeats, head_dim)[:, 0].reshape(-1)
-
-
-def fold_into_norm(
-    norm_weight: torch.Tensor, s: torch.Tensor, one_plus: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide a norm's output by s.
-
-    The divided weight is rounded to its own dtype, say bfloat16. So the quotient differs from s by a
-    rounding, and the linears have to be multiplied by the quotient that was reached, not by s.
-
-    Args:
-        norm_weight: of y = x / rms(x) * weight [K]. A LayerNorm's bias is divided by the same factors.
-        s: [K].
-        one_plus: the norm multiplies by 1 + weight (Gemma).
-
-    Returns:
-        The new weight, in norm_weight's dtype, and the factors that it really divides by, in s's dtype [K].
-    """
-    offset = 1.0 if one_plus else 0.0
-    old = norm_weight.to(s.dtype) + offset
-    new = (old / s - offset).to(norm_weight.dtype)
-    reached = new.to(s.dtype) + offset
-    exact = (reached != 0) & (old != 0)
-    return new, torch.where(exact, old / reached, s)
-
-
-def fold_into_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, s: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Divide the last len(s) outputs of a linear by s: all of v_proj or up_proj, the v part of a fused qkv_proj.
-
-    Args:
-        weight: [N, K], N >= len(s).
-        bias: [N] or None.
-        s: [len(s)].
-
-    Returns:
-        New weight and bias in their dtypes. Their rounding is not made up for, unlike a norm's: round
-        float32 copies, or quantize the source linear afterwards from this weight.
-    """
-    factors = torch.cat([s.new_ones(len(weight) - len(s)), s])
-    divided = (weight.to(s.dtype) / factors[:, None]).to(weight.dtype)
-    return divided, None if bias is None else (bias.to(s.dtype) / factors).to(bias.dtype)

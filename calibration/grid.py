@@ -69,6 +69,17 @@ class Grid:
             zeros = self.zeros.to(dtype).T.contiguous()
         return scales.T.contiguous(), zeros, columns // (scheme.group_size or scheme.block_size or K)
 
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code, as numbers."""
+        if self.scheme.bits < 8:
+            return 0, self.scheme.largest_code
+        return -LARGEST[self.scheme.weight], LARGEST[self.scheme.weight]
+
+    def from_float(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [N, K] that are whole numbers in a floating dtype -> the dtype that `round` gives."""
+        return codes.to(torch.uint8 if self.scheme.bits < 8 else torch.int8)
+
     def from_bytes(self, codes: torch.Tensor) -> torch.Tensor:
         """uint8 bits [N, K] -> codes in the dtype that `round` gives."""
         kinds = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

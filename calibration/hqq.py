@@ -40,7 +40,9 @@ def hqq(
     w = at_least_float32(weight)
     best = grid = search_clip(w, scheme, None, scale_dtype)
     groups = split_groups(w, scheme.group_size)
-    size = groups.abs().mean(2, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)  # beta is for weights of size 1
+    size = (
+        groups.abs().mean(2, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    )  # beta is for weights of size 1
     least, beta = objective(w, grid, size), BETA
     for _ in range(STEPS):
         error = split_groups(w - grid.dequantize(grid.round(w), w.dtype), scheme.group_size) / size
@@ -75,7 +77,9 @@ def fit(target: torch.Tensor, grid: Grid, codes: torch.Tensor, scale_dtype: torc
         zero = (codes - target / scale).mean(2).round().clamp(0, scheme.largest_code)
         zeros, steps = zero.to(torch.uint8), codes - zero[:, :, None]
     energy = steps.square().sum(2)
-    scale = torch.where(energy > 0, (steps * target).sum(2) / energy.clamp(min=1), grid.scales.to(target.dtype))
+    scale = torch.where(
+        energy > 0, (steps * target).sum(2) / energy.clamp(min=1), grid.scales.to(target.dtype)
+    )
     return Grid(scheme, grid.shape, storable(scale, scale_dtype), zeros)
 
 

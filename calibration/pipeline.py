@@ -2,22 +2,36 @@
 
 Each block sees what its already packed predecessors give ('sequential'), so later blocks can make up for
 earlier errors. A block is on the device only while it is worked on; between blocks there are only the
-hidden states of the calibration tokens.
+hidden states of the calibration tokens, and for some methods those of the original model beside them.
 """
 
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from quantkit.calibration.awq import awq, fold_into_linear, fold_into_norm, search_scales, untie
-from quantkit.calibration.gptq import DAMP_PERCENT, HessianError, InputStatistics, gptq, output_error
-from quantkit.calibration.grid import search_clip
+from quantkit.calibration.activations import round_activations, rounded_inputs
+from quantkit.calibration.awq import awq, search_scales
+from quantkit.calibration.equalize import equalizing_scales
+from quantkit.calibration.folds import divide_source, fold_into_linear, heads, tie, untie
+from quantkit.calibration.gptaq import correction
+from quantkit.calibration.gptq import DAMP_PERCENT, Factor, HessianError, factorize, gptq
+from quantkit.calibration.grid import Grid, fit_grid, search_clip
+from quantkit.calibration.hqq import hqq
+from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
+from quantkit.calibration.smooth import smooth_scales
+from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
 from quantkit.errors import QuantKitError
+from quantkit.method import parse_method
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
 from quantkit.recipe import ModulePlan
@@ -42,7 +56,14 @@ class ModuleResult:
         quantized: the packed weight.
         error: relative error, the root of tr(E H E^T) / tr(W H W^T) over the calibration tokens where there
             are any ('output'), else |E| / |W| ('weight'); E = W - dequantized, Frobenius norms.
-        tokens: calibration tokens that an expert's linear got; None for other linears, and where none were needed.
+        error_rtn: the same error for plain rounding to nearest.
+        tokens: calibration tokens that the linear got; None where none were needed.
+        damp_percent: that GPTQ's Hessian needed.
+        clip: mean over the scales of what the grid's range was shrunk to; 1: not at all.
+        weight_min, weight_max: of the weight before it was packed.
+        input_absmax: largest |x| of the calibration tokens.
+        seconds: that packing took.
+        targets: what GPTQ rounded [N, K], for a refinement; not kept.
     """
 
     plan: ModulePlan
@@ -51,19 +72,32 @@ class ModuleResult:
     error: float
     error_of: str
     remark: str = ""
+    error_rtn: float | None = None
     tokens: int | None = None
+    damp_percent: float | None = None
+    clip: float | None = None
+    weight_min: float | None = None
+    weight_max: float | None = None
+    input_absmax: float | None = None
+    seconds: float = 0.0
+    targets: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What the checkpoint's config.json keeps of it."""
+        """What the reports keep of it."""
         entry: dict[str, Any] = {
             "scheme": self.plan.scheme.label,
             "method": self.method,
             "error": float(f"{self.error:.4g}"),
             "error_of": self.error_of,
         }
+        for name in ("error_rtn", "damp_percent", "clip", "weight_min", "weight_max", "input_absmax"):
+            if (value := getattr(self, name)) is not None:
+                entry[name] = float(f"{value:.4g}")
         if self.tokens is not None:
             entry["tokens"] = self.tokens
-        return {**entry, "remark": self.remark} if self.remark else entry
+        if self.remark:
+            entry["remark"] = self.remark
+        return {**entry, "seconds": self.seconds}
 
 
 class Recorder(nn.Module):
@@ -92,10 +126,14 @@ class Activations:
         hidden: input of the next block, a tensor [batch, seq_len, hidden] a batch, on the CPU.
         arguments: for each block the rest of its arguments (masks, rotary embeddings), the same for every
             batch, since all sequences have one length and no padding.
+        original: the same hidden states in the model that is not quantized; None if nobody asks for them.
+        outputs: of the block at work in that model, between `run_original` and `advance`.
     """
 
     hidden: list[torch.Tensor]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    original: list[torch.Tensor] | None = None
+    outputs: list[torch.Tensor] = field(default_factory=list)
 
 
 def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -139,48 +177,147 @@ def capture(
     return Activations(recorders[0].hidden, [r.arguments for r in recorders if r.arguments is not None])
 
 
+class Stop(Exception):
+    """Ends a block's run once the wanted inputs were seen."""
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """The calibration tokens as they reach one decoder block."""
+
+    index: int
+    activations: Activations
+    device: torch.device
+
+    def run(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return run_block(block, self.index, self.activations, self.device, hidden)
+
+
 @torch.no_grad()
 def run_block(
-    block: nn.Module, index: int, activations: Activations, device: torch.device
-) -> Iterable[torch.Tensor]:
-    """The block's output for each batch of its input."""
+    block: nn.Module,
+    index: int,
+    activations: Activations,
+    device: torch.device,
+    hidden: Sequence[torch.Tensor] | None = None,
+) -> Iterator[torch.Tensor]:
+    """The block's output for each batch of its input (`activations.hidden` by default), on the device."""
     args, kwargs = activations.arguments[index]
-    for hidden in activations.hidden:
-        out = block(hidden.to(device), *args, **kwargs)
-        yield (out[0] if isinstance(out, tuple) else out).cpu()
+    for batch in activations.hidden if hidden is None else hidden:
+        out = block(batch.to(device), *args, **kwargs)
+        yield out[0] if isinstance(out, tuple) else out
 
 
-def advance(block: nn.Module, index: int, activations: Activations, device: torch.device) -> None:
-    """Makes the block's outputs the next block's inputs."""
-    for i, out in enumerate(run_block(block, index, activations, device)):
-        activations.hidden[i] = out
+def run_original(block: nn.Module, index: int, activations: Activations, device: torch.device) -> None:
+    """Notes the outputs of a block that is not quantized yet, where `activations.original` are wanted."""
+    if activations.original is not None:
+        runs = run_block(block, index, activations, device, activations.original)
+        activations.outputs = [out.cpu() for out in runs]
+
+
+def advance(
+    block: nn.Module,
+    index: int,
+    activations: Activations,
+    device: torch.device,
+    schemes: dict[str, Scheme] | None = None,
+    input_scales: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Makes the block's outputs the next block's inputs; of the named linears' inputs, rounded as they will be.
+
+    Raises:
+        QuantKitError: an output is NaN or infinite.
+    """
+    seen = 0
+    with rounded_inputs(block, schemes or {}, input_scales):
+        for i, out in enumerate(run_block(block, index, activations, device)):
+            finite = torch.isfinite(out).all(-1).all(-1)
+            if not finite.all():
+                sample = seen + int((~finite).nonzero()[0])
+                raise QuantKitError(
+                    f"decoder block {index}: its output is NaN or infinite for calibration sequence {sample}; the model "
+                    f"overflows in {out.dtype}: leave such a block out by a recipe's rule (scheme: keep), or use --device cpu"
+                )
+            seen += len(out)
+            activations.hidden[i] = out.cpu()
+    if activations.original is not None:
+        activations.original, activations.outputs = activations.outputs, []
 
 
 def collect(
-    block: nn.Module, names: Iterable[str], index: int, activations: Activations, device: torch.device
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    inputs: "BlockInputs",
+    *,
+    rounded: bool = True,
+    original: nn.Module | None = None,
 ) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of the named linears; linears fed by one tensor share one object."""
+    """Statistics of the inputs of the planned linears, in the order in which the block calls them.
+
+    Linears fed by one tensor share one object. Experts get other tokens in the original model, so that no drift
+    can be noted for them.
+
+    Args:
+        rounded: what the linears multiply: x rounded, where a scheme rounds it; else x as it comes.
+        original: the block that is not quantized, whose inputs are compared.
+    """
     first_fed: dict[int, str] = {}  # id of an input tensor -> the first linear that it reached
     alive: list[torch.Tensor] = []  # keeps those ids from being used again
     leader: dict[str, str] = {}
     statistics: dict[str, InputStatistics] = {}
+    exact: dict[str, torch.Tensor] = {}  # inputs of one batch in the original model
+    routed = {name for name, plan in plans.items() if is_expert(plan)}
+    fired: set[str] = set()
 
-    def hook(name: str) -> Any:
+    def stop_after(name: str, wanted: set[str]) -> None:
+        """Spares the rest of the block once all wanted linears were called; experts may never be."""
+        fired.add(name)
+        if not routed and fired >= wanted:
+            raise Stop
+
+    def note_original(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            exact[name] = args[0]
+            stop_after(name, plans.keys() - routed)
+
+        return note
+
+    def note_input(name: str) -> Any:
         def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
             if name not in leader:
                 leader[name] = first_fed.setdefault(id(x), name)
                 alive.append(x)
             if leader[name] == name:
-                statistics.setdefault(name, InputStatistics(x.shape[-1], x.device)).add(x)
+                if name not in statistics:
+                    statistics[name] = InputStatistics(x.shape[-1], x.device)
+                x = round_activations(x, plans[name].scheme) if rounded else x
+                statistics[name].add(x, exact.get(name))
+            stop_after(name, set(plans))
 
         return note
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles = [block.get_submodule(name).register_forward_pre_hook(note_input(name)) for name in plans]
+    if original is not None:
+        handles += [
+            original.get_submodule(name).register_forward_pre_hook(note_original(name))
+            for name in plans.keys() - routed
+        ]
+    schemes = {name: plan.scheme for name, plan in plans.items()} if rounded else {}
+    activations = inputs.activations
     try:
-        for _ in run_block(block, index, activations, device):
-            alive.clear()
-            first_fed.clear()  # an expert may first be reached by a later batch, where other tensors have these ids
+        with rounded_inputs(block, schemes):
+            for i, batch in enumerate(activations.hidden):
+                if original is not None and activations.original is not None:
+                    with suppress(Stop):
+                        list(inputs.run(original, [activations.original[i]]))
+                    fired.clear()
+                with suppress(Stop):
+                    list(inputs.run(block, [batch]))
+                alive.clear()
+                first_fed.clear()  # an expert may first be reached by a later batch, where other tensors have these ids
+                exact.clear()
+                fired.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -188,14 +325,18 @@ def collect(
 
 
 def needs_activations(plan: ModulePlan) -> bool:
-    return plan.method in ("gptq", "awq") or plan.scheme.activation_scale == "static"
+    return parse_method(plan.method).needs_activations or plan.scheme.activation_scale == "static"
+
+
+def needs_original(plan: ModulePlan) -> bool:
+    return parse_method(plan.method).needs_original
 
 
 @torch.no_grad()
 def quantize_block(
     block: nn.Module,
     plans: dict[str, ModulePlan],
-    statistics: dict[str, InputStatistics],
+    inputs: BlockInputs | None = None,
     folds: tuple[Fold, ...] = (),
     norms_plus_one: bool = False,
     stored_dtype: torch.dtype | None = None,
@@ -205,26 +346,71 @@ def quantize_block(
 
     Args:
         plans: by the linear's name inside the block.
-        statistics: of the inputs of those linears, as `collect` gives them; may lack linears whose plan
-            needs none.
-        folds: where AWQ's scales can be put, for this architecture.
+        inputs: the calibration tokens; None where no plan needs them.
+        folds: where scales of input channels can be put, for this architecture.
         norms_plus_one: the norms multiply by 1 + weight.
         stored_dtype: what the norms will be rounded to when they are stored; None: their own dtype.
         runs_on: leave the dequantized weights in the block, because it is to be run.
     """
     weights = {name: finite_weight(block, plan, name) for name, plan in plans.items()}
-    if any(plan.method == "awq" for plan in plans.values()):
+    wanted = {name: plan for name, plan in plans.items() if needs_activations(plan)} if inputs else {}
+    methods = {name: parse_method(plan.method) for name, plan in plans.items()}
+    scaled = any(method.scaling for method in methods.values())
+    refining = any(method.learn for method in methods.values())
+    statistics: dict[str, InputStatistics] = {}
+    if inputs and wanted:
+        statistics = collect(block, wanted, inputs, rounded=not scaled)
+        lend_ranges(statistics, plans)
+    if scaled:
         weights = {name: weight.float() for name, weight in weights.items()}
         for fold in folds:
             fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
-    results = []
-    for name, plan in plans.items():
-        result = quantize_linear(weights.pop(name), plan, statistics.get(name))
+        rounds = {name: plan for name, plan in wanted.items() if plan.scheme.activation}
+        if inputs and rounds:  # what is rounded has changed
+            statistics.update(collect(block, rounds, inputs))
+            lend_ranges(statistics, plans)
+
+    results: dict[str, ModuleResult] = {}
+    factors: dict[int, Factor] = {}  # by the identity of the statistics, which linears share
+
+    originals: dict[str, torch.Tensor] = {}  # of those that will be refined
+
+    def pack(name: str) -> None:
+        weight = weights.pop(name)
+        results[name] = quantize_linear(weight, plans[name], statistics.get(name), factors)
+        if results[name].targets is not None:
+            originals[name] = weight
         if runs_on:
             linear = linear_in(block, name)
-            linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
-        results.append(result)
-    return results
+            linear.weight.data = results[name].quantized.dequantize(linear.weight.dtype)
+
+    original = None
+    if inputs and any(method.rounding == "gptaq" for method in methods.values()):
+        original = deepcopy(block)
+    stages = fed_together(statistics) if original else [list(plans)]
+    for stage in stages:
+        if original and inputs:
+            part = {name: plans[name] for name in stage}
+            statistics.update(collect(block, part, inputs, original=original))
+        for name in stage:
+            pack(name)
+        factors.clear()
+        for name in stage if original and not refining else ():
+            del statistics[name]
+    for name in list(weights):  # those that no token reached
+        pack(name)
+    if inputs and refining:
+        learned = {name: result for name, result in results.items() if result.targets is not None}
+        results.update(refine(block, learned, originals, statistics, inputs))
+    return [replace(results[name], targets=None) for name in plans]
+
+
+def fed_together(statistics: dict[str, InputStatistics]) -> list[list[str]]:
+    """Names of linears that share an input, in the order of the calls; all experts of a block in one list."""
+    stages: dict[Any, list[str]] = {}
+    for name, inputs in statistics.items():
+        stages.setdefault("experts" if ".experts." in f".{name}" else id(inputs), []).append(name)
+    return list(stages.values())
 
 
 def linear_in(block: nn.Module, name: str) -> nn.Linear:
@@ -261,92 +447,165 @@ def fold_scale(
     norms_plus_one: bool,
     stored_dtype: torch.dtype | None,
 ) -> None:
-    """AWQ's scale search for one fold: changes source and linears so that the block's function stays the same.
+    """Scales of input channels for one fold: changes source and linears so that the block's function stays the same.
 
-    `weights` and `statistics` are brought up to date; both hold what the linears will see.
+    `weights` (float32, by name) and `statistics` are brought up to date; both hold what the linears will see, and
+    so do the weights in the block, in its dtype.
     """
-    searched = [name for name in fold.linears if name in plans and plans[name].method == "awq"]
-    if not searched or searched[0] not in statistics:
+    searched = [name for name in fold.linears if name in plans and parse_method(plans[name].method).scaling]
+    if not searched:
         return
-    inputs, scheme = statistics[searched[0]], plans[searched[0]].scheme
-    attention = getattr(block, "self_attn", None) if fold.per_head else None
-    head_dim, repeats = (
-        (attention.head_dim, attention.num_key_value_groups) if attention is not None else (None, 1)
-    )
-    s = search_scales(
-        [weights[name] for name in searched],
-        inputs.hessian,
-        inputs.mean_abs,
-        scheme,
-        head_dim=head_dim,
-        repeats=repeats,
-    )
+    plan, inputs = plans[searched[0]], statistics.get(searched[0])
+    scaling, scheme = parse_method(plan.method).scaling, plan.scheme
+    matrices = [weights[name] for name in searched]
+    head_dim, repeats = heads(block, fold)
     source = block.get_submodule(fold.source)
-    if isinstance(source, nn.Linear):
-        rows = untie(s, head_dim, repeats) if head_dim is not None else s
-        weight = weights.get(fold.source, source.weight.detach())
-        weight, bias = fold_into_linear(weight, source.bias, rows)
-        if fold.source in weights:
-            weights[fold.source] = weight
-        else:
-            source.weight.data = weight
-        if bias is not None:
-            source.bias.data = bias
+    if scaling == "equalize":
+        s = equalizing_scales(
+            produced_range(source, fold, block, norms_plus_one), matrices, not isinstance(source, nn.Linear)
+        )
+        s = tie(s, head_dim, repeats)
+    elif inputs is None:
+        return
+    elif scaling == "awq":
+        s = search_scales(
+            matrices, inputs.hessian, inputs.mean_abs, scheme, head_dim=head_dim, repeats=repeats
+        )
     else:
-        norm: torch.Tensor = source.weight.detach()  # type: ignore[operator, assignment]
-        folded, s = fold_into_norm(norm.to(stored_dtype or norm.dtype), s, norms_plus_one)
-        source.weight.data = folded.to(norm.dtype)
-    scaled = inputs.scaled(1 / s)
+        s = smooth_scales(matrices, inputs, scheme, partial(tie, head_dim=head_dim, repeats=repeats))
+    if fold.source in weights:  # kept in float32 besides, where it is to be packed itself
+        rows = untie(s, head_dim, repeats) if head_dim is not None else s
+        weights[fold.source], _ = fold_into_linear(weights[fold.source], None, rows)
+    s = divide_source(block, fold, s, norms_plus_one, stored_dtype)
+    after = None if inputs is None else inputs.scaled(1 / s)
     for name in fold.linears:
+        linear = linear_in(block, name)
+        wide = weights[name] if name in weights else linear.weight.float()
+        linear.weight.data = (wide * s).to(linear.weight.dtype)
         if name in weights:
-            weights[name] = weights[name] * s
-            if name in statistics:
-                statistics[name] = scaled
-        else:
-            linear = linear_in(block, name)
-            linear.weight.data = (linear.weight.float() * s).to(linear.weight.dtype)
+            weights[name] = wide * s
+        if name in statistics and after is not None:
+            statistics[name] = after
 
 
-def quantize_linear(weight: torch.Tensor, plan: ModulePlan, inputs: InputStatistics | None) -> ModuleResult:
+def produced_range(source: nn.Module, fold: Fold, block: nn.Module, norms_plus_one: bool) -> torch.Tensor:
+    """Range of each channel [K] at its producer: the norm's factor, or the largest |weight| of the linear's row."""
+    weight: torch.Tensor = source.weight.detach().float()  # type: ignore[operator, union-attr, assignment]
+    if not isinstance(source, nn.Linear):
+        return (weight + 1.0 if norms_plus_one else weight).abs()
+    K = linear_in(block, fold.linears[0]).in_features
+    head_dim, repeats = heads(block, fold)
+    rows = weight[-(K // repeats) :].abs().amax(1)
+    if head_dim is None:
+        return rows
+    return rows.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
+
+
+def quantize_linear(
+    weight: torch.Tensor,
+    plan: ModulePlan,
+    inputs: InputStatistics | None,
+    factors: dict[int, Factor] | None = None,
+) -> ModuleResult:
     """Packs one weight [N, K], of any floating dtype, by its plan.
 
     Falls back to rounding where GPTQ cannot, and says so.
+
+    Args:
+        factors: of Hessians, by the identity of their statistics; added to.
     """
-    scheme, method, remark = plan.scheme, plan.method, plan.remark
-    expert_tokens = None
+    began = time.monotonic()
+    scheme, method, name, remark = plan.scheme, parse_method(plan.method), plan.method, plan.remark
+    tokens = inputs.tokens if inputs is not None else 0
     if needs_activations(plan):
-        tokens = inputs.tokens if inputs is not None else 0
         if not tokens:
             return quantize_untouched(weight, plan, inputs)
         if tokens < FEW_TOKENS * weight.shape[1]:
-            few = f"only {tokens} calibration tokens for {weight.shape[1]} input channels"
-            remark = f"{remark}; " * bool(remark) + few
-        expert_tokens = tokens if is_expert(plan) else None
-    if method == "gptq" and inputs is not None:
-        try:
-            result = gptq(weight, inputs.hessian, scheme)
-            quantized = result.quantized
-            if result.damp_percent > DAMP_PERCENT:
-                remark = f"{remark}; " * bool(remark) + f"damping raised to {result.damp_percent:g}"
-        except HessianError as error:
-            method, remark, quantized = (
-                "rtn",
-                f"gptq failed, rounded to nearest: {error}",
-                rtn(weight, scheme),
+            remark = with_remark(
+                remark, f"only {tokens} calibration tokens for {weight.shape[1]} input channels"
             )
-    elif method == "awq" and inputs is not None:
-        quantized = awq(weight, inputs.hessian, scheme)
+    weight_error = damp = targets = None
+    if method.rounding in ("gptq", "gptaq") and inputs is not None:
+        try:
+            factor = (factors if factors is not None else {}).get(id(inputs)) or factorize(inputs.hessian)
+            if factors is not None:
+                factors.clear()  # linears that share an input come one after the other
+                factors[id(inputs)] = factor
+            target = weight
+            if method.rounding == "gptaq" and inputs.drift is not None:
+                target = weight.to(inputs.hessian) + weight.to(inputs.hessian) @ correction(inputs)
+            result = gptq(target, factor, scheme, keep_targets=method.learn and scheme.weight != "fp8")
+            quantized, damp, targets = result.quantized, result.damp_percent, result.targets
+            if damp > DAMP_PERCENT:
+                remark = with_remark(remark, f"damping raised to {damp:g}")
+        except HessianError as error:
+            remark = with_remark(remark, f"{method.rounding} failed, rounded to nearest: {error}")
+            name, quantized = "rtn", rtn(weight, scheme)
+    elif method.rounding == "clip":
+        if inputs is not None and tokens:
+            quantized = awq(weight, inputs.hessian, scheme)
+        else:
+            grid = search_clip(weight, scheme)
+            quantized = grid.pack(grid.round(weight))
+    elif method.rounding == "hqq":
+        quantized = hqq(weight, scheme)
     else:
         quantized, weight_error = round_to_nearest(weight, scheme)
     if scheme.activation_scale == "static" and inputs is not None:
         quantized = replace(quantized, input_scale=static_scale(inputs))
+    return replace(
+        judged(ModuleResult(plan, quantized, name, 0.0, "weight", remark), weight, inputs, weight_error),
+        damp_percent=damp,
+        targets=targets,
+        seconds=time.monotonic() - began,
+    )
 
-    if inputs is not None and inputs.tokens:
-        difference = weight - quantized.dequantize()
-        signal = output_error(weight, inputs.hessian)
-        relative = (output_error(difference, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0
-        return ModuleResult(plan, quantized, method, relative, "output", remark, expert_tokens)
-    return ModuleResult(plan, quantized, method, weight_error, "weight", remark)
+
+def judged(
+    result: ModuleResult,
+    weight: torch.Tensor,
+    inputs: InputStatistics | None,
+    weight_error: float | None = None,
+) -> ModuleResult:
+    """The result with its errors against the weight [N, K], and what else there is to tell.
+
+    Args:
+        weight_error: |E| / |W|, where it is known and the weight was rounded to nearest a few rows at a time.
+    """
+    scheme = result.plan.scheme
+    low, high = weight.aminmax()
+    ranges = dict(weight_min=low.item(), weight_max=high.item())
+    if weight_error is not None and (inputs is None or not inputs.tokens):
+        return replace(result, error=weight_error, **ranges)
+    wide = weight.float()
+    full = fit_grid(wide, scheme)
+    clip = None
+    if result.method != "rtn" and scheme.weight != "fp8":
+        clip = (result.quantized.scales.float() / full.scales.float()).abs().mean().item()
+
+    def relative(dequantized: torch.Tensor) -> float:
+        if inputs is None or not inputs.tokens:
+            size = wide.norm().item()
+            return (wide - dequantized).norm().item() / size if size else 0.0
+        with tensor_cores():
+            signal = output_error(wide, inputs.hessian)
+            return (output_error(wide - dequantized, inputs.hessian) / signal) ** 0.5 if signal > 0 else 0.0
+
+    measured = inputs is not None and inputs.tokens
+    return replace(
+        result,
+        error=relative(result.quantized.dequantize()),
+        error_rtn=relative(full.dequantize(full.round(wide))),
+        error_of="output" if measured else "weight",
+        tokens=inputs.tokens if measured and inputs else None,
+        input_absmax=inputs.max_abs.max().item() if measured and inputs else None,
+        clip=clip,
+        **ranges,
+    )
+
+
+def with_remark(first: str, second: str) -> str:
+    return "; ".join(filter(None, (first, second)))
 
 
 def is_expert(plan: ModulePlan) -> bool:
@@ -356,20 +615,15 @@ def is_expert(plan: ModulePlan) -> bool:
 def quantize_untouched(
     weight: torch.Tensor, plan: ModulePlan, lent: InputStatistics | None = None
 ) -> ModuleResult:
-    """Packs a weight [N, K] that no calibration token reached: rounded to nearest, int4 with a clip search.
+    """Packs a weight [N, K] that no calibration token reached: rounded to nearest, few bits with a clip search.
 
     Args:
         lent: what `lend_ranges` gives a linear with a static activation scale.
     """
     scheme = plan.scheme
-    remark = f"{plan.remark}; " * bool(plan.remark) + "no calibration token reached it: rounded to nearest"
-    if scheme.weight == "int4":
-        grid = search_clip(weight, scheme)
-        quantized = grid.pack(grid.round(weight))
-    else:
-        quantized, _ = round_to_nearest(weight, scheme)
-    norm = weight.float().norm().item()
-    lost = (weight.float() - quantized.dequantize()).norm().item()
+    remark = with_remark(plan.remark, "no calibration token reached it: rounded to nearest")
+    grid = search_clip(weight, scheme)
+    quantized = grid.pack(grid.round(weight))
     if scheme.activation_scale == "static":
         if lent is None:
             raise QuantKitError(
@@ -377,8 +631,8 @@ def quantize_untouched(
             )
         quantized = replace(quantized, input_scale=static_scale(lent))
         remark += ", activation scale from the other experts"
-    tokens = 0 if is_expert(plan) else None
-    return ModuleResult(plan, quantized, "rtn", lost / norm if norm else 0.0, "weight", remark, tokens)
+    result = judged(ModuleResult(plan, quantized, "rtn", 0.0, "weight", remark), weight, None)
+    return replace(result, tokens=0)
 
 
 def static_scale(inputs: InputStatistics) -> torch.Tensor:
@@ -398,6 +652,43 @@ def lend_ranges(statistics: dict[str, InputStatistics], plans: dict[str, ModuleP
             if ranges:
                 statistics[name] = InputStatistics(0, ranges[0].device)
                 statistics[name].max_abs = torch.stack(ranges).amax(0)
+
+
+def refine(
+    block: nn.Module,
+    results: dict[str, ModuleResult],
+    originals: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
+    inputs: BlockInputs,
+) -> dict[str, ModuleResult]:
+    """Learned rounding of the linears of a block that have targets; leaves their new weights in the block."""
+    activations = inputs.activations
+    grids = {
+        name: Grid(r.plan.scheme, r.quantized.shape, r.quantized.scales, r.quantized.zeros)
+        for name, r in results.items()
+    }
+    targets = {name: r.targets for name, r in results.items() if r.targets is not None}
+    dtypes = {name: linear_in(block, name).weight.dtype for name in results}
+    args, kwargs = activations.arguments[inputs.index]
+
+    def run(weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        named = {f"{name}.weight": weight.to(dtypes[name]) for name, weight in weights.items()}
+        out = functional_call(block, named, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    scales = {name: s for name, r in results.items() if (s := r.quantized.input_scale) is not None}
+    began = time.monotonic()
+    with rounded_inputs(block, {name: r.plan.scheme for name, r in results.items()}, scales):
+        learned = learn_rounding(run, targets, grids, activations.hidden, activations.outputs)
+    took = (time.monotonic() - began) / len(learned)
+    better = {}
+    for name, (codes, grid) in learned.items():
+        result = results[name]
+        quantized = replace(grid.pack(codes), input_scale=result.quantized.input_scale)
+        linear_in(block, name).weight.data = quantized.dequantize(dtypes[name])
+        result = replace(result, quantized=quantized, seconds=result.seconds + took)
+        better[name] = judged(result, originals[name], statistics[name])
+    return better
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> tuple[QuantizedTensor, float]:

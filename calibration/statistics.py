@@ -21,6 +21,9 @@ def tensor_cores() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+SAMPLED = 16  # rows kept of each batch, for searches over real inputs
+
+
 class InputStatistics:
     """Running statistics of the rows x of a linear's input, over all tokens added so far.
 
@@ -39,6 +42,7 @@ class InputStatistics:
         self.mean_abs = torch.zeros(K, device=device)
         self.max_abs = torch.zeros(K, device=device)
         self.tokens = 0
+        self.sampled: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Add x [..., K], any floating dtype, and what stands in its place in the original model."""
@@ -54,10 +58,15 @@ class InputStatistics:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.hessian)
             self.drift.addmm_((original.reshape(x.shape).to(x) - x).T, x, **weights)
+        self.sampled.append(x[:: -(-len(x) // SAMPLED)].clone())
         x = x.abs()
         self.mean_abs.lerp_(x.mean(0), len(x) / total)
         torch.maximum(self.max_abs, x.amax(0), out=self.max_abs)
         self.tokens = total
+
+    def rows(self) -> torch.Tensor:
+        """A sample of the rows added, evenly spaced in each batch, float32 [n, K]."""
+        return torch.cat(self.sampled)
 
     def scaled(self, factors: torch.Tensor) -> "InputStatistics":
         """Statistics of x * factors, factors positive [K]."""
@@ -66,6 +75,7 @@ class InputStatistics:
         out.hessian = self.hessian * both
         out.drift = None if self.drift is None else self.drift * both
         out.mean_abs, out.max_abs, out.tokens = self.mean_abs * factors, self.max_abs * factors, self.tokens
+        out.sampled = [rows * factors for rows in self.sampled]
         return out
 
 

@@ -10,18 +10,21 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from quantkit.calibration import data
 from quantkit.calibration.pipeline import (
     Activations,
+    BlockInputs,
     ModuleResult,
     advance,
     capture,
-    collect,
-    lend_ranges,
     needs_activations,
+    needs_original,
     quantize_block,
+    run_original,
+    with_remark,
 )
 from quantkit.calibration.rotation import Rotation, random_rotations, rotate_block, rotate_outer, untie_head
 from quantkit.errors import QuantKitError
 from quantkit.experts import unfuse_experts
 from quantkit.hf import QuantKitConfig, install
+from quantkit.method import parse_method
 from quantkit.models import FOLDS, NORMS_PLUS_ONE, decoder_blocks
 from quantkit.packing import QuantizedTensor
 from quantkit.recipe import CalibrationSpec, ModulePlan, Recipe, plan_modules
@@ -107,8 +110,12 @@ class Job:
     def block_plans(self, index: int) -> dict[str, ModulePlan]:
         prefix = f"{self.prefix}.{index}."
         return {
-            name.removeprefix(prefix): plan for name, plan in self.plans.items() if name.startswith(prefix)
+            self.inner_name(name, index): plan for name, plan in self.plans.items() if name.startswith(prefix)
         }
+
+    def inner_name(self, name: str, index: int) -> str:
+        """A linear's name inside its block."""
+        return name.removeprefix(f"{self.prefix}.{index}.")
 
     def outer_plans(self) -> dict[str, ModulePlan]:
         return {name: plan for name, plan in self.plans.items() if not name.startswith(f"{self.prefix}.")}
@@ -118,23 +125,34 @@ class Job:
         if self.rotation is not None:
             rotate_outer(self.model, self.rotation, self.dtype)
 
-    def quantize_block(self, index: int) -> list[ModuleResult]:
-        block, plans = self.blocks[index], self.block_plans(index)
+    def capture(self, tokens: torch.Tensor) -> None:
+        """Runs the calibration tokens up to the first block."""
+        self.activations = capture(self.model, self.blocks, tokens, self.device)
+        if any(needs_original(plan) for plan in self.plans.values()):
+            self.activations.original = list(self.activations.hidden)
+
+    def begin(self, index: int) -> None:
+        """What is done with a block before it is quantized, or its stored result put in its place."""
         if self.rotation is not None:
-            rotate_block(block, self.rotation)
-            plans = {name: with_remark(plan, self.rotation.remark) for name, plan in plans.items()}
-        statistics = {}
+            rotate_block(self.blocks[index], self.rotation)
         if self.activations is not None:
-            wanted = [name for name, plan in plans.items() if needs_activations(plan)]
-            statistics = collect(block, wanted, index, self.activations, self.device)
-            lend_ranges(statistics, plans)
+            run_original(self.blocks[index], index, self.activations, self.device)
+
+    def quantize_block(self, index: int) -> list[ModuleResult]:
+        plans = self.block_plans(index)
+        if self.rotation is not None:
+            remark = self.rotation.remark
+            plans = {
+                name: replace(plan, remark=with_remark(plan.remark, remark)) for name, plan in plans.items()
+            }
+        inputs = None if self.activations is None else BlockInputs(index, self.activations, self.device)
         kind = self.model.config.get_text_config().model_type
         if kind not in FOLDS:
             plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(
-            block,
+            self.blocks[index],
             plans,
-            statistics,
+            inputs,
             FOLDS.get(kind, ()),
             kind in NORMS_PLUS_ONE,
             self.dtype,
@@ -150,9 +168,16 @@ class Job:
             plans[name] = plan
         return quantize_block(self.model, plans, {}, runs_on=False) if plans else []
 
-    def advance(self, index: int) -> None:
-        if self.activations is not None and index + 1 < len(self.blocks):
-            advance(self.blocks[index], index, self.activations, self.device)
+    def advance(self, index: int, input_scales: dict[str, torch.Tensor]) -> None:
+        """Takes the calibration tokens through a block that holds its dequantized weights.
+
+        Args:
+            input_scales: the static activation scales of its linears, by their names inside the block.
+        """
+        if self.activations is None or index + 1 == len(self.blocks):
+            return
+        schemes = {name: plan.scheme for name, plan in self.block_plans(index).items()}
+        advance(self.blocks[index], index, self.activations, self.device, schemes, input_scales)
 
     def config(self, calibration: dict[str, Any] | None) -> QuantKitConfig:
         schemes = {plan.scheme.label: plan.scheme.to_dict() for plan in self.plans.values()}
@@ -160,14 +185,13 @@ class Job:
         return QuantKitConfig(schemes, order, self.recipe.to_dict(), calibration)
 
 
-def with_remark(plan: ModulePlan, remark: str) -> ModulePlan:
-    return replace(plan, remark="; ".join(filter(None, (plan.remark, remark))))
-
-
 def without_folds(plan: ModulePlan, kind: str) -> ModulePlan:
-    if plan.method != "awq":
+    scaling = parse_method(plan.method).scaling
+    if scaling is None:
         return plan
-    return replace(plan, remark=f"no place known for AWQ's scales in {kind}: its clip search alone")
+    return replace(
+        plan, remark=with_remark(plan.remark, f"no place known for {scaling}'s scales in {kind}: left out")
+    )
 
 
 def plan_without_activations(plan: ModulePlan) -> ModulePlan:
@@ -212,7 +236,7 @@ def quantize(
         calibration = describe_calibration(recipe.calibration, tokens)
     job.rotate_outer()
     if tokens is not None and job.needs_tokens:
-        job.activations = capture(model, job.blocks, tokens, job.device)
+        job.capture(tokens)
     progress.start(len(job.blocks) + 1)
     packed: dict[str, QuantizedTensor] = {}
 
@@ -225,8 +249,17 @@ def quantize(
 
     keep(job.quantize_outer())
     for index in range(len(job.blocks)):
-        keep(job.quantize_block(index))
-        job.advance(index)
+        job.begin(index)
+        results = job.quantize_block(index)
+        keep(results)
+        job.advance(
+            index,
+            {
+                job.inner_name(r.plan.name, index): s
+                for r in results
+                if (s := r.quantized.input_scale) is not None
+            },
+        )
     return install(model, packed, job.config(calibration))
 
 

@@ -9,14 +9,11 @@ import yaml
 from torch import nn
 
 from quantkit.errors import QuantKitError
+from quantkit.method import QUALITIES, Level, default_method, parse_method
 from quantkit.models import decoder_blocks, linears, packable
 from quantkit.scheme import GROUP_SIZES, Scheme, parse_scheme
 
 KEEP = "keep"  # in the place of a scheme: leave the module as it is
-ROTATE = (
-    "rotate"  # a step before the method, for the whole model: 'rotate+gptq', or alone with the default method
-)
-METHODS = {"rtn": "round-to-nearest", "gptq": "GPTQ (arXiv:2210.17323)", "awq": "AWQ (arXiv:2306.00978)"}
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,34 @@ class Recipe:
 
     Args:
         scheme: a preset or label, see `quantkit.scheme.parse_scheme`.
-        method: 'rtn', 'gptq' or 'awq'; None: gptq for w4a16, else rtn. A linear whose scheme the method
-            does not make (8-bit ones under gptq) is rounded to nearest. 'rotate+' before it, or 'rotate'
-            alone, first rotates the model (arXiv:2404.00456).
+        method: steps joined by '+', see `quantkit.method`; None: what `quality` chooses for each scheme. 'rotate'
+            is for the whole model and stands here alone.
         rules: exceptions, the first that matches a name decides.
         calibration: what is fed to the model where the method or the scheme needs activations.
+        quality: 'fast', 'balanced' or 'best', where no method is named.
     """
 
     scheme: str
     method: str | None = None
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    quality: Level = "balanced"
 
     def __post_init__(self) -> None:
         for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
             if scheme not in (None, KEEP):
                 parse_scheme(scheme)
-        for method in (self.rounding, *(rule.method for rule in self.rules)):
-            if method is not None and method not in METHODS:
-                raise QuantKitError(f"recipe: unknown method {method!r}; known: {', '.join(METHODS)}")
+        if self.quality not in QUALITIES:
+            raise QuantKitError(f"recipe: unknown quality {self.quality!r}; expected {', '.join(QUALITIES)}")
+        for method in (self.method, *(rule.method for rule in self.rules)):
+            try:
+                parsed = parse_method(method) if method is not None else None
+            except QuantKitError as error:
+                raise QuantKitError(f"recipe: {error}") from error
+            if parsed and parsed.rotate and method is not self.method:
+                raise QuantKitError(
+                    f"recipe: rule with method {method!r}: a rotation is of the whole model; name it in the recipe's method"
+                )
         for rule in self.rules:
             try:
                 re.compile(rule.match)
@@ -84,12 +90,7 @@ class Recipe:
 
     @property
     def rotates(self) -> bool:
-        return self.method is not None and self.method.split("+")[0] == ROTATE
-
-    @property
-    def rounding(self) -> str | None:
-        """The method without the rotation before it."""
-        return self.method.partition("+")[2] or None if self.rotates and self.method else self.method
+        return self.method is not None and parse_method(self.method).rotate
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
@@ -186,9 +187,9 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
                 f"{name} shares its weight with the embedding: packing would untie them; leave it out"
             )
         scheme, remark = fit_scheme(parse_scheme(label), linear.in_features)
-        method = (rule and rule.method) or recipe.rounding or ("gptq" if scheme.weight == "int4" else "rtn")
-        if scheme.weight != "int4" and method != "rtn":
-            method, remark = "rtn", remark or f"{method} is for w4a16"
+        method = (rule and rule.method) or recipe.method or default_method(scheme, recipe.quality)
+        if parse_method(method).rounding == "hqq" and scheme.bits == 8:
+            method, remark = method.replace("hqq", "rtn"), remark or "hqq is for 2 to 4 bits"
         plans[name] = ModulePlan(name, scheme, method, remark)
     if unused:
         raise QuantKitError(f"recipe: no linear of {type(model).__name__} matches {sorted(unused)[0]!r}")

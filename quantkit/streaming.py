@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
-from quantkit.calibration.pipeline import ModuleResult, capture, not_finite
+from quantkit.calibration.pipeline import ModuleResult, not_finite
 from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
@@ -106,7 +106,7 @@ def quantize_checkpoint(
 
         def write(
             name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
-        ) -> None:
+        ) -> dict[str, torch.Tensor]:
             nonlocal packed_weights, packed_code_bytes, packed_bytes
             stored = writer.read_part(name)
             if stored is None:
@@ -128,18 +128,20 @@ def quantize_checkpoint(
                 )
                 progress.module({"name": module_name, **note})
             progress.step()
+            return tensors
 
         progress.start(len(job.blocks) + 1)
         loader.load_outer()
         job.rotate_outer()
         if tokens is not None and job.needs_tokens:
-            job.activations = capture(model, job.blocks, tokens, device)
+            job.capture(tokens)
         write(OUTER, model, "", job.quantize_outer)
         loader.unload_outer()
         for index, block in enumerate(job.blocks):
             with loader.loaded(index) as prefix:
-                write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
-                job.advance(index)
+                job.begin(index)
+                stored = write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
+                job.advance(index, input_scales(stored, prefix))
         finish(writer, job, folder, calibration)
     return Summary(
         job.modules,
@@ -160,6 +162,16 @@ def check_out(out: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         fault = "not writable" if parent.is_dir() else "not a directory"
         raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+
+
+def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The static activation scales among a part's tensors, by the names of their linears inside the block."""
+    suffix = ".input_scale"
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(suffix)
+    }
 
 
 class BlockLoader:
