@@ -107,6 +107,15 @@ def test_no_kernel_lists_every_reason(target, M, group_size, reason):
     assert f"w4a16_dequantize runs on a CPU, not on {target}" in str(error.value)
 
 
+@pytest.mark.parametrize("op", ["wna16", "w4a8"])
+def test_a_block_of_columns_has_one_scale_on_a_gpu(op):
+    with pytest.raises(
+        ValueError, match=f"{op}_triton needs a group_size that is a multiple of 32, or 0, not 48"
+    ):
+        kernel_name(op, "sm_90", 1, 64, 96, BF16, torch.int32, 48)
+    assert kernel_name(op, "cpu", 1, 64, 96, BF16, torch.int32, 48) == KERNELS[op][-1].name
+
+
 def test_an_unknown_op_lists_the_known_ones():
     with pytest.raises(
         ValueError,
