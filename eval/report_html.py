@@ -34,6 +34,7 @@ STYLE: Any = {  # matplotlib's stubs name every key
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.3,
@@ -70,7 +71,7 @@ section>.soft{max-width:46rem}
 .tiles div,figure,.sample,.scroll{background:var(--card);border-radius:6px;padding:.7rem .9rem}
 .tiles dt{font-size:.8rem}.tiles dl,dl.tiles,dd{margin:0}
 .tiles dd{font-size:1.25rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.8rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.8rem;align-items:start}
 figure{margin:0}figure svg{display:block;width:100%;height:auto}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
 figcaption{font-size:.85rem}figcaption b{color:var(--ink);display:block;font-size:.95rem}
@@ -79,7 +80,7 @@ ul.findings li{padding:.25rem 0 .25rem 1.1rem;position:relative;overflow-wrap:an
 ul.findings li::before{content:"";position:absolute;left:0;top:.75rem;width:.6rem;height:.6rem;border-radius:50%;background:var(--c)}
 .sample{margin-bottom:.8rem;overflow-wrap:anywhere}
 .sample div{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1rem;margin-top:.5rem}
-.sample span{color:var(--soft);font-size:.8rem;display:block}.pre{white-space:pre-wrap}
+.sample span{color:var(--soft);font-size:.8rem;display:block}q{white-space:pre-wrap;quotes:none}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem .2rem 0;text-align:right;white-space:nowrap}
@@ -150,8 +151,8 @@ def samples(report: Report) -> str:
         return ""
     cards = [
         f'<div class="sample"><b>{escape(sample.prompt)} …</b><div>'
-        f'<p><span>original</span><span class="pre" style="color:inherit;font-size:inherit">{escape(sample.original)}</span></p>'
-        f'<p><span>quantized</span><span class="pre" style="color:inherit;font-size:inherit">{escape(sample.quantized)}</span></p>'
+        f"<p><span>original</span><q>{escape(sample.original.strip())}</q></p>"
+        f"<p><span>quantized</span><q>{escape(sample.quantized.strip())}</q></p>"
         "</div></div>"
         for sample in report.samples
     ]

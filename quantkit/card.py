@@ -63,7 +63,7 @@ def model_card(report: Report) -> str:
     ]
     for sample in report.samples:
         lines += [
-            f"**{one_line(sample.prompt)}** ...",
+            f"**{cell(sample.prompt)}** ...",
             "",
             f"- original: {cell(sample.original)}",
             f"- quantized: {cell(sample.quantized)}",

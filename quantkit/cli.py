@@ -314,7 +314,7 @@ def report_table(modules: Sequence[ModuleReport]) -> Table:
         ("nearest", lambda m: number(m.error_rtn, ".2%")),
         ("damping", lambda m: number(m.damp_percent, "g")),
         ("range", lambda m: number(m.clip, ".2f")),
-        ("tokens", lambda m: number(m.tokens, "d")),
+        ("tokens", lambda m: number(m.tokens, ".0f")),
         ("max |w|", lambda m: number(m.weight_absmax, ".3g")),
         ("max |x|", lambda m: number(m.input_absmax, ".3g")),
     ]

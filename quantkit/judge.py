@@ -72,7 +72,7 @@ def sentence(report: Report, severity: Severity, findings: list[Finding]) -> str
         more = f" (and {len(worst) - 1} more)" if len(worst) > 1 else ""
         return f"{opening}: {worst[0].text}{more}."
     if report.held_out is None:
-        return f"As it should be: {what}; errors of all {len(report.modules)} linears are ordinary, text was not compared."
+        return f"As it should be: {what}; errors of all {len(report.modules)} linears are ordinary; held-out text was not compared."
     held = report.held_out
     return (
         f"As it should be: {what} is {held.kl:.4f} nats from the original on text that it was not calibrated on, "

@@ -2,7 +2,7 @@
 
 The same run gives the same bytes of every file of a checkpoint but two: `quantkit_timings.json` and
 `report.html`. So whatever depends on the clock or on what else the machine does is kept in `Timings`, and
-a `Report` holds neither times nor dates nor paths.
+a `Report` holds neither times nor dates.
 """
 
 import json

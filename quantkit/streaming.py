@@ -54,6 +54,8 @@ from quantkit.report import (
 )
 from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
 
+# what config.json keeps of a part's notes on a module; the rest are fields of ModuleReport, and its seconds
+IN_CONFIG = ("scheme", "method", "error", "error_of", "remark")
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 
@@ -109,6 +111,7 @@ def quantize_checkpoint(
     loader = BlockLoader(job, reader, device)
 
     calibration = None
+    held_whole = job.needs_tokens and tokens is None and recipe.calibration.source == "self"
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
@@ -128,6 +131,7 @@ def quantize_checkpoint(
     packed_weights = packed_code_bytes = packed_bytes = 0
     reported: list[ModuleReport] = []
     timed: list[BlockTiming] = []
+    module_seconds: dict[str, float] = {}
     verdict = None
 
     with CheckpointWriter(out, fingerprint) as writer:
@@ -147,7 +151,9 @@ def quantize_checkpoint(
             packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
             for note in notes:
                 module_name = note.pop("name")
-                job.modules[module_name] = note
+                if (took := note.pop("seconds", None)) is not None:
+                    module_seconds[module_name] = took
+                job.modules[module_name] = {key: note[key] for key in IN_CONFIG if key in note}
                 N, K = tensors[f"{module_name}.weight"].tolist()
                 code_bytes = sum(
                     tensors[key].nbytes
@@ -183,13 +189,7 @@ def quantize_checkpoint(
         def add_report(folder_out: Path) -> None:
             nonlocal verdict
             source_bytes = sum(t.stop - t.start for t in reader.tensors.values())
-            written, skipped = try_out(
-                folder,
-                folder_out,
-                device,
-                source_bytes,
-                bool(calibration) and recipe.calibration.source == "self",
-            )
+            written, skipped = try_out(folder, folder_out, device, source_bytes, held_whole)
             order = {name: i for i, name in enumerate(job.plans)}
             found = Report(
                 model=str(source) if folder != Path(source) else folder.resolve().name,
@@ -213,7 +213,7 @@ def quantize_checkpoint(
             )
             verdict = judge(found)
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            timings = Timings(time.monotonic() - started, peak, tuple(timed))
+            timings = Timings(time.monotonic() - started, peak, tuple(timed), module_seconds)
             write_report(folder_out, replace(found, verdict=verdict), timings)
 
         finish(writer, job, folder, calibration, add_report if report else None)
@@ -291,10 +291,12 @@ class BlockLoader:
                 "have; they belong to different models"
             )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
+        self.ranges: dict[str, dict[str, float]] = {}  # of its planned weights
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         tensors = self.reader.load(names)
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.ranges = {}
         shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
             if bad := not_finite(tensor):
@@ -307,6 +309,9 @@ class BlockLoader:
                     f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
                     f"config.json makes it {list(shapes[name.removeprefix(prefix)])}; they belong to different models"
                 )
+            if name.removesuffix(".weight") in self.job.plans:
+                least, most = tensor.aminmax()
+                self.ranges[name] = {"weight_min": least.item(), "weight_max": most.item()}
         # half precision is slow on a CPU, and adds its own rounding to the statistics
         upcast = self.device.type == "cpu" and self.job.needs_tokens
         ready = {
@@ -361,7 +366,10 @@ class BlockLoader:
             tensors[f"{name}.weight"] = torch.tensor(result.quantized.shape)
             for suffix, tensor in result.quantized.tensors().items():
                 tensors[f"{name}.{suffix}"] = tensor.cpu()
-        return tensors, [{"name": result.plan.name, **result.to_dict()} for result in results]
+        return tensors, [
+            {"name": result.plan.name, **result.to_dict(), **self.ranges[f"{result.plan.name}.weight"]}
+            for result in results
+        ]
 
     def restore(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
         """Makes a loaded part what it was after `pack`, from the stored tensors."""
