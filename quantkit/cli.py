@@ -299,7 +299,8 @@ def inspect(
     out.print(table)
     report = read_report(folder)
     if report is not None:
-        out.print(report_table(report.modules))
+        if len((table := report_table(report.modules)).columns) > 2:  # more than the error, which is above
+            out.print(table)
         out.print(f"{folder / HTML} shows it all", highlight=False, soft_wrap=True)
         if report.verdict is not None:
             print_verdict(report.verdict)
