@@ -11,7 +11,7 @@ from quantkit.report import HTML, REPORT, Report
 BITS_TAGS = {"int8": "8-bit", "fp8": "fp8", "int4": "4-bit", "int3": "3-bit", "int2": "2-bit"}
 
 USE = """```python
-import quantkit  # pip install quantkit; teaches transformers the format
+import quantkit  # teaches transformers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}", device_map="auto")
