@@ -122,7 +122,9 @@ def test_quantize_prints_a_line_a_module_and_a_summary(run, model, tmp_path):
     assert summary["verdict"]["severity"] == "ok"
     assert summary["verdict"]["sentence"] in out
     assert (tmp_path / "out" / "report.html").exists()
-    code, shown, err = run("inspect", tmp_path / "out", "--device", "cpu", "--json", tmp_path / "inspect.json")
+    code, shown, err = run(
+        "inspect", tmp_path / "out", "--device", "cpu", "--json", tmp_path / "inspect.json"
+    )
     assert (code, err) == (0, "")
     assert summary["verdict"]["sentence"] in shown
     assert "max |w|" in shown
