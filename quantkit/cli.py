@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
@@ -27,7 +29,7 @@ from quantkit.eval.peers import PEERS
 from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import environment, write_records
-from quantkit.eval.tables import quality_tables, rich_table, tables
+from quantkit.eval.tables import number, quality_tables, rich_table, tables
 from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writable
 from quantkit.experts import describe_experts
 from quantkit.kernels.dispatch import target_of
@@ -36,6 +38,7 @@ from quantkit.linear import QuantLinear, kernel_of
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.quantize import Progress
 from quantkit.recipe import METHODS, CalibrationSpec, Recipe, read_recipe
+from quantkit.report import HTML, ModuleReport, Verdict, read_report
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
 from quantkit.source import load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
@@ -204,7 +207,9 @@ def quantize(
             step=lambda: bar.advance(task),
         )
         try:
-            summary = quantize_checkpoint(model, out_dir, plan, pick_device(device), progress=progress)
+            summary = quantize_checkpoint(
+                model, out_dir, plan, pick_device(device), progress=progress, report=True
+            )
         except KeyboardInterrupt:
             bar.stop()
             if (staging := out_dir.with_name(out_dir.name + ".partial")).exists():
@@ -225,7 +230,19 @@ def quantize(
         highlight=False,
         soft_wrap=True,
     )
+    if summary.verdict is not None:
+        print_verdict(summary.verdict)
     save_json(json_file, asdict(summary))
+
+
+def print_verdict(verdict: Verdict) -> None:
+    color = {"ok": "green", "warning": "yellow", "alarm": "red"}
+    lines = [f"[{color[f.severity]}]{f.severity:7}[/]  {escape(f.text)}" for f in verdict.findings]
+    text = "\n".join([f"[bold]{escape(verdict.sentence)}[/]", "", *lines])
+    out.print(
+        Panel(text, title="verdict", title_align="left", border_style=color[verdict.severity]),
+        highlight=False,
+    )
 
 
 def module_line(module: dict[str, Any]) -> str:
@@ -287,10 +304,35 @@ def inspect(
         row = next(row for row in rows if (row["scheme"], row["N"], row["K"]) == key)
         table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *row["kernels"].values())
     out.print(table)
-    save_json(
-        json_file,
-        {"format_version": config.format_version, "target": target, "bytes": total, "modules": rows},
+    report = read_report(folder)
+    if report is not None:
+        if len((table := report_table(report.modules)).columns) > 2:  # more than the error, which is above
+            out.print(table)
+        out.print(f"{folder / HTML} shows it all", highlight=False, soft_wrap=True)
+        if report.verdict is not None:
+            print_verdict(report.verdict)
+    content = {"format_version": config.format_version, "target": target, "bytes": total, "modules": rows}
+    save_json(json_file, content if report is None else {**content, "report": asdict(report)})
+
+
+def report_table(modules: Sequence[ModuleReport]) -> Table:
+    """What calibration measured of each module, in the columns that hold anything, within 100 characters."""
+    columns: list[tuple[str, Callable[[ModuleReport], str]]] = [
+        ("error", lambda m: f"{m.error:.2%}"),
+        ("nearest", lambda m: number(m.error_rtn, ".2%")),
+        ("damping", lambda m: number(m.damp_percent, "g")),
+        ("range", lambda m: number(m.clip, ".2f")),
+        ("tokens", lambda m: number(m.tokens, ".0f")),
+        ("max |w|", lambda m: number(m.weight_absmax, ".3g")),
+        ("max |x|", lambda m: number(m.input_absmax, ".3g")),
+    ]
+    kept = [(name, text) for name, text in columns if any(text(module) != "-" for module in modules)]
+    table = Table(
+        Column("module", overflow="fold"), *(Column(name, justify="right") for name, _ in kept), box=None
     )
+    for module in modules:
+        table.add_row(module.name, *(text(module) for _, text in kept))
+    return table
 
 
 @app.command(name="verify")

@@ -1,6 +1,5 @@
 """The main job in one go: every scheme of one small model, quantized, loaded back, judged."""
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from quantkit.calibration.data import evaluation_text, text_source
 from quantkit.eval.decode import generate_seconds, scheme_of
+from quantkit.eval.held_out import DEFAULT_TEXT
 from quantkit.eval.quality import Quality, evaluate, quality_record
 from quantkit.load import load, load_model
 from quantkit.quantize import calibration_tokens
@@ -36,7 +36,6 @@ ROWS = (  # scheme, method
     ("w3a16-g128", "gptq"),
     ("w2a16-g32", "gptq"),
 )
-DEFAULT_TEXT = f"pydoc_data.topics of Python {sys.version_info.major}.{sys.version_info.minor}"
 PROMPT, NEW_TOKENS = 32, 16  # of the speed figure
 
 

@@ -11,6 +11,7 @@ from quantkit.errors import QuantKitError
 from quantkit.hf import METHOD, QuantKitConfig
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of, tensor_specs
+from quantkit.report import REPORT, read_report
 from quantkit.source import auto_class, auto_config, first_line
 
 
@@ -41,7 +42,8 @@ def read_quantized_config(folder: Path) -> QuantKitConfig:
 def verify(folder: Path) -> list[str]:
     """Everything that is wrong with a quantkit directory, a line each; an empty list means whole.
 
-    Checks that every packed module has its tensors, and every tensor's presence, shape, dtype and checksum.
+    Checks that every packed module has its tensors, every tensor's presence, shape, dtype and checksum, and that
+    the report, where there is one, is of these modules. The model card is its reader's to edit.
     """
     config = read_quantized_config(folder)
     reader = CheckpointReader(folder)
@@ -65,6 +67,13 @@ def verify(folder: Path) -> list[str]:
             if tensor is None or tensor.shape != expected:
                 found = "missing" if tensor is None else list(tensor.shape)
                 lines.append(f"{name}.{suffix}: {found}, scheme {scheme.label} expects {list(expected)}")
+    report = read_report(folder)
+    if report is not None and {m.name: m.scheme for m in report.modules} != {
+        name: config.scheme_of(name).label for name in config.modules
+    }:
+        lines.append(
+            f"{REPORT}: lists other modules or schemes than config.json; delete it, it is of another run"
+        )
     return lines
 
 

@@ -47,7 +47,7 @@ def resolve(model: str | Path) -> Path:
     if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise QuantKitError(f"{model}: no such model directory")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *COPIED]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "README.md", *COPIED]))
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantKitError(

@@ -2,25 +2,32 @@
 
 import ctypes
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.calibration.pipeline import ModuleResult, not_finite
-from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256
+from quantkit.card import license_of, model_card
+from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256, write_text
 from quantkit.errors import QuantKitError
+from quantkit.eval import samples as sampling
+from quantkit.eval.report_html import report_html
 from quantkit.hf import linear_called, packed_twin
+from quantkit.judge import judge
 from quantkit.linear import replace_module
+from quantkit.load import load_model
 from quantkit.names import model_names
 from quantkit.packing import QuantizedTensor
 from quantkit.quantize import (
@@ -33,14 +40,32 @@ from quantkit.quantize import (
     describe_calibration,
 )
 from quantkit.recipe import Recipe
-from quantkit.source import COPIED, empty_model, load_tokenizer, read_config, resolve, whole_model
+from quantkit.report import (
+    CARD,
+    HTML,
+    REPORT,
+    TIMINGS,
+    BlockTiming,
+    ModuleReport,
+    Report,
+    Sample,
+    Timings,
+    Verdict,
+    report_json,
+)
+from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
 
+# what config.json keeps of a part's notes on a module; the rest are fields of ModuleReport, and its seconds
+IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after."""
+    """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after.
+
+    `verdict` is there if a report was asked for.
+    """
 
     modules: dict[str, dict[str, Any]]
     calibration: dict[str, Any] | None
@@ -49,6 +74,7 @@ class Summary:
     source_bytes: int
     packed_bytes: int
     seconds: float
+    verdict: Verdict | None = None
 
 
 def quantize_checkpoint(
@@ -58,6 +84,7 @@ def quantize_checkpoint(
     device: torch.device | str | None = None,
     tokens: torch.Tensor | None = None,
     progress: Progress | None = None,
+    report: bool = False,
 ) -> Summary:
     """Quantizes a model directory (or hub name) into `out`, one decoder block in memory at a time.
 
@@ -66,6 +93,8 @@ def quantize_checkpoint(
     Args:
         device: where blocks are worked on; a GPU if there is one, by default.
         tokens: int64 [samples, seq_len] to calibrate on, in the place of the recipe's calibration.
+        report: judge the result, and put a model card and a report beside it (FORMAT.md names the files). A
+            model that is small or was sampled from is loaded once more for it, to let it write.
 
     Raises:
         QuantKitError: the model or the recipe is at fault, or `out` exists.
@@ -84,6 +113,7 @@ def quantize_checkpoint(
     loader = BlockLoader(job, reader, device)
 
     calibration = None
+    held_whole = job.needs_tokens and tokens is None and recipe.calibration.source == "self"
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
@@ -101,6 +131,10 @@ def quantize_checkpoint(
         "calibration": calibration,
     }
     packed_weights = packed_code_bytes = packed_bytes = 0
+    reported: list[ModuleReport] = []
+    timed: list[BlockTiming] = []
+    module_seconds: dict[str, float] = {}
+    verdict = None
 
     with CheckpointWriter(out, fingerprint) as writer:
 
@@ -119,13 +153,21 @@ def quantize_checkpoint(
             packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
             for note in notes:
                 module_name = note.pop("name")
-                job.modules[module_name] = note
-                packed_weights += int(tensors[f"{module_name}.weight"].prod())
-                packed_code_bytes += sum(
+                if (took := note.pop("seconds", None)) is not None:
+                    module_seconds[module_name] = took
+                job.modules[module_name] = {key: note[key] for key in IN_CONFIG if key in note}
+                N, K = tensors[f"{module_name}.weight"].tolist()
+                code_bytes = sum(
                     tensors[key].nbytes
                     for suffix in ("codes", "scales", "zeros", "input_scale")
                     if (key := f"{module_name}.{suffix}") in tensors
                 )
+                packed_weights += N * K
+                packed_code_bytes += code_bytes
+                scales = tensors[f"{module_name}.scales"].float()
+                bad = int((~(scales.isfinite() & (scales != 0))).sum())
+                bits = 8 * code_bytes / (N * K)
+                reported.append(ModuleReport(module_name, N, K, bits=bits, bad_scales=bad, **note))
                 progress.module({"name": module_name, **note})
             progress.step()
             return tensors
@@ -138,11 +180,48 @@ def quantize_checkpoint(
         write(OUTER, model, "", job.quantize_outer)
         loader.unload_outer()
         for index, block in enumerate(job.blocks):
+            begun, new = time.monotonic(), not writer.part(f"block-{index:05d}").exists()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             with loader.loaded(index) as prefix:
                 job.begin(index)
                 stored = write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
                 job.advance(index, input_scales(stored, prefix))
-        finish(writer, job, folder, calibration)
+            if new:
+                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                timed.append(BlockTiming(index, time.monotonic() - begun, peak))
+
+        def add_report(folder_out: Path) -> None:
+            nonlocal verdict
+            source_bytes = sum(t.stop - t.start for t in reader.tensors.values())
+            written, skipped = try_out(folder, folder_out, device, source_bytes, held_whole)
+            order = {name: i for i, name in enumerate(job.plans)}
+            found = Report(
+                model=str(source) if folder != Path(source) else folder.resolve().name,
+                on_hub=folder != Path(source),
+                architecture=type(model).__name__,
+                schemes={plan.scheme.label: plan.scheme.to_dict() for plan in job.plans.values()},
+                recipe=recipe.to_dict(),
+                calibration=calibration,
+                versions={
+                    "quantkit": __version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                source_bytes=source_bytes,
+                packed_bytes=packed_bytes,
+                modules=tuple(sorted(reported, key=lambda module: order[module.name])),
+                license=license_of(folder),
+                samples=written,
+                samples_skipped=skipped,
+            )
+            verdict = judge(found)
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            timings = Timings(time.monotonic() - started, peak, tuple(timed), module_seconds)
+            write_report(folder_out, replace(found, verdict=verdict), timings)
+
+        finish(writer, job, folder, calibration, add_report if report else None)
     return Summary(
         job.modules,
         calibration,
@@ -151,7 +230,36 @@ def quantize_checkpoint(
         sum(t.stop - t.start for t in reader.tensors.values()),
         packed_bytes,
         time.monotonic() - started,
+        verdict,
     )
+
+
+def write_report(folder: Path, report: Report, timings: Timings) -> None:
+    """Puts a report that was judged, and the model card, into a checkpoint's folder."""
+    write_text(folder / REPORT, report_json(report))
+    write_text(folder / TIMINGS, report_json(timings))
+    write_text(folder / CARD, model_card(report))
+    write_text(folder / HTML, report_html(report, timings))
+
+
+def try_out(
+    source: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
+) -> tuple[tuple[Sample, ...], str]:
+    """What both models write, or why they were not asked to."""
+    if skipped := sampling.why_not(source_bytes, held_whole, device):
+        return (), skipped
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        tokenizer = load_tokenizer(source)
+        return sampling.samples(
+            lambda: whole_model(source, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
+        ), ""
+    except (
+        Exception
+    ) as error:  # the checkpoint is made: whatever `generate` makes of an odd model costs the sample alone
+        return (), first_line(error)
+    finally:
+        release_memory()
 
 
 def check_out(out: Path) -> None:
@@ -299,7 +407,13 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[str, Any] | None) -> None:
+def finish(
+    writer: CheckpointWriter,
+    job: Job,
+    folder: Path,
+    calibration: dict[str, Any] | None,
+    add_report: Callable[[Path], None] | None,
+) -> None:
     """Turns the empty model into the one that will be loaded, for the order of its tensors, and closes the run."""
     model = job.model
     for name, plan in job.plans.items():
@@ -317,6 +431,8 @@ def finish(writer: CheckpointWriter, job: Job, folder: Path, calibration: dict[s
             for file in sorted(folder.glob(pattern)):
                 if file.is_file() and file.name != INDEX:
                     shutil.copyfile(file, out / file.name)
+        if add_report is not None:
+            add_report(out)
 
     writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), add_files)
 

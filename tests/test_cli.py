@@ -133,6 +133,16 @@ def test_quantize_prints_a_line_a_module_and_a_summary(run, model, tmp_path):
     assert 8 < summary["bits_per_weight"] < 9
     assert summary["packed_bytes"] < summary["source_bytes"]
     assert any(f"14 linears, {summary['bits_per_weight']:.3f} bits a weight" in line for line in lines)
+    assert summary["verdict"]["severity"] == "ok"
+    assert summary["verdict"]["sentence"] in out
+    assert (tmp_path / "out" / "report.html").exists()
+    code, shown, err = run(
+        "inspect", tmp_path / "out", "--device", "cpu", "--json", tmp_path / "inspect.json"
+    )
+    assert (code, err) == (0, "")
+    assert summary["verdict"]["sentence"] in shown
+    assert "max |w|" in shown
+    assert len(json.loads((tmp_path / "inspect.json").read_text())["report"]["modules"]) == 2 * 7
 
 
 def test_inspect_shows_the_modules_and_the_kernels(run, packed, tmp_path):
