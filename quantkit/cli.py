@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from quantkit import __version__
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import bench_decode
@@ -163,11 +163,14 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="YAML with scheme, method, rules, calibration.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="self (sampled from the model), a text file, or a datasets name; default self."),
+        typer.Option(help="self (sampled from the model), a text or .jsonl file, or a datasets name; default self."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences; default 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a calibration sequence; default 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration tokens; default 0.")] = None,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Go on where the text gives fewer sequences.")
+    ] = False,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -183,6 +186,7 @@ def quantize(
     else:
         plan = Recipe(read_scheme(scheme or "", group_size, asymmetric).label, method)
     given: dict[str, Any] = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    given["allow_short"] = allow_short or None
     spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
     plan = replace(plan, calibration=spec)
     with Bar(
@@ -192,8 +196,10 @@ def quantize(
         TimeRemainingColumn(),
         console=out,
     ) as bar:
+        sampling = bar.add_task("tokens sampled", total=None, visible=False)
         task = bar.add_task("blocks", total=None)
         progress = Progress(
+            sampled=lambda done, total: bar.update(sampling, completed=done, total=total, visible=True),
             start=lambda steps: bar.update(task, total=steps),
             module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
             step=lambda: bar.advance(task),
@@ -202,7 +208,7 @@ def quantize(
             summary = quantize_checkpoint(model, out_dir, plan, pick_device(device), progress=progress)
         except KeyboardInterrupt:
             bar.stop()
-            if (staging := out_dir.with_name(out_dir.name + ".partial")).exists():
+            if (staging := staging_folder(out_dir)).exists():
                 err.print(f"{staging} keeps the finished blocks; the same command continues", soft_wrap=True)
             raise
     if summary.calibration and summary.calibration["samples"] < spec.samples:
@@ -226,10 +232,6 @@ def module_line(module: dict[str, Any]) -> str:
     return escape(
         f"{module['name']}  {module['scheme']}  {module['method']}  {module['error_of']} error {module['error']:.2%}{remark}"
     )
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Quantizing a model in memory, and what that shares with quantizing from directory to directory."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,27 +29,35 @@ class Progress:
     """Called as the work goes on; the CLI draws with it.
 
     Attributes:
+        sampled: tokens that the model has written for its own calibration, and how many it will.
         start: the number of steps to come (blocks, and one more for what is outside them).
         module: a packed linear.
         step: a finished step.
     """
 
+    sampled: Callable[[int, int], None] = lambda done, total: None
     start: Callable[[int], None] = lambda steps: None
     module: Callable[[dict[str, Any]], None] = lambda module: None
     step: Callable[[], None] = lambda: None
 
 
 def calibration_tokens(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase | None, model: Callable[[], PreTrainedModel]
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: Callable[[], PreTrainedModel],
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Tokens int64 [samples, seq_len] by the spec; `model` loads the whole model, and is called for 'self' alone."""
     if spec.source == "self":
-        return data.sample_from_model(model(), spec.samples, spec.seq_len, spec.seed)
+        sampled = (progress or Progress()).sampled
+        return data.sample_from_model(model(), spec.samples, spec.seq_len, spec.seed, on_token=sampled)
     if tokenizer is None:
         raise QuantKitError(f"calibration from {spec.source} needs a tokenizer; pass tokenizer=")
-    text = data.text_source(spec.source)
+    text = data.text_source(spec.source, tokenizer)
     try:
-        return data.pack_tokens(tokenizer, text, spec.samples, spec.seq_len, spec.seed)
+        return data.pack_tokens(
+            tokenizer, text, spec.samples, spec.seq_len, spec.seed, allow_short=spec.allow_short
+        )
     except QuantKitError as error:
         if spec.source in str(error):
             raise
@@ -184,7 +192,7 @@ def quantize(
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, model.config)
-            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
+            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model, progress)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
         job.activations = capture(model, job.blocks, tokens, job.device)
@@ -207,4 +215,5 @@ def quantize(
 
 def describe_calibration(spec: CalibrationSpec, tokens: torch.Tensor) -> dict[str, Any]:
     samples, seq_len = tokens.shape
-    return {**asdict(spec), "samples": samples, "seq_len": seq_len, "sha256": data.tokens_sha256(tokens)}
+    described = {"source": spec.source, "samples": samples, "seq_len": seq_len, "seed": spec.seed}
+    return {**described, "sha256": data.tokens_sha256(tokens)}

@@ -1,13 +1,13 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
 import ctypes
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.calibration.pipeline import ModuleResult, capture, not_finite
-from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256
+from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, check_out, check_space, sha256
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
-from quantkit.linear import replace_module
+from quantkit.linear import replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.quantize import (
     Job,
@@ -32,9 +32,11 @@ from quantkit.quantize import (
     describe_calibration,
 )
 from quantkit.recipe import Recipe
+from quantkit.scheme import Scheme
 from quantkit.source import COPIED, empty_model, load_tokenizer, read_config, resolve, whole_model
 
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
+GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ def quantize_checkpoint(
     model = empty_model(config)
     job = Job(model, recipe, device)
     loader = BlockLoader(job, reader, device)
+    size = loader.packed_bytes()
+    check_space(out, size)
 
     calibration = None
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
             tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
-            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
+            tokens = calibration_tokens(
+                recipe.calibration, tokenizer, lambda: whole_model(folder, device), progress
+            )
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
     files = [folder / "config.json", *reader.files]
@@ -100,7 +106,7 @@ def quantize_checkpoint(
     }
     packed_weights = packed_code_bytes = packed_bytes = 0
 
-    with CheckpointWriter(out, fingerprint) as writer:
+    with CheckpointWriter(out, fingerprint, size) as writer:
 
         def write(
             name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
@@ -149,14 +155,9 @@ def quantize_checkpoint(
     )
 
 
-def check_out(out: Path) -> None:
-    """Refuses, before the work, a directory that cannot be made."""
-    if out.exists():
-        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        fault = "not writable" if parent.is_dir() else "not a directory"
-        raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+def packed_weight_bytes(scheme: Scheme, N: int, K: int) -> int:
+    """Bytes of codes, scales and zeros of a packed weight [N, K]."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in tensor_specs(scheme, N, K).values())
 
 
 class BlockLoader:
@@ -182,22 +183,33 @@ class BlockLoader:
                 f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
                 "have; they belong to different models"
             )
+        for name, parameter in job.model.state_dict().items():
+            stored = reader.find(name) if name not in tied else None
+            if stored is not None and stored.shape != parameter.shape:
+                raise QuantKitError(
+                    f"{stored.file}: {name} is {list(stored.shape)}, config.json makes it {list(parameter.shape)}; "
+                    "they belong to different models"
+                )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
+
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors that `pack` will give to store."""
+        planned = {f"{name}.weight" for name in self.job.plans}
+        kept = (self.reader.find(name) for name in self.names if name not in planned)
+        packed = 0
+        for name, plan in self.job.plans.items():
+            linear = linear_called(self.job.model, name)
+            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, linear.out_features, linear.in_features)
+        return packed + sum(tensor.stop - tensor.start for tensor in kept)
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         tensors = self.reader.load(names)
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
             if bad := not_finite(tensor):
                 raise QuantKitError(
                     f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
                     "infinite; mend the source checkpoint"
-                )
-            if tensor.shape != shapes[name.removeprefix(prefix)]:
-                raise QuantKitError(
-                    f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
-                    f"config.json makes it {list(shapes[name.removeprefix(prefix)])}; they belong to different models"
                 )
         # half precision is slow on a CPU, and adds its own rounding to the statistics
         upcast = self.device.type == "cpu" and self.job.needs_tokens

@@ -1,5 +1,6 @@
 """The command: what it prints, what it writes, and one clear line for every kind of bad input."""
 
+import errno
 import json
 import logging
 import shutil
@@ -98,9 +99,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def edit_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    edit_json(folder / "config.json", **changes)
 
 
 # what it prints and writes
@@ -336,6 +340,7 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(refused, 
     ("text", "words"),
     [
         ("scheme: w4a16\nbits: 4", ("recipe.yaml", "unknown name 'bits'", "known: scheme")),
+        ("scheme: w4a16\ncalibration: {allow_short: 1}", ("allow_short is 1", "expected true or false")),
         ("scheme: w3a16", ("recipe.yaml", "unknown scheme 'w3a16'", "known: w8a16")),
         ("scheme: [", ("recipe.yaml", "cannot be read as YAML")),
         ("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]", ("no linear", "'experts'")),
@@ -402,13 +407,71 @@ def test_calibration_text_at_fault_is_named(refused, model, tmp_path):
     (tmp_path / "empty.txt").touch()
     cases = {
         "absent.txt": ("absent.txt", "text file"),
-        "short.txt": ("short.txt", "one window needs 16", "longer text"),
+        "short.txt": ("short.txt", "has 4 tokens, but 2 sequences of 16 need 32", "longer text"),
+        "half.txt": ("half.txt", "has 21 tokens, but 2 sequences of 16 need 32", "the 1 that", "--allow-short"),
         "latin.txt": ("latin.txt", "not UTF-8"),
-        "empty.txt": ("empty.txt", "longer text"),
+        "binary.txt": ("binary.txt", "NUL", "no text file"),
+        "empty.txt": ("empty.txt", "no text in it"),
+        "strange.txt": ("strange.txt", "of the text's tokens are <unk>", "another model"),
+        "chats.jsonl": ("chats.jsonl, line 1", "no chat template"),
+        "broken.jsonl": ("broken.jsonl, line 1", "not JSON"),
     }
+    (tmp_path / "half.txt").write_text(" ".join(["w5"] * 20))
+    (tmp_path / "binary.txt").write_bytes(b"\0w5 " * 100)
+    (tmp_path / "strange.txt").write_text("ein anderes Deutsch als w5 " * 20)
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "w5"}]}')
+    (tmp_path / "broken.jsonl").write_text("{")
     for name, words in cases.items():
         arguments = (*GPTQ, "--calibration", tmp_path / name)
         refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_a_short_text_may_be_allowed(run, model, tmp_path):
+    add_tokenizer(model, 100)
+    (tmp_path / "half.txt").write_text(" ".join(["w5"] * 20))
+    text = ("--calibration", tmp_path / "half.txt")
+    note = "note: the text gives 1 of the 2 sequences asked for"
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ, *text, "--allow-short")
+    assert (code, err) == (0, "")
+    assert note in out.splitlines()
+    (tmp_path / "recipe.yaml").write_text(
+        f"scheme: w4a16-g32\ncalibration: {{source: {text[1]}, samples: 2, seq_len: 16, allow_short: true}}"
+    )
+    code, out, _ = run("quantize", model, tmp_path / "again", "--recipe", tmp_path / "recipe.yaml")
+    assert (code, note in out.splitlines()) == (0, True)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (config["calibration"]["samples"], config["recipe"]["calibration"]["samples"]) == (1, 2)
+
+
+def test_calibration_may_come_from_chats(run, model, tmp_path):
+    add_tokenizer(model, 100)
+    edit_json(model / "tokenizer_config.json", chat_template="{% for m in messages %}w3 {{ m.content }} {% endfor %}")
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 10)
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(["w3 w5 w6 w3 w7\n"] * 10))
+    for name, text in (("chats", "chats.jsonl"), ("text", "text.txt")):
+        assert run("quantize", model, tmp_path / name, *GPTQ, "--calibration", tmp_path / text)[0] == 0
+    assert (tmp_path / "chats" / WEIGHTS).read_bytes() == (tmp_path / "text" / WEIGHTS).read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.checkpoint.join_safetensors", full)
+        code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {tmp_path}/out.partial/out/{WEIGHTS}: cannot be written (No space left on dev")
+    assert "the same command continues" in err
+    assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
+
+
+def test_a_disk_that_is_too_small_is_named(refused, model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    words = (f"{tmp_path}: 0.0 MB free", "needs about 0.2 MB")
+    refused("quantize", model, tmp_path / "out", *QUICK, words=words)
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model_is_named(refused, model, tmp_path):
