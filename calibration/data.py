@@ -136,16 +136,22 @@ def row_text(row: Any, where: str, tokenizer: Any) -> str:
         found = f"columns are {', '.join(columns)}" if columns else f"row is {type(row).__name__}"
         raise QuantKitError(f"{where}: no column 'text' or 'messages'; its {found}; name other data")
     if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
-        raise QuantKitError(f"{where}: 'messages' is {str(messages)[:60]}, expected a list of {{role, content}}; mend the row")
+        raise QuantKitError(
+            f"{where}: 'messages' is {str(messages)[:60]}, expected a list of {{role, content}}; mend the row"
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise QuantKitError(
             f"{where}: holds chats ('messages'), but the tokenizer has no chat template; give rows with a 'text'"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise what they like: a role out of turn, a part that they don't know
+    except (
+        Exception
+    ) as error:  # templates raise what they like: a role out of turn, a part that they don't know
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise QuantKitError(f"{where}: the chat template refuses 'messages' ({cause}); mend the row") from error
+        raise QuantKitError(
+            f"{where}: the chat template refuses 'messages' ({cause}); mend the row"
+        ) from error
 
 
 def is_message(message: Any) -> bool:
@@ -189,7 +195,7 @@ def pack_tokens(
     ids: list[int] = []
     while len(ids) < POOL * samples * length and (batch := list(islice(documents, 64))):
         for document in encode(tokenizer, batch):
-            unknowns += document.count(unknown)
+            unknowns += document.count(unknown) if unknown is not None else 0
             ids += document[len(bos) if document[:1] == bos else 0 :]
             ids += eos if document[-1:] != eos else []
     if unknowns > MOST_UNKNOWN * len(ids):

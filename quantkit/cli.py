@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from quantkit import __version__
 from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
+from quantkit.dry_run import DryRun, dry_run
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
@@ -163,13 +164,18 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="YAML with scheme, method, rules, calibration.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="self (sampled from the model), a text or .jsonl file, or a datasets name; default self."),
+        typer.Option(
+            help="self (sampled from the model), a text or .jsonl file, or a datasets name; default self."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences; default 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a calibration sequence; default 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration tokens; default 0.")] = None,
     allow_short: Annotated[
         bool, typer.Option("--allow-short", help="Go on where the text gives fewer sequences.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show modules, sizes, memory and time; load and write nothing.")
     ] = False,
     device: Device = None,
     json_file: JsonFile = None,
@@ -189,6 +195,11 @@ def quantize(
     given["allow_short"] = allow_short or None
     spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
     plan = replace(plan, calibration=spec)
+    if dry:
+        found = dry_run(model, out_dir, plan, pick_device(device))
+        print_dry_run(found)
+        save_json(json_file, asdict(found) | {"seconds": found.seconds})
+        return
     with Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -225,6 +236,34 @@ def quantize(
         soft_wrap=True,
     )
     save_json(json_file, asdict(summary))
+
+
+def print_dry_run(found: DryRun) -> None:
+    table = Table(Column("module", overflow="fold"), "N", "K", "scheme", "method", "bits", "bytes", box=None)
+    for row in found.modules:
+        bits, size = f"{row['bits']:.2f}", f"{row['bytes']:,}"
+        table.add_row(row["name"], str(row["N"]), str(row["K"]), row["scheme"], row["method"], bits, size)
+    out.print(table)
+    for remark in dict.fromkeys(row["remark"] for row in found.modules if row["remark"]):
+        names = [row["name"] for row in found.modules if row["remark"] == remark]
+        out.print(f"{len(names)} linears from {names[0]} on: {remark}", highlight=False, markup=False)
+    table = Table("memory, by stage", "of what", "where", Column("", justify="right"), box=None)
+    for held in found.memory:
+        table.add_row(held.stage, held.what, held.place, megabytes(held.bytes))
+    out.print(table)
+    table = Table("time, estimated", Column("FLOP", justify="right"), Column("s", justify="right"), box=None)
+    for work in found.work:
+        table.add_row(work.what, f"{work.products:.2g}", f"{work.seconds:.1f}")
+    out.print(table)
+    peak = f"{megabytes(found.peak_device)} on the device and " * bool(found.peak_device)
+    for line in (
+        f"{len(found.modules)} linears, {found.bits_per_weight:.3f} bits a weight; weights "
+        f"{megabytes(found.source_bytes)} -> {megabytes(found.packed_bytes)}",
+        f"disk: {megabytes(found.disk_needed)} until the parts are joined, {megabytes(found.disk_free)} free",
+        f"memory: about {peak}{megabytes(found.peak_host)} on the host, beside Python and PyTorch",
+        f"time: about {found.seconds:.0f} s at {found.rates.products / 1e9:.0f} GFLOP/s, without reading and writing files",
+    ):
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def module_line(module: dict[str, Any]) -> str:

@@ -103,13 +103,19 @@ class Job:
         return any(needs_activations(plan) for plan in self.plans.values())
 
     def block_plans(self, index: int) -> dict[str, ModulePlan]:
+        """The plans of a block's linears by their names in it."""
         prefix = f"{self.prefix}.{index}."
-        return {
-            name.removeprefix(prefix): plan for name, plan in self.plans.items() if name.startswith(prefix)
-        }
+        kind = self.model.config.model_type
+        plans = {n.removeprefix(prefix): plan for n, plan in self.plans.items() if n.startswith(prefix)}
+        return plans if kind in FOLDS else {name: without_folds(plan, kind) for name, plan in plans.items()}
 
     def outer_plans(self) -> dict[str, ModulePlan]:
-        return {name: plan for name, plan in self.plans.items() if not name.startswith(f"{self.prefix}.")}
+        """The plans outside the blocks (an untied LM head): rounded to nearest, since nothing is captured there."""
+        plans = {n: plan for n, plan in self.plans.items() if not n.startswith(f"{self.prefix}.")}
+        return {
+            name: plan_without_activations(plan) if needs_activations(plan) else plan
+            for name, plan in plans.items()
+        }
 
     def quantize_block(self, index: int) -> list[ModuleResult]:
         block, plans = self.blocks[index], self.block_plans(index)
@@ -118,8 +124,6 @@ class Job:
             wanted = [name for name, plan in plans.items() if needs_activations(plan)]
             statistics = collect(block, wanted, index, self.activations, self.device)
         kind = self.model.config.model_type
-        if kind not in FOLDS:
-            plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(
             block,
             plans,
@@ -131,12 +135,7 @@ class Job:
         )
 
     def quantize_outer(self) -> list[ModuleResult]:
-        """Linears outside the blocks (an untied LM head): rounded to nearest, since nothing is captured there."""
-        plans = {}
-        for name, plan in self.outer_plans().items():
-            if needs_activations(plan):
-                plan = plan_without_activations(plan)
-            plans[name] = plan
+        plans = self.outer_plans()
         return quantize_block(self.model, plans, {}, runs_on=False) if plans else []
 
     def advance(self, index: int) -> None:

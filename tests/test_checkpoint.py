@@ -548,7 +548,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(source, tokens, tmp
     staged = sum(path.stat().st_size for path in (tmp_path / "out.partial").iterdir())
     with_free(2 * sizes[0] - staged - 1)
     before = contents(tmp_path)
-    with pytest.raises(QuantKitError, match=rf"{tmp_path}: 0\.\d MB free, but {out} needs about 0\.\d MB until"):
+    with pytest.raises(
+        QuantKitError, match=rf"{tmp_path}: 0\.\d MB free, but {out} needs about 0\.\d MB until"
+    ):
         quantize_checkpoint(source(), out, recipe, "cpu", tokens)
     assert contents(tmp_path) == before
     with_free(2 * sizes[0] - staged)
@@ -571,7 +573,9 @@ def test_what_a_run_leaves_that_is_killed_at_its_start_is_no_hindrance(left, sou
         (tmp_path / "out.partial" / name).write_bytes(b"\xff")
     step = lambda: names.append({path.name for path in (tmp_path / "out.partial").glob(".tmp*")})
     names: list[set[str]] = []
-    quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu", progress=Progress(step=step))
+    quantize_checkpoint(
+        source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu", progress=Progress(step=step)
+    )
     assert names == [set()] * 3
     assert contents(tmp_path / "out") == contents(packed("llama", "w8a16"))
 

@@ -408,7 +408,12 @@ def test_calibration_text_at_fault_is_named(refused, model, tmp_path):
     cases = {
         "absent.txt": ("absent.txt", "text file"),
         "short.txt": ("short.txt", "has 4 tokens, but 2 sequences of 16 need 32", "longer text"),
-        "half.txt": ("half.txt", "has 21 tokens, but 2 sequences of 16 need 32", "the 1 that", "--allow-short"),
+        "half.txt": (
+            "half.txt",
+            "has 21 tokens, but 2 sequences of 16 need 32",
+            "the 1 that",
+            "--allow-short",
+        ),
         "latin.txt": ("latin.txt", "not UTF-8"),
         "binary.txt": ("binary.txt", "NUL", "no text file"),
         "empty.txt": ("empty.txt", "no text in it"),
@@ -445,13 +450,45 @@ def test_a_short_text_may_be_allowed(run, model, tmp_path):
 
 def test_calibration_may_come_from_chats(run, model, tmp_path):
     add_tokenizer(model, 100)
-    edit_json(model / "tokenizer_config.json", chat_template="{% for m in messages %}w3 {{ m.content }} {% endfor %}")
+    edit_json(
+        model / "tokenizer_config.json",
+        chat_template="{% for m in messages %}w3 {{ m.content }} {% endfor %}",
+    )
     chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
     (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 10)
     (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(["w3 w5 w6 w3 w7\n"] * 10))
     for name, text in (("chats", "chats.jsonl"), ("text", "text.txt")):
         assert run("quantize", model, tmp_path / name, *GPTQ, "--calibration", tmp_path / text)[0] == 0
     assert (tmp_path / "chats" / WEIGHTS).read_bytes() == (tmp_path / "text" / WEIGHTS).read_bytes()
+
+
+def test_a_dry_run_shows_what_a_run_would_do_and_does_nothing(run, model, tmp_path):
+    before = tree(model)
+    file = tmp_path / "dry.json"
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ, "--dry-run", "--json", file)
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dry.json"}
+    assert tree(model) == before
+    lines = [line.split() for line in out.splitlines()]
+    assert ["model.layers.1.mlp.down_proj", "64", "96", "w4a16-g32", "gptq", "4.50", "3,456"] in lines
+    content = json.loads(file.read_text())
+    assert len(content["modules"]) == 2 * 7
+    assert f"14 linears, 4.500 bits a weight; weights 0.2 MB -> {content['packed_bytes'] / 1e6:.1f} MB" in out
+    assert f"memory: about {content['peak_host'] / 1e6:.1f} MB on the host, beside Python and PyTorch" in out
+    assert f"time: about {content['seconds']:.0f} s at " in out
+    assert {"sampling", "gptq"} <= {work["what"] for work in content["work"]}
+    assert run("quantize", model, tmp_path / "out", *GPTQ)[0] == 0
+    stored = read_header(tmp_path / "out" / WEIGHTS).values()
+    assert content["packed_bytes"] == sum(tensor.stop - tensor.start for tensor in stored)
+
+
+def test_a_dry_run_refuses_what_the_run_would(refused, model, tmp_path):
+    words = ("no linear", "'experts'")
+    (tmp_path / "recipe.yaml").write_text("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]")
+    recipe = ("--recipe", tmp_path / "recipe.yaml", "--dry-run")
+    refused("quantize", model, tmp_path / "out", *recipe, words=words)
+    edit_config(model, intermediate_size=128)
+    refused("quantize", model, tmp_path / "out", *QUICK, "--dry-run", words=("config.json makes it",))
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_path, monkeypatch):
@@ -462,7 +499,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_
         patch.setattr("quantkit.checkpoint.join_safetensors", full)
         code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"error: {tmp_path}/out.partial/out/{WEIGHTS}: cannot be written (No space left on dev")
+    assert err.startswith(
+        f"error: {tmp_path}/out.partial/out/{WEIGHTS}: cannot be written (No space left on dev"
+    )
     assert "the same command continues" in err
     assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
 
@@ -510,6 +549,14 @@ def test_a_quantization_config_at_fault_is_named(refused, quantized):
     edit_config(quantized, quantization_config=good | {"modules": {"model.norm": {"scheme": "w8a16"}}})
     for verb in ("inspect", "eval"):
         refused(verb, quantized, words=("model.norm.codes", "missing"))
+
+
+def test_the_bar_counts_tokens_while_the_model_writes_its_own(run, model, tmp_path):
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ)
+    assert (code, err) == (0, "")
+    assert any("tokens sampled" in line and "32/32" in line for line in out.splitlines())
+    code, out, err = run("quantize", model, tmp_path / "rtn", *QUICK)
+    assert "tokens sampled" not in out
 
 
 def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, monkeypatch):

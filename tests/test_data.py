@@ -59,7 +59,9 @@ def test_a_huge_source_is_not_read_to_its_end():
 
 
 def test_a_short_text_is_refused_unless_that_is_allowed():
-    words = r"has 30 tokens, but 8 sequences of 10 need 80; .* or take the 3 that there are with --allow-short"
+    words = (
+        r"has 30 tokens, but 8 sequences of 10 need 80; .* or take the 3 that there are with --allow-short"
+    )
     with pytest.raises(QuantKitError, match=words):
         pack_tokens(Letters(), "x" * 29, samples=8, seq_len=10)
     assert pack_tokens(Letters(), "x" * 29, samples=8, seq_len=10, allow_short=True).shape == (3, 10)
@@ -73,7 +75,9 @@ def test_a_text_that_the_tokenizer_does_not_know_is_refused():
     tokenizer = Letters()
     tokenizer.unk_token, tokenizer.unk_token_id = "?", ord("?")
     assert len(pack_tokens(tokenizer, "ab?" * 10, samples=3, seq_len=10)) == 3
-    with pytest.raises(QuantKitError, match=r"^65% of the text's tokens are \?; the tokenizer belongs to ano"):
+    with pytest.raises(
+        QuantKitError, match=r"^65% of the text's tokens are \?; the tokenizer belongs to ano"
+    ):
         pack_tokens(tokenizer, "a??" * 10, samples=3, seq_len=10)
 
 
@@ -162,7 +166,7 @@ def test_a_line_at_fault_is_named(tmp_path, line, why):
 def test_json_lines_without_a_row_are_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n\n")
-    with pytest.raises(QuantKitError, match="rows.jsonl: found no row in it"):
+    with pytest.raises(QuantKitError, match=r"rows\.jsonl: found no row in it"):
         list(text_source(str(file)))
 
 
@@ -170,7 +174,7 @@ def test_chats_need_a_tokenizer_with_a_template(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": CHAT}))
     for tokenizer in (None, Letters()):
-        with pytest.raises(QuantKitError, match="holds chats .*, but the tokenizer has no chat template"):
+        with pytest.raises(QuantKitError, match=r"holds chats .*, but the tokenizer has no chat template"):
             list(text_source(str(file), tokenizer))
 
 
