@@ -247,7 +247,7 @@ def print_dry_run(found: DryRun) -> None:
     for remark in dict.fromkeys(row["remark"] for row in found.modules if row["remark"]):
         names = [row["name"] for row in found.modules if row["remark"] == remark]
         out.print(f"{len(names)} linears from {names[0]} on: {remark}", highlight=False, markup=False)
-    table = Table("memory, by stage", "of what", "where", Column("", justify="right"), box=None)
+    table = Table("memory, by stage", "of what", "where", Column("size", justify="right"), box=None)
     for held in found.memory:
         table.add_row(held.stage, held.what, held.place, megabytes(held.bytes))
     out.print(table)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from quantkit.recipe import ModulePlan, Recipe
 from quantkit.source import empty_model, read_config, resolve
 from quantkit.streaming import BlockLoader, linear_called, packed_weight_bytes
 
-RATE_SECONDS = 0.2
+RATE_SECONDS, TRIALS = 0.2, 10
 FLOAT32 = 4  # bytes
 CALLS = 60  # of small operations, when tokens go through a block
 
@@ -242,9 +243,8 @@ class Sizes:
         def held(stage: str, what: str, size: int, where: str = place) -> None:
             found.append(Held(stage, what, where, size))
 
-        copied = (
-            place == "device" or value != self.job.dtype.itemsize
-        )  # and so there twice while it is loaded
+        # what is loaded is then there twice for a while
+        copied = place == "device" or value != self.job.dtype.itemsize
         states = self.tokens * self.hidden * value
         if self.tokens and self.spec.source == "self":
             rows, config = min(SAMPLED_AT_A_TIME, self.spec.samples), self.config
@@ -352,7 +352,7 @@ def measured_rates(device: torch.device) -> Rates:
 
 
 def seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that the operation takes, on average over about RATE_SECONDS."""
+    """Seconds that the operation takes: the median of TRIALS, RATE_SECONDS all together."""
 
     def timed(times: int) -> float:
         started = time.perf_counter()
@@ -363,4 +363,5 @@ def seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
         return (time.perf_counter() - started) / times
 
     timed(2)  # the first call sets things up
-    return timed(max(1, int(RATE_SECONDS / timed(3))))
+    times = max(1, int(RATE_SECONDS / TRIALS / timed(3)))
+    return median(timed(times) for _ in range(TRIALS))
