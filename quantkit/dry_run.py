@@ -2,8 +2,9 @@
 
 Sizes come from the files' headers and the plan, and are exact. Memory and time are estimates:
 
-    memory   the largest sum, over the stages of a run, of what is held at once; beside Python, PyTorch and, on
-             a GPU, its context. Pages of the source files that the system keeps mapped are not in it.
+    memory   the largest sum, over the stages of a run, of what is held at once; beside Python, PyTorch, the
+             tokenizer and, on a GPU, its context. Pages of the source files that the system keeps mapped are
+             not in it.
     time     (products / rate) + (passes over elements / rate) + (calls * latency), the three rates measured on
              the device for RATE_SECONDS each. Reading and writing files is not in it.
 """
