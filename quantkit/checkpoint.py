@@ -9,8 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import MachineError, QuantKitError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,6 +30,7 @@ MANIFEST = "quantkit_manifest.json"
 MANIFEST_VERSION = 1
 MAX_SHARD_SIZE = "50GB"  # save_pretrained's default, so that saving again gives the same files
 CHUNK = 1 << 22  # bytes copied at a time
+COPIES = 2  # of a checkpoint on the disk, before its parts are removed: they, and the shards that they are joined into
 # The order in which safetensors lays out tensors: its dtypes from the widest alignment down.
 DTYPE_ORDER = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
@@ -113,20 +116,29 @@ class CheckpointReader:
         for path in self.files:
             self.tensors.update(read_header(path))
 
+    def find(self, name: str) -> StoredTensor:
+        """Where the tensor lies.
+
+        Raises:
+            QuantKitError: it is in none of the files.
+        """
+        if name not in self.tensors:
+            raise QuantKitError(
+                f"{self.folder}: tensor {name} is in none of its {len(self.files)} safetensors files; "
+                "the files don't belong to this config.json, or the architecture stores its weights otherwise"
+            )
+        return self.tensors[name]
+
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, as they are stored.
 
         Raises:
             QuantKitError: a name is in none of the files.
+            MachineError: a file cannot be read any more.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            if name not in self.tensors:
-                raise QuantKitError(
-                    f"{self.folder}: tensor {name} is in none of its {len(self.files)} safetensors files; "
-                    "the files don't belong to this config.json, or the architecture stores its weights otherwise"
-                )
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            by_file.setdefault(self.find(name).file, []).append(name)
         loaded = {}
         for path, wanted in by_file.items():
             try:
@@ -140,8 +152,10 @@ class CheckpointReader:
                         )
                         # clone: a tensor that views the mapped file would keep its pages counted as ours
                         loaded[name] = part.clone()
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
+            except OSError as error:
+                raise MachineError(f"{path}: cannot be read ({error}); it was there before") from error
         return loaded
 
 
@@ -214,9 +228,13 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
+def draft_of(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
+    draft = draft_of(path)
     with draft.open("wb") as file:
         file.write(text.encode())
         sync(file)
@@ -235,6 +253,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def staging_folder(out: Path) -> Path:
+    """OUT.partial, where a run works until OUT can appear whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_out(out: Path) -> None:
+    """Refuses, before the work, a directory that cannot be made."""
+    if out.exists():
+        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
+    parent = existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fault = "not writable" if parent.is_dir() else "not a directory"
+        raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+
+
+def existing_parent(out: Path) -> Path:
+    return next(path for path in out.absolute().parents if path.exists())
+
+
+def space(out: Path, size: int) -> tuple[int, int]:
+    """Bytes that a checkpoint of `size` bytes still needs on the disk, and those that are free there.
+
+    What OUT.partial holds is not needed again: the run goes on from it, or clears it.
+    """
+    staged = sum(path.stat().st_size for path in staging_folder(out).rglob("*") if path.is_file())
+    return max(0, COPIES * size - staged), shutil.disk_usage(existing_parent(out)).free
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuses, before the work, a disk that is too small for a checkpoint of `size` bytes."""
+    needed, free = space(out, size)
+    if needed > free:
+        raise QuantKitError(
+            f"{existing_parent(out)}: {megabytes(free)} free, but {out} needs about {megabytes(needed)} until its "
+            "parts are joined; free some space or name another place"
+        )
+
+
 class CheckpointWriter:
     """Writes OUT by way of OUT.partial; a context manager.
 
@@ -242,58 +302,93 @@ class CheckpointWriter:
         out: the directory to make; must not exist.
         job: what makes these bytes (source files, recipe, calibration tokens), as JSON values. A folder
             OUT.partial that the same job left is continued, one that another job left is cleared.
+        size: about how many bytes OUT will have.
 
     Raises:
         QuantKitError: OUT exists, or another process is writing it.
+        MachineError: a file cannot be written, for want of space say; OUT.partial keeps the finished parts.
     """
 
-    def __init__(self, out: Path, job: dict[str, Any]) -> None:
-        if out.exists():
-            raise QuantKitError(f"{out}: exists already; remove it or name another directory")
-        self.out, self.staging, self.job = out, out.with_name(out.name + ".partial"), job
+    def __init__(self, out: Path, job: dict[str, Any], size: int) -> None:
+        check_out(out)
+        self.out, self.staging, self.job, self.size = out, staging_folder(out), job, size
 
     def __enter__(self) -> "CheckpointWriter":
-        self.staging.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.staging / "lock").open("w")
+        with self.writing(self.staging):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.staging / "lock").open("w")
+        try:
+            self.claim()
+        except BaseException:
+            self.lock.close()
+            raise
+        return self
+
+    def claim(self) -> None:
+        """Makes OUT.partial this process's and this job's."""
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.lock.close()
             raise QuantKitError(
                 f"{self.staging}: another quantkit process is writing it; wait for it"
             ) from error
-        record, text = self.staging / "job.json", json.dumps(self.job, indent=1, sort_keys=True)
-        if not record.exists() and any(path.name != "lock" for path in self.staging.iterdir()):
-            self.lock.close()
-            (self.staging / "lock").unlink()
+        lock, record = self.staging / "lock", self.staging / "job.json"
+        text = json.dumps(self.job, indent=1, sort_keys=True)
+        drafts = (lock, draft_of(record))  # what a run leaves that was killed at this place
+        if not record.exists() and any(path not in drafts for path in self.staging.iterdir()):
+            lock.unlink()
             raise QuantKitError(
                 f"{self.staging}: holds files that no quantkit run left; move them, or name another OUT"
             )
-        if not record.exists() or record.read_text() != text:
+        if not record.exists() or record.read_bytes() != text.encode():
             for path in self.staging.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif path.name != "lock":
+                elif path not in (lock, record):  # without its record the rest would be a stranger's
                     path.unlink()
-            write_text(record, text)
-        return self
+            with self.writing(record):
+                write_text(record, text)
+        for draft in self.staging.glob(".tmp*"):  # safetensors' own, of a killed run
+            draft.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None and issubclass(kind, QuantKitError):
+        if kind is not None and issubclass(kind, QuantKitError) and not issubclass(kind, MachineError):
             shutil.rmtree(self.staging)  # the input is at fault: once mended it is another job
         self.lock.close()
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Turns a failure to write into one line: the file, the space that is missing, and how to go on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            file = path
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+                file = error.filename2 or error.filename or path
+            else:  # safetensors has the system's number in its text alone
+                number = re.search(r"os error (\d+)", str(error))
+                reason = os.strerror(int(number[1])) if number else str(error)
+            with suppress(OSError):
+                path.unlink()  # half of a file only takes space
+            needed, free = space(self.out, self.size)
+            raise MachineError(
+                f"{file}: cannot be written ({reason}); {megabytes(free)} free, about {megabytes(needed)} needed; "
+                f"{self.staging} keeps the finished blocks, and the same command continues"
+            ) from error
 
     def part(self, name: str) -> Path:
         return self.staging / f"{name}.safetensors"
 
     def write_part(self, name: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
         """Stores one part: its tensors, and what there is to say of its modules."""
-        write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
-        draft = self.part(name).with_suffix(".tmp")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
-        with draft.open("rb+") as file:
-            sync(file)
-        draft.replace(self.part(name))
+        with self.writing(self.part(name)):
+            write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
+            draft = self.part(name).with_suffix(".tmp")
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+            with draft.open("rb+") as file:
+                sync(file)
+            draft.replace(self.part(name))
 
     def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """What `write_part` stored under the name, in this run or a killed one before; None if nothing whole."""
@@ -323,26 +418,29 @@ class CheckpointWriter:
         for path in self.staging.glob("*.safetensors"):
             sources.update(read_header(path))
         folder = self.staging / "out"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with self.writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         shards = split_torch_state_dict_into_shards(
             order, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
         )
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
-            sums = join_safetensors(names, sources, folder / filename)
+            with self.writing(folder / filename):
+                sums = join_safetensors(names, sources, folder / filename)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
-        if shards.is_sharded:
-            index = {
-                "metadata": {"total_parameters": total_parameters, **shards.metadata},
-                "weight_map": shards.tensor_to_filename,
-            }
-            write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        add_files(folder)
-        save_manifest(folder, entries)
-        for path in [*folder.iterdir(), folder]:
-            sync_path(path)
-        folder.rename(self.out)
+        with self.writing(folder):
+            if shards.is_sharded:
+                index = {
+                    "metadata": {"total_parameters": total_parameters, **shards.metadata},
+                    "weight_map": shards.tensor_to_filename,
+                }
+                write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            add_files(folder)
+            save_manifest(folder, entries)
+            for path in [*folder.iterdir(), folder]:
+                sync_path(path)
+            folder.rename(self.out)
         sync_path(self.out.parent)
         shutil.rmtree(self.staging)
 

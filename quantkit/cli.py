@@ -20,8 +20,9 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from quantkit import __version__
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
+from quantkit.dry_run import DryRun, dry_run
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
@@ -171,11 +172,19 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="YAML with scheme, method, rules, calibration.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="self (sampled from the model), a text file, or a datasets name; default self."),
+        typer.Option(
+            help="self (sampled from the model), a text or .jsonl file, or a datasets name; default self."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences; default 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a calibration sequence; default 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration tokens; default 0.")] = None,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Go on where the text gives fewer sequences.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show modules, sizes, memory and time; load and write nothing.")
+    ] = False,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -191,8 +200,14 @@ def quantize(
     else:
         plan = Recipe(read_scheme(scheme or "", group_size, asymmetric).label, method)
     given: dict[str, Any] = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
+    given["allow_short"] = allow_short or None
     spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
     plan = replace(plan, calibration=spec)
+    if dry:
+        found = dry_run(model, out_dir, plan, pick_device(device))
+        print_dry_run(found)
+        save_json(json_file, asdict(found) | {"seconds": found.seconds})
+        return
     with Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -200,8 +215,10 @@ def quantize(
         TimeRemainingColumn(),
         console=out,
     ) as bar:
+        sampling = bar.add_task("tokens sampled", total=None, visible=False)
         task = bar.add_task("blocks", total=None)
         progress = Progress(
+            sampled=lambda done, total: bar.update(sampling, completed=done, total=total, visible=True),
             start=lambda steps: bar.update(task, total=steps),
             module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
             step=lambda: bar.advance(task),
@@ -212,7 +229,7 @@ def quantize(
             )
         except KeyboardInterrupt:
             bar.stop()
-            if (staging := out_dir.with_name(out_dir.name + ".partial")).exists():
+            if (staging := staging_folder(out_dir)).exists():
                 err.print(f"{staging} keeps the finished blocks; the same command continues", soft_wrap=True)
             raise
     if summary.calibration and summary.calibration["samples"] < spec.samples:
@@ -245,15 +262,39 @@ def print_verdict(verdict: Verdict) -> None:
     )
 
 
+def print_dry_run(found: DryRun) -> None:
+    table = Table(Column("module", overflow="fold"), "N", "K", "scheme", "method", "bits", "bytes", box=None)
+    for row in found.modules:
+        bits, size = f"{row['bits']:.2f}", f"{row['bytes']:,}"
+        table.add_row(row["name"], str(row["N"]), str(row["K"]), row["scheme"], row["method"], bits, size)
+    out.print(table)
+    for remark in dict.fromkeys(row["remark"] for row in found.modules if row["remark"]):
+        names = [row["name"] for row in found.modules if row["remark"] == remark]
+        out.print(f"{len(names)} linears from {names[0]} on: {remark}", highlight=False, markup=False)
+    table = Table("memory, by stage", "of what", "where", Column("size", justify="right"), box=None)
+    for held in found.memory:
+        table.add_row(held.stage, held.what, held.place, megabytes(held.bytes))
+    out.print(table)
+    table = Table("time, estimated", Column("FLOP", justify="right"), Column("s", justify="right"), box=None)
+    for work in found.work:
+        table.add_row(work.what, f"{work.products:.2g}", f"{work.seconds:.1f}")
+    out.print(table)
+    peak = f"{megabytes(found.peak_device)} on the device and " * bool(found.peak_device)
+    for line in (
+        f"{len(found.modules)} linears, {found.bits_per_weight:.3f} bits a weight; weights "
+        f"{megabytes(found.source_bytes)} -> {megabytes(found.packed_bytes)}",
+        f"disk: {megabytes(found.disk_needed)} until the parts are joined, {megabytes(found.disk_free)} free",
+        f"memory: about {peak}{megabytes(found.peak_host)} on the host, beside Python and PyTorch",
+        f"time: about {found.seconds:.0f} s at {found.rates.products / 1e9:.0f} GFLOP/s, without reading and writing files",
+    ):
+        out.print(line, highlight=False, soft_wrap=True)
+
+
 def module_line(module: dict[str, Any]) -> str:
     remark = f"  ({module['remark']})" if module.get("remark") else ""
     return escape(
         f"{module['name']}  {module['scheme']}  {module['method']}  {module['error_of']} error {module['error']:.2%}{remark}"
     )
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @app.command()

@@ -41,7 +41,7 @@ PROMPT, NEW_TOKENS = 32, 16  # of the speed figure
 
 def text_tokens(tokenizer: Any, source: str | None) -> torch.Tensor:
     """A named text, or the default one, tokenized whole without special tokens: int64 [T]."""
-    text = "\n".join(text_source(source)) if source else evaluation_text()
+    text = "\n".join(text_source(source, tokenizer)) if source else evaluation_text()
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
 
 

@@ -1,7 +1,7 @@
 """Quantizing a model in memory, and what that shares with quantizing from directory to directory."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,27 +35,35 @@ class Progress:
     """Called as the work goes on; the CLI draws with it.
 
     Attributes:
+        sampled: tokens that the model has written for its own calibration, and how many it will.
         start: the number of steps to come (blocks, and one more for what is outside them).
         module: a packed linear.
         step: a finished step.
     """
 
+    sampled: Callable[[int, int], None] = lambda done, total: None
     start: Callable[[int], None] = lambda steps: None
     module: Callable[[dict[str, Any]], None] = lambda module: None
     step: Callable[[], None] = lambda: None
 
 
 def calibration_tokens(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase | None, model: Callable[[], PreTrainedModel]
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: Callable[[], PreTrainedModel],
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Tokens int64 [samples, seq_len] by the spec; `model` loads the whole model, and is called for 'self' alone."""
     if spec.source == "self":
-        return data.sample_from_model(model(), spec.samples, spec.seq_len, spec.seed)
+        sampled = (progress or Progress()).sampled
+        return data.sample_from_model(model(), spec.samples, spec.seq_len, spec.seed, on_token=sampled)
     if tokenizer is None:
         raise QuantKitError(f"calibration from {spec.source} needs a tokenizer; pass tokenizer=")
-    text = data.text_source(spec.source)
+    text = data.text_source(spec.source, tokenizer)
     try:
-        return data.pack_tokens(tokenizer, text, spec.samples, spec.seq_len, spec.seed)
+        return data.pack_tokens(
+            tokenizer, text, spec.samples, spec.seq_len, spec.seed, allow_short=spec.allow_short
+        )
     except QuantKitError as error:
         if spec.source in str(error):
             raise
@@ -108,17 +116,28 @@ class Job:
         return any(needs_activations(plan) for plan in self.plans.values())
 
     def block_plans(self, index: int) -> dict[str, ModulePlan]:
+        """The plans of a block's linears by their names in it."""
         prefix = f"{self.prefix}.{index}."
-        return {
+        kind = self.model.config.get_text_config().model_type
+        plans = {
             self.inner_name(name, index): plan for name, plan in self.plans.items() if name.startswith(prefix)
         }
+        if self.rotation is not None:
+            remark = self.rotation.remark
+            plans = {n: replace(plan, remark=with_remark(plan.remark, remark)) for n, plan in plans.items()}
+        return plans if kind in FOLDS else {name: without_folds(plan, kind) for name, plan in plans.items()}
 
     def inner_name(self, name: str, index: int) -> str:
         """A linear's name inside its block."""
         return name.removeprefix(f"{self.prefix}.{index}.")
 
     def outer_plans(self) -> dict[str, ModulePlan]:
-        return {name: plan for name, plan in self.plans.items() if not name.startswith(f"{self.prefix}.")}
+        """The plans outside the blocks (an untied LM head): rounded to nearest, since nothing is captured there."""
+        plans = {n: plan for n, plan in self.plans.items() if not n.startswith(f"{self.prefix}.")}
+        return {
+            name: plan_without_activations(plan) if needs_activations(plan) else plan
+            for name, plan in plans.items()
+        }
 
     def rotate_outer(self) -> None:
         """Readies the loaded outer part for capture; blocks are rotated as their turn comes."""
@@ -140,15 +159,8 @@ class Job:
 
     def quantize_block(self, index: int) -> list[ModuleResult]:
         plans = self.block_plans(index)
-        if self.rotation is not None:
-            remark = self.rotation.remark
-            plans = {
-                name: replace(plan, remark=with_remark(plan.remark, remark)) for name, plan in plans.items()
-            }
         inputs = None if self.activations is None else BlockInputs(index, self.activations, self.device)
         kind = self.model.config.get_text_config().model_type
-        if kind not in FOLDS:
-            plans = {name: without_folds(plan, kind) for name, plan in plans.items()}
         return quantize_block(
             self.blocks[index],
             plans,
@@ -160,13 +172,8 @@ class Job:
         )
 
     def quantize_outer(self) -> list[ModuleResult]:
-        """Linears outside the blocks (an untied LM head): rounded to nearest, since nothing is captured there."""
-        plans = {}
-        for name, plan in self.outer_plans().items():
-            if needs_activations(plan):
-                plan = plan_without_activations(plan)
-            plans[name] = plan
-        return quantize_block(self.model, plans, {}, runs_on=False) if plans else []
+        plans = self.outer_plans()
+        return quantize_block(self.model, plans, runs_on=False) if plans else []
 
     def advance(self, index: int, input_scales: dict[str, torch.Tensor]) -> None:
         """Takes the calibration tokens through a block that holds its dequantized weights.
@@ -231,7 +238,7 @@ def quantize(
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, model.config)
-            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
+            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model, progress)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
     job.rotate_outer()
@@ -265,4 +272,5 @@ def quantize(
 
 def describe_calibration(spec: CalibrationSpec, tokens: torch.Tensor) -> dict[str, Any]:
     samples, seq_len = tokens.shape
-    return {**asdict(spec), "samples": samples, "seq_len": seq_len, "sha256": data.tokens_sha256(tokens)}
+    described = {"source": spec.source, "samples": samples, "seq_len": seq_len, "seed": spec.seed}
+    return {**described, "sha256": data.tokens_sha256(tokens)}

@@ -30,15 +30,17 @@ class CalibrationSpec:
     """The calibration tokens: `samples` sequences of `seq_len` tokens.
 
     Args:
-        source: 'self' (sampled from the model itself), a text file, or a name for `datasets`.
+        source: 'self' (sampled from the model itself), a text or .jsonl file, or a name for `datasets`.
         samples, seq_len: how many sequences of how many tokens.
         seed: of the sampling, or of the choice of windows.
+        allow_short: go on with fewer sequences where the text is too short for them.
     """
 
     source: str = "self"
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    allow_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
             raise QuantKitError(f"recipe {where}: unknown name {name!r}; known: {', '.join(fields)}")
         if fields[name].type is int and type(value) is not int:
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a whole number")
+        if fields[name].type is bool and type(value) is not bool:
+            raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected true or false")
         if fields[name].type in (str, str | None) and not isinstance(value, str):
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a word")
     for name in ("scheme", "match"):

@@ -1,7 +1,6 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
 import ctypes
-import os
 import resource
 import shutil
 import time
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,22 @@ from transformers import GenerationConfig, PreTrainedModel
 from quantkit import __version__
 from quantkit.calibration.pipeline import ModuleResult, not_finite
 from quantkit.card import license_of, model_card
-from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256, write_text
+from quantkit.checkpoint import (
+    INDEX,
+    CheckpointReader,
+    CheckpointWriter,
+    StoredTensor,
+    check_out,
+    check_space,
+    sha256,
+    write_text,
+)
 from quantkit.errors import QuantKitError
 from quantkit.eval import samples as sampling
 from quantkit.eval.report_html import report_html
 from quantkit.hf import linear_called, packed_twin
 from quantkit.judge import judge
-from quantkit.linear import replace_module
+from quantkit.linear import replace_module, tensor_specs
 from quantkit.load import load_model
 from quantkit.names import model_names
 from quantkit.packing import QuantizedTensor
@@ -53,11 +62,13 @@ from quantkit.report import (
     Verdict,
     report_json,
 )
+from quantkit.scheme import Scheme
 from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
 
 # what config.json keeps of a part's notes on a module; the rest are fields of ModuleReport, and its seconds
 IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
+GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ def quantize_checkpoint(
     job = Job(model, recipe, device)
     reader.tensors = model_names(reader.tensors, model)
     loader = BlockLoader(job, reader, device)
+    size = loader.packed_bytes()
+    check_space(out, size)
 
     calibration = None
     held_whole = job.needs_tokens and tokens is None and recipe.calibration.source == "self"
@@ -118,7 +131,9 @@ def quantize_checkpoint(
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
             tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
-            tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: whole_model(folder, device))
+            tokens = calibration_tokens(
+                recipe.calibration, tokenizer, lambda: whole_model(folder, device), progress
+            )
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
     files = [folder / "config.json", *reader.files]
@@ -136,7 +151,7 @@ def quantize_checkpoint(
     module_seconds: dict[str, float] = {}
     verdict = None
 
-    with CheckpointWriter(out, fingerprint) as writer:
+    with CheckpointWriter(out, fingerprint, size) as writer:
 
         def write(
             name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
@@ -262,14 +277,9 @@ def try_out(
         release_memory()
 
 
-def check_out(out: Path) -> None:
-    """Refuses, before the work, a directory that cannot be made."""
-    if out.exists():
-        raise QuantKitError(f"{out}: exists already; remove it or name another directory")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        fault = "not writable" if parent.is_dir() else "not a directory"
-        raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+def packed_weight_bytes(scheme: Scheme, N: int, K: int) -> int:
+    """Bytes of codes, scales and zeros of a packed weight [N, K]."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in tensor_specs(scheme, N, K).values())
 
 
 def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -305,24 +315,39 @@ class BlockLoader:
                 f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
                 "have; they belong to different models"
             )
+        for name, parameter in job.model.state_dict().items():
+            stored = self.find(name) if name not in tied else None
+            if stored is not None and stored.shape != parameter.shape:
+                raise QuantKitError(
+                    f"{stored.file}: {name} is {list(stored.shape)}, config.json makes it {list(parameter.shape)}; "
+                    "they belong to different models"
+                )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor's values lie: its own, or those of the tensor that it was tied to."""
+        return self.reader.find(self.job.untied.get(name, name))
+
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors that `pack` will give to store."""
+        planned = {f"{name}.weight" for name in self.job.plans}
+        kept = (self.find(name) for name in self.names if name not in planned)
+        packed = 0
+        for name, plan in self.job.plans.items():
+            linear = linear_called(self.job.model, name)
+            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, linear.out_features, linear.in_features)
+        return packed + sum(tensor.stop - tensor.start for tensor in kept)
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         origins = {name: self.job.untied.get(name, name) for name in names}
         stored = self.reader.load(dict.fromkeys(origins.values()))
         tensors = {name: stored[origin] for name, origin in origins.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
         for name, tensor in tensors.items():
             if bad := not_finite(tensor):
                 raise QuantKitError(
                     f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
                     "infinite; mend the source checkpoint"
-                )
-            if tensor.shape != shapes[name.removeprefix(prefix)]:
-                raise QuantKitError(
-                    f"{self.reader.tensors[name].file}: {name} is {list(tensor.shape)}, "
-                    f"config.json makes it {list(shapes[name.removeprefix(prefix)])}; they belong to different models"
                 )
         # half precision is slow on a CPU, and adds its own rounding to the statistics
         upcast = self.device.type == "cpu" and self.job.needs_tokens

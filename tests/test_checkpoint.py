@@ -1,7 +1,10 @@
 """Checkpoints on disk: the bytes, what damage does, and that a run appears whole or not at all."""
 
+import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import dot_natural_key
@@ -28,6 +32,7 @@ from quantkit.checkpoint import (
     read_header,
     weight_files,
 )
+from quantkit.errors import MachineError
 from quantkit.load import verify
 from quantkit.quantize import Job, Progress
 from quantkit.streaming import natural_key
@@ -405,7 +410,7 @@ def test_an_existing_out_is_refused_and_left_as_it_is(source, tmp_path, make):
     with pytest.raises(QuantKitError, match="out: exists already; remove it or name another"):
         quantize_checkpoint(source(), out, Recipe("w8a16"), "cpu")
     with pytest.raises(QuantKitError, match="exists already"):
-        CheckpointWriter(out, {})
+        CheckpointWriter(out, {}, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -417,6 +422,162 @@ def test_bad_weights_leave_nothing(source, tmp_path):
     with pytest.raises(QuantKitError, match=r"up_proj\.weight: 1 of \d+ values are NaN or inf"):
         quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# a full disk
+
+
+NO_SPACE = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def space_for(parts: int, error: Exception, then=save_file):
+    """A `save_file` for which the disk has space for so many parts."""
+    left = [parts]
+
+    def save(tensors, path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        then(tensors, path)
+
+    return save
+
+
+def out_of_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def filled(source, tokens, tmp_path):
+    """filled() runs until the disk is full, checks what is said and kept, and returns the parts that are there."""
+
+    def run(file: str, reason: str = "No space left on device") -> list[str]:
+        partial = tmp_path / "out.partial"
+        with pytest.raises(MachineError) as error:
+            quantize_checkpoint(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+        message = str(error.value)
+        assert message.startswith(f"{partial / file}: cannot be written ({reason}); ")
+        assert re.search(r"[\d.]+ [MG]B free, about 0\.\d MB needed; ", message)
+        assert message.endswith(f"{partial} keeps the finished blocks, and the same command continues")
+        assert not (tmp_path / "out").exists()
+        return sorted(path.stem for path in partial.glob("*.safetensors"))
+
+    return run
+
+
+@pytest.fixture
+def continues(source, packed, tokens, tmp_path, monkeypatch):
+    """continues(blocks): with space again, the same call does only these blocks and gives the same bytes."""
+
+    def run(blocks: list[int]) -> None:
+        monkeypatch.undo()
+        done, original = [], Job.quantize_block
+        monkeypatch.setattr(Job, "quantize_block", lambda job, i: done.append(i) or original(job, i))
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+        assert done == blocks
+        assert contents(tmp_path / "out") == contents(packed("llama", "w4a16-g32", "gptq"))
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    return run
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_a_disk_that_is_full_at_a_part_keeps_the_others(parts, filled, continues, monkeypatch):
+    names = ["outer", "block-00000", "block-00001"]
+    monkeypatch.setattr(checkpoint_module, "save_file", space_for(parts, NO_SPACE))
+    assert filled(f"{names[parts]}.safetensors") == sorted(names[:parts])
+    continues([[0, 1], [0, 1], [1]][parts])
+
+
+@pytest.mark.parametrize(
+    ("function", "file"),
+    [
+        ("join_safetensors", f"out/{WEIGHTS}"),
+        ("save_manifest", "out"),
+        ("sync_path", "out"),
+        ("tensor_bytes", f"out/{WEIGHTS}"),
+    ],
+)
+def test_a_disk_that_is_full_when_the_parts_are_joined_keeps_them(
+    function, file, filled, continues, monkeypatch
+):
+    monkeypatch.setattr(checkpoint_module, function, out_of_space)
+    assert len(filled(file)) == 3
+    continues([])
+
+
+def test_a_disk_that_is_full_when_files_are_taken_over_is_named(filled, continues, monkeypatch):
+    monkeypatch.setattr("quantkit.streaming.save_generation_config", out_of_space)
+    assert len(filled("out")) == 3
+    continues([])
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(filled, continues, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "write_text", out_of_space)
+    assert filled("job.json") == []
+    continues([0, 1])
+
+
+def test_the_systems_own_limit_is_named(filled, continues, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reason = os.strerror(errno.EFBIG)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        assert filled("outer.safetensors", reason) == []
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        assert len(filled(f"out/{WEIGHTS}", reason)) == 3
+        assert {path.suffix for path in (tmp_path / "out.partial").iterdir()} == {"", ".json", ".safetensors"}
+        assert not (tmp_path / "out.partial" / "out" / WEIGHTS).exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    continues([])
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(source, tokens, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "out", Recipe("w4a16-g32", "gptq")
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_free(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    sizes = []
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.streaming.check_space", lambda out, size: sizes.append(size))
+        with pytest.raises(Killed):
+            quantize_checkpoint(source(), out, recipe, "cpu", tokens, break_after(2))
+    staged = sum(path.stat().st_size for path in (tmp_path / "out.partial").iterdir())
+    with_free(2 * sizes[0] - staged - 1)
+    before = contents(tmp_path)
+    with pytest.raises(
+        QuantKitError, match=rf"{tmp_path}: 0\.\d MB free, but {out} needs about 0\.\d MB until"
+    ):
+        quantize_checkpoint(source(), out, recipe, "cpu", tokens)
+    assert contents(tmp_path) == before
+    with_free(2 * sizes[0] - staged)
+    summary = quantize_checkpoint(source(), out, recipe, "cpu", tokens)
+    assert summary.packed_bytes == sizes[0]
+
+
+def test_a_source_that_goes_away_keeps_what_is_finished(source, tmp_path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    hide = Progress(step=lambda: (folder / WEIGHTS).rename(folder / "hidden"))
+    with pytest.raises(MachineError, match=rf"{WEIGHTS}: cannot be read .*; it was there before"):
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("w8a16"), "cpu", progress=hide)
+    assert (tmp_path / "out.partial" / "outer.safetensors").exists()
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "job.json.tmp"], ["lock", "job.json", ".tmpAbC123"]])
+def test_what_a_run_leaves_that_is_killed_at_its_start_is_no_hindrance(left, source, packed, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_bytes(b"\xff")
+    step = lambda: names.append({path.name for path in (tmp_path / "out.partial").glob(".tmp*")})
+    names: list[set[str]] = []
+    quantize_checkpoint(
+        source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu", progress=Progress(step=step)
+    )
+    assert names == [set()] * 3
+    assert contents(tmp_path / "out") == contents(packed("llama", "w8a16"))
 
 
 # verify

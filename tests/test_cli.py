@@ -1,5 +1,6 @@
 """The command: what it prints, what it writes, and one clear line for every kind of bad input."""
 
+import errno
 import json
 import logging
 import re
@@ -99,9 +100,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def edit_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    edit_json(folder / "config.json", **changes)
 
 
 # what it prints and writes
@@ -380,6 +384,7 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(refused, 
     ("text", "words"),
     [
         ("scheme: w4a16\nbits: 4", ("recipe.yaml", "unknown name 'bits'", "known: scheme")),
+        ("scheme: w4a16\ncalibration: {allow_short: 1}", ("allow_short is 1", "expected true or false")),
         ("scheme: w5a16", ("recipe.yaml", "unknown scheme 'w5a16'", "known: w8a16")),
         ("scheme: [", ("recipe.yaml", "cannot be read as YAML")),
         ("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]", ("no linear", "'experts'")),
@@ -447,13 +452,110 @@ def test_calibration_text_at_fault_is_named(refused, model, tmp_path):
     (tmp_path / "empty.txt").touch()
     cases = {
         "absent.txt": ("absent.txt", "text file"),
-        "short.txt": ("short.txt", "one window needs 16", "longer text"),
+        "short.txt": ("short.txt", "has 4 tokens, but 2 sequences of 16 need 32", "longer text"),
+        "half.txt": (
+            "half.txt",
+            "has 21 tokens, but 2 sequences of 16 need 32",
+            "the 1 that",
+            "--allow-short",
+        ),
         "latin.txt": ("latin.txt", "not UTF-8"),
-        "empty.txt": ("empty.txt", "longer text"),
+        "binary.txt": ("binary.txt", "NUL", "no text file"),
+        "empty.txt": ("empty.txt", "no text in it"),
+        "strange.txt": ("strange.txt", "of the text's tokens are <unk>", "another model"),
+        "chats.jsonl": ("chats.jsonl, line 1", "no chat template"),
+        "broken.jsonl": ("broken.jsonl, line 1", "not JSON"),
     }
+    (tmp_path / "half.txt").write_text(" ".join(["w5"] * 20))
+    (tmp_path / "binary.txt").write_bytes(b"\0w5 " * 100)
+    (tmp_path / "strange.txt").write_text("ein anderes Deutsch als w5 " * 20)
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "w5"}]}')
+    (tmp_path / "broken.jsonl").write_text("{")
     for name, words in cases.items():
         arguments = (*GPTQ, "--calibration", tmp_path / name)
         refused("quantize", model, tmp_path / "out", *arguments, words=words)
+
+
+def test_a_short_text_may_be_allowed(run, model, tmp_path):
+    add_tokenizer(model, 100)
+    (tmp_path / "half.txt").write_text(" ".join(["w5"] * 20))
+    text = ("--calibration", tmp_path / "half.txt")
+    note = "note: the text gives 1 of the 2 sequences asked for"
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ, *text, "--allow-short")
+    assert (code, err) == (0, "")
+    assert note in out.splitlines()
+    (tmp_path / "recipe.yaml").write_text(
+        f"scheme: w4a16-g32\ncalibration: {{source: {text[1]}, samples: 2, seq_len: 16, allow_short: true}}"
+    )
+    code, out, _ = run("quantize", model, tmp_path / "again", "--recipe", tmp_path / "recipe.yaml")
+    assert (code, note in out.splitlines()) == (0, True)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (config["calibration"]["samples"], config["recipe"]["calibration"]["samples"]) == (1, 2)
+
+
+def test_calibration_may_come_from_chats(run, model, tmp_path):
+    add_tokenizer(model, 100)
+    edit_json(
+        model / "tokenizer_config.json",
+        chat_template="{% for m in messages %}w3 {{ m.content }} {% endfor %}",
+    )
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 10)
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(["w3 w5 w6 w3 w7\n"] * 10))
+    for name, text in (("chats", "chats.jsonl"), ("text", "text.txt")):
+        assert run("quantize", model, tmp_path / name, *GPTQ, "--calibration", tmp_path / text)[0] == 0
+    assert (tmp_path / "chats" / WEIGHTS).read_bytes() == (tmp_path / "text" / WEIGHTS).read_bytes()
+
+
+def test_a_dry_run_shows_what_a_run_would_do_and_does_nothing(run, model, tmp_path):
+    before = tree(model)
+    file = tmp_path / "dry.json"
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ, "--dry-run", "--json", file)
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dry.json"}
+    assert tree(model) == before
+    lines = [line.split() for line in out.splitlines()]
+    assert ["model.layers.1.mlp.down_proj", "64", "96", "w4a16-g32", "gptq", "4.50", "3,456"] in lines
+    content = json.loads(file.read_text())
+    assert len(content["modules"]) == 2 * 7
+    assert f"14 linears, 4.500 bits a weight; weights 0.2 MB -> {content['packed_bytes'] / 1e6:.1f} MB" in out
+    assert f"memory: about {content['peak_host'] / 1e6:.1f} MB on the host, beside Python and PyTorch" in out
+    assert f"time: about {content['seconds']:.0f} s at " in out
+    assert {"sampling", "gptq"} <= {work["what"] for work in content["work"]}
+    assert run("quantize", model, tmp_path / "out", *GPTQ)[0] == 0
+    stored = read_header(tmp_path / "out" / WEIGHTS).values()
+    assert content["packed_bytes"] == sum(tensor.stop - tensor.start for tensor in stored)
+
+
+def test_a_dry_run_refuses_what_the_run_would(refused, model, tmp_path):
+    words = ("no linear", "'experts'")
+    (tmp_path / "recipe.yaml").write_text("scheme: w8a16\nrules: [{match: experts, scheme: fp8}]")
+    recipe = ("--recipe", tmp_path / "recipe.yaml", "--dry-run")
+    refused("quantize", model, tmp_path / "out", *recipe, words=words)
+    edit_config(model, intermediate_size=128)
+    refused("quantize", model, tmp_path / "out", *QUICK, "--dry-run", words=("config.json makes it",))
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.checkpoint.join_safetensors", full)
+        code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(
+        f"error: {tmp_path}/out.partial/out/{WEIGHTS}: cannot be written (No space left on dev"
+    )
+    assert "the same command continues" in err
+    assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
+
+
+def test_a_disk_that_is_too_small_is_named(refused, model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    words = (f"{tmp_path}: 0.0 MB free", "needs about 0.2 MB")
+    refused("quantize", model, tmp_path / "out", *QUICK, words=words)
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model_is_named(refused, model, tmp_path):
@@ -492,6 +594,14 @@ def test_a_quantization_config_at_fault_is_named(refused, quantized):
     edit_config(quantized, quantization_config=good | {"modules": {"model.norm": {"scheme": "w8a16"}}})
     for verb in ("inspect", "eval"):
         refused(verb, quantized, words=("model.norm.codes", "missing"))
+
+
+def test_the_bar_counts_tokens_while_the_model_writes_its_own(run, model, tmp_path):
+    code, out, err = run("quantize", model, tmp_path / "out", *GPTQ)
+    assert (code, err) == (0, "")
+    assert any("tokens sampled" in line and "32/32" in line for line in out.splitlines())
+    code, out, err = run("quantize", model, tmp_path / "rtn", *QUICK)
+    assert "tokens sampled" not in out
 
 
 def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, monkeypatch):

@@ -1,0 +1,161 @@
+"""The dry run: its sizes are those of the run, its memory and time add up, and nothing is loaded or written."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import CalibrationSpec, QuantKitError, Recipe, Rule, quantize_checkpoint
+from quantkit import dry_run as dry_run_module
+from quantkit.checkpoint import CheckpointReader
+from quantkit.dry_run import COSTS, Rates, dry_run
+
+RATES = Rates(products=1e9, passes=1e8, latency=1e-6)
+HIDDEN, FFN, LAYERS = 64, 96, 2  # of the tiny models
+INPUTS = (HIDDEN, HIDDEN, HIDDEN, FFN)  # K of what feeds q, k and v; o; gate and up; down
+SPEC = CalibrationSpec("text.txt", samples=8, seq_len=24)
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch):
+    monkeypatch.setattr(dry_run_module, "measured_rates", lambda device: RATES)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recipe"),
+    [
+        ("llama", Recipe("w8a16")),
+        ("qwen2", Recipe("w4a16-g128-asym", "awq")),  # biases; a smaller group is remarked
+        ("phi3", Recipe("fp8-block")),
+        ("llama", Recipe("fp8-static", rules=(Rule("o_proj", "keep"), Rule("down_proj", "w4a16-g32")))),
+        ("llama", Recipe("w4a16-g32", rules=(Rule("lm_head", "w4a16-g64"), Rule("layers.1", "w8a16")))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.scheme,
+)
+def test_sizes_schemes_and_methods_are_those_of_the_run(architecture, recipe, source, tokens, tmp_path):
+    folder = source(architecture, tie_word_embeddings=False)
+    recipe = replace(recipe, calibration=SPEC)
+    found = dry_run(folder, tmp_path / "out", recipe, "cpu")
+    summary = quantize_checkpoint(folder, tmp_path / "out", recipe, "cpu", tokens)
+    assert found.packed_bytes == summary.packed_bytes
+    assert found.source_bytes == summary.source_bytes
+    assert found.bits_per_weight == pytest.approx(summary.bits_per_weight, rel=1e-12)
+    planned = {row["name"]: (row["scheme"], row["method"], row["remark"]) for row in found.modules}
+    done = {
+        name: (row["scheme"], row["method"], row.get("remark", "")) for name, row in summary.modules.items()
+    }
+    assert planned == done
+    stored = CheckpointReader(tmp_path / "out").tensors
+    for row in found.modules:
+        parts = [stored.get(f"{row['name']}.{s}") for s in ("codes", "scales", "zeros", "input_scale")]
+        assert row["bytes"] == sum(t.stop - t.start for t in parts if t is not None)
+        assert row["bits"] == 8 * row["bytes"] / (row["N"] * row["K"])
+
+
+def test_nothing_is_loaded_and_nothing_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointReader, "load", None)
+    for method in COSTS:
+        dry_run(source(), tmp_path / "out", Recipe("w4a16-g32", method, calibration=SPEC), "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def bytes_of(found, stage: str) -> dict[tuple[str, str], int]:
+    return {(held.what, held.place): held.bytes for held in found.memory if held.stage.endswith(stage)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_memory_adds_up(device, method, source, tmp_path):
+    found = dry_run(source(), tmp_path / "out", Recipe("w4a16-g32", method, calibration=SPEC), device)
+    place, value = ("host", 4) if device == "cpu" else ("device", 2)
+    block = CheckpointReader(source()).tensors
+    numel = sum((t.stop - t.start) // 2 for name, t in block.items() if name.startswith("model.layers.0."))
+    for stage in ("passed", "packed"):
+        held = bytes_of(found, stage)
+        assert held["weights", place] == numel * value
+        assert held["weights as stored", "host"] == numel * 2
+        assert held["hidden states", "host"] == 8 * 24 * HIDDEN * value
+        assert held["Hessians", place] == 4 * sum(K * K for K in INPUTS)
+    working = bytes_of(found, "packed")["working copies", place]
+    largest = 4 * (COSTS[method].copies * HIDDEN * FFN + COSTS[method].squares * FFN * FFN)
+    in_float32 = 4 * (numel - 2 * HIDDEN) if (method, device) == ("awq", "cuda") else 0
+    assert working == largest + in_float32
+    stages = {held.stage for held in found.memory}
+    assert len(stages) == 3
+    for place, peak in (("host", found.peak_host), ("device", found.peak_device)):
+        sums = [
+            sum(h.bytes for h in found.memory if (h.stage, h.place) == (stage, place)) for stage in stages
+        ]
+        assert peak == max(sums)
+    assert (found.peak_device == 0) == (device == "cpu")
+
+
+def test_the_whole_model_is_in_memory_while_it_samples(source, tmp_path):
+    spec = CalibrationSpec(samples=40, seq_len=24)
+    found = dry_run(source(), tmp_path / "out", Recipe("w4a16-g32", calibration=spec), "cpu")
+    held = bytes_of(found, "sampling")
+    parameters = sum((t.stop - t.start) // 2 for t in CheckpointReader(source()).tensors.values())
+    assert held["whole model", "host"] == 4 * parameters
+    assert held["whole model as stored", "host"] == 2 * parameters
+    assert held["keys and values", "host"] == 2 * LAYERS * 32 * 24 * 2 * (HIDDEN // 4) * 4
+    assert found.work[0].what == "sampling"
+    assert found.work[0].products == 2 * parameters * 40 * 24
+
+
+def test_rounding_to_nearest_needs_no_calibration(source, tmp_path):
+    found = dry_run(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    assert [work.what for work in found.work] == ["rtn"]
+    assert not {"Hessians", "hidden states"} & {held.what for held in found.memory}
+
+
+def test_time_is_counted_work_over_rates(source, tmp_path):
+    found = dry_run(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq", calibration=SPEC), "cpu")
+    work = {work.what: work for work in found.work}
+    assert set(work) == {"tokens through the blocks", "Hessians", "gptq"}
+    assert work["Hessians"].products == LAYERS * sum(2 * 8 * 24 * K * K for K in INPUTS)
+    weights = 2 * HIDDEN * HIDDEN + 2 * 32 * HIDDEN + 3 * HIDDEN * FFN
+    # twice through the first block, once through the last
+    assert work["tokens through the blocks"].products == 3 * 8 * 24 * (2 * weights + 4 * 24 * HIDDEN)
+    for part in found.work:
+        assert part.seconds == pytest.approx(part.products / 1e9 + part.passes / 1e8 + part.calls * 1e-6)
+    assert found.seconds == sum(part.seconds for part in found.work)
+    twice = CalibrationSpec("text.txt", samples=16, seq_len=24)
+    again = dry_run(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq", calibration=twice), "cpu")
+    again = {work.what: work for work in again.work}
+    assert again["Hessians"].products == 2 * work["Hessians"].products
+    assert again["gptq"] == work["gptq"]
+
+
+def test_rates_are_measured(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(dry_run_module, "RATE_SECONDS", 0.02)
+    rates = dry_run_module.measured_rates(torch.device("cpu"))
+    assert 1e7 < rates.products < 1e14
+    assert 1e6 < rates.passes < 1e13
+    assert 1e-8 < rates.latency < 1e-2
+
+
+def test_disk_is_counted_twice(source, tmp_path):
+    found = dry_run(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    assert found.disk_needed == 2 * found.packed_bytes
+    assert found.disk_free > 0
+
+
+def test_what_the_run_would_refuse_is_refused(source, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(QuantKitError, match="there: exists already"):
+        dry_run(source(), tmp_path / "there", Recipe("w8a16"), "cpu")
+    with pytest.raises(QuantKitError, match="no such model directory"):
+        dry_run(tmp_path / "absent", tmp_path / "out", Recipe("w8a16"), "cpu")
+    with pytest.raises(QuantKitError, match="512 tokens exceed the model's context of 64"):
+        dry_run(source(), tmp_path / "out", Recipe("w4a16"), "cpu")
+    recipe = Recipe("fp8-static", rules=(Rule("lm_head"),), calibration=SPEC)
+    with pytest.raises(QuantKitError, match="static activation scale is not calibrated outside"):
+        dry_run(source("llama", tie_word_embeddings=False), tmp_path / "out", recipe, "cpu")
+
+
+def test_it_is_plain_data(source, tmp_path: Path):
+    found = dry_run(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    assert json.loads(json.dumps(asdict(found)))["packed_bytes"] == found.packed_bytes

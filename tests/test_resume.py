@@ -1,0 +1,95 @@
+"""A run that is killed again and again ends in the bytes of one that was left alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Forks its runs, since a process of its own takes longer to import torch than to quantize the model.
+RUN = """
+import os, random, shutil, signal, sys, time, traceback
+from pathlib import Path
+
+import torch
+
+from quantkit import Recipe, quantize_checkpoint
+
+KILLS = 10
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
+source, folder, method = sys.argv[1:]
+out, staging = Path(folder, "out"), Path(folder, "out.partial")
+tokens = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
+chance = random.Random(0)
+
+def run(where):
+    quantize_checkpoint(source, where, Recipe("w4a16-g32", method), "cpu", tokens)
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+def start(at=None):
+    pid = os.fork()
+    if pid:
+        return pid
+    changes = []
+
+    def kill_before_a_change(event, args):
+        written = event == "open" and isinstance(args[1], str) and args[1][0] != "r" or args[1:2] == ("r+",)
+        if (written or event in CHANGES) and str(staging) in str(args[0]):
+            changes.append(event)
+            if len(changes) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill_before_a_change)
+    try:
+        run(out)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+def ended(pid):
+    status = os.waitpid(pid, 0)[1]
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0, status
+    if out.exists():
+        assert contents(out) == expected
+        shutil.rmtree(out)
+        shutil.rmtree(staging, ignore_errors=True)
+        return killed, True
+    return killed, False
+
+run(Path(folder, "warm"))
+started = time.monotonic()
+run(Path(folder, "whole"))
+duration = time.monotonic() - started
+expected = contents(Path(folder, "whole"))
+assert contents(Path(folder, "warm")) == expected
+
+kills = 0
+while kills < KILLS:
+    pid = start()
+    time.sleep(chance.random() * duration)
+    os.kill(pid, signal.SIGKILL)
+    kills += ended(pid)[0]
+assert ended(start()) == (False, True)
+
+at = 0
+killed = True
+while killed:
+    at += 1
+    killed, whole = ended(start(at))
+print(kills, at - 1, whole)
+"""
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_runs_killed_at_random_and_at_every_change_of_a_file_end_in_the_same_bytes(source, tmp_path, method):
+    folder = source("llama", num_hidden_layers=3)
+    command = [sys.executable, "-c", RUN, str(folder), str(tmp_path), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, changes, whole = done.stdout.split()
+    assert int(kills) == 10
+    assert int(changes) >= 12
+    assert whole == "True"
