@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from quantkit.allocation import Allocation, allocate
 from quantkit.calibration import data
 from quantkit.calibration.pipeline import (
     Activations,
@@ -32,11 +33,15 @@ class Progress:
         start: the number of steps to come (blocks, and one more for what is outside them).
         module: a packed linear.
         step: a finished step.
+        measure: decoder blocks run so far, and in all, before the schemes are chosen (`target_bpw`).
+        allocation: the schemes chosen.
     """
 
     start: Callable[[int], None] = lambda steps: None
     module: Callable[[dict[str, Any]], None] = lambda module: None
     step: Callable[[], None] = lambda: None
+    measure: Callable[[int, int], None] = lambda done, total: None
+    allocation: Callable[[Allocation], None] = lambda allocation: None
 
 
 def calibration_tokens(
@@ -83,16 +88,20 @@ class Job:
     """One model, its blocks and its plan: what both ways of quantizing share."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
-        self.plans = plan_modules(model, recipe)
+        self.model, self.device = model, device
+        self.follow(recipe)
         self.prefix, self.blocks = decoder_blocks(model)
         self.dtype = model.dtype  # before a block is loaded in another one to compute with
         self.activations: Activations | None = None
         self.modules: dict[str, dict[str, Any]] = {}
 
+    def follow(self, recipe: Recipe) -> None:
+        self.recipe, self.plans = recipe, plan_modules(self.model, recipe)
+
     @property
     def needs_tokens(self) -> bool:
-        return any(needs_activations(plan) for plan in self.plans.values())
+        """Whether the work needs calibration tokens; a recipe with a target does before its schemes are chosen."""
+        return self.recipe.target_bpw is not None or any(map(needs_activations, self.plans.values()))
 
     def block_plans(self, index: int) -> dict[str, ModulePlan]:
         prefix = f"{self.prefix}.{index}."
@@ -187,6 +196,11 @@ def quantize(
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
+        if recipe.target_bpw is not None:
+            allocation = allocate(model, recipe, tokens, progress.measure)
+            progress.allocation(allocation)
+            job.follow(allocation.recipe(recipe))
+    if job.needs_tokens and tokens is not None:
         job.activations = capture(model, job.blocks, tokens, job.device)
     progress.start(len(job.blocks) + 1)
     packed: dict[str, QuantizedTensor] = {}

@@ -1,6 +1,7 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
 import ctypes
+import json
 import os
 import shutil
 import time
@@ -16,8 +17,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
+from quantkit.allocation import Allocation, allocate, check_room, read_budget
 from quantkit.calibration.pipeline import ModuleResult, capture, not_finite
-from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256
+from quantkit.checkpoint import INDEX, CheckpointReader, CheckpointWriter, sha256, write_text
 from quantkit.errors import QuantKitError
 from quantkit.hf import linear_called, packed_twin
 from quantkit.linear import replace_module
@@ -34,12 +36,14 @@ from quantkit.quantize import (
 from quantkit.recipe import Recipe
 from quantkit.source import COPIED, empty_model, load_tokenizer, read_config, resolve, whole_model
 
+ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after."""
+    """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after,
+    and the schemes that a `target_bpw` led to."""
 
     modules: dict[str, dict[str, Any]]
     calibration: dict[str, Any] | None
@@ -48,6 +52,7 @@ class Summary:
     source_bytes: int
     packed_bytes: int
     seconds: float
+    allocation: Allocation | None = None
 
 
 def quantize_checkpoint(
@@ -81,7 +86,9 @@ def quantize_checkpoint(
     job = Job(model, recipe, device)
     loader = BlockLoader(job, reader, device)
 
-    calibration = None
+    calibration = allocation = None
+    if recipe.target_bpw is not None:
+        read_budget(model, recipe)
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
@@ -101,6 +108,14 @@ def quantize_checkpoint(
     packed_weights = packed_code_bytes = packed_bytes = 0
 
     with CheckpointWriter(out, fingerprint) as writer:
+        if recipe.target_bpw is not None and tokens is not None:
+            allocation = saved_allocation(writer)
+            if allocation is None:
+                check_room(model, tokens, device)
+                allocation = allocate(whole_model(folder, device), recipe, tokens, progress.measure)
+                write_text(writer.staging / ALLOCATION, json.dumps(allocation.to_dict()))
+            progress.allocation(allocation)
+            job.follow(allocation.recipe(recipe))
 
         def write(
             name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
@@ -146,7 +161,16 @@ def quantize_checkpoint(
         sum(t.stop - t.start for t in reader.tensors.values()),
         packed_bytes,
         time.monotonic() - started,
+        allocation,
     )
+
+
+def saved_allocation(writer: CheckpointWriter) -> Allocation | None:
+    """What a killed run of the same job chose; None if it did not come so far."""
+    try:
+        return Allocation.from_dict(json.loads((writer.staging / ALLOCATION).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_out(out: Path) -> None:
