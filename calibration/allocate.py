@@ -18,15 +18,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.calibration.grid import search_clip
+from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.models import decoder_blocks
-from quantkit.scheme import Scheme
+from quantkit.recipe import ModulePlan
 
 CANDIDATES = ("w4a16-channel", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a16")
 WINDOWS, WINDOW = 8, 512  # calibration sequences, and tokens of each, that KL is measured on
@@ -55,11 +57,7 @@ def spend(groups: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     assert left >= 0, f"the cheapest choices take {-left} bits more than the budget"
 
     # along a hull slopes only fall, so this order never takes a group's second step before its first
-    steps = [
-        (slope(here, there), g, there)
-        for g, hull in enumerate(hulls)
-        for here, there in zip(hull, hull[1:], strict=False)
-    ]
+    steps = [(slope(here, there), g, there) for g, hull in enumerate(hulls) for here, there in pairwise(hull)]
     for _, g, there in sorted(steps, key=lambda step: -step[0]):
         if there.bits - chosen[g].bits > left:
             break
@@ -139,32 +137,29 @@ class Skip(nn.Module):
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    groups: Sequence[tuple[tuple[str, ...], Sequence[Scheme]]],
+    groups: Sequence[Sequence[Sequence[ModulePlan]]],
     tokens: torch.Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float]]:
     """(2) of every group for each of its schemes.
 
-    Weights are rounded to nearest after a search for the best clipping, without calibration: that costs little
-    and ranks groups as better methods do. A group in block i leaves the blocks before it as they are, so their
-    output is kept and they are not run.
+    Weights are rounded to nearest: that costs little, and what counts is how groups and schemes rank. A group in
+    block i leaves the blocks before it as they are, so their output is kept and they are not run.
 
     Args:
         model: a whole causal language model; the same again afterwards.
-        groups: names of linears of one decoder block, and the schemes to try.
+        groups: for each group, for each scheme to try, the plans of the group's linears; see `shared_inputs`.
         tokens: int64 [samples, seq_len].
         progress: called with (decoder blocks run so far, in all) after each scheme.
 
     Raises:
-        QuantKitError: a weight is not finite, or what the model gives is not.
+        QuantKitError: what the model gives is not finite.
     """
     prefix, blocks = decoder_blocks(model)
     originals = list(blocks)
     windows = tokens.to(model.device).split(WINDOWS_AT_ONCE)  # type: ignore[arg-type]
-    block_of = [int(names[0].removeprefix(f"{prefix}.").split(".")[0]) for names, _ in groups]
-    total = sum(
-        (len(blocks) - i) * len(schemes) for i, (_, schemes) in zip(block_of, groups, strict=True)
-    )
+    block_of = [int(tries[0][0].name.removeprefix(f"{prefix}.").split(".")[0]) for tries in groups]
+    total = sum((len(blocks) - i) * len(tries) for i, tries in zip(block_of, groups, strict=True))
     done = 0
     state: dict[str, Any] = {}
     kls: list[list[float]] = [[] for _ in groups]
@@ -173,17 +168,17 @@ def measure(
     try:
         log_p, outputs = run_original(model, blocks, windows)
         for i, block in enumerate(originals):
-            for (names, schemes), found, its_block in zip(groups, kls, block_of, strict=True):
-                for scheme in schemes if its_block == i else ():
+            for tries, found, its_block in zip(groups, kls, block_of, strict=True):
+                for plans in tries if its_block == i else ():
                     nats = 0.0
-                    with rounded(model, names, scheme):
+                    with rounded(model, plans):
                         for j, window in enumerate(windows):
                             state["output"] = outputs[i - 1][j] if i else None
                             nats += divergence(log_p[j], model(window, use_cache=False).logits)
                     if not math.isfinite(nats):
                         raise QuantKitError(
-                            f"{names[0]}: with {scheme.label} the model's output is not finite; mend the source "
-                            "checkpoint, or compute in another dtype"
+                            f"{plans[0].name}: with {plans[0].scheme.label} the model's output is not finite; see whether "
+                            "the original's is in its dtype, or name a scheme"
                         )
                     found.append(nats / tokens.numel())
                     done += len(blocks) - i
@@ -205,9 +200,7 @@ def run_original(
     def hook(kept: list[Any]) -> Any:
         return lambda module, args, output: kept.append(output)
 
-    handles = [
-        block.register_forward_hook(hook(kept)) for block, kept in zip(blocks, outputs, strict=True)
-    ]
+    handles = [block.register_forward_hook(hook(kept)) for block, kept in zip(blocks, outputs, strict=True)]
     try:
         log_p = [model(window, use_cache=False).logits.float().log_softmax(-1) for window in windows]
     finally:
@@ -217,28 +210,29 @@ def run_original(
 
 
 @contextmanager
-def rounded(model: nn.Module, names: Sequence[str], scheme: Scheme) -> Iterator[None]:
-    """Within it the named linears compute with their weights rounded to the scheme."""
-    linears = [model.get_submodule(name) for name in names]
-    originals: list[torch.Tensor] = [linear.weight.data for linear in linears]  # type: ignore[union-attr]
+def rounded(model: nn.Module, plans: Sequence[ModulePlan]) -> Iterator[None]:
+    """Within it the planned linears compute with their weights rounded to nearest."""
+    linears: list[Any] = [model.get_submodule(plan.name) for plan in plans]
+    originals = [linear.weight.data for linear in linears]
     try:
-        for name, linear in zip(names, linears, strict=True):
-            linear.weight.data = rounded_weight(name, linear.weight.data, scheme)  # type: ignore[union-attr, arg-type]
+        for plan, linear in zip(plans, linears, strict=True):
+            linear.weight.data = rounded_weight(linear.weight.data, plan)
         yield
     finally:
         for linear, original in zip(linears, originals, strict=True):
-            linear.weight.data = original  # type: ignore[union-attr]
+            linear.weight.data = original
 
 
-def rounded_weight(name: str, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The weight [N, K] that its nearest codes stand for, in its dtype."""
+def rounded_weight(weight: torch.Tensor, plan: ModulePlan) -> torch.Tensor:
+    """The weight [N, K] that its nearest codes stand for, in its dtype.
+
+    Where a better method is planned than rounding to nearest, the grid is first clipped to the least squared error:
+    without it whole rows, which have the most to gain from such a method, would look worse than they will be.
+    """
     pieces = []
-    try:
-        for piece in weight.split(max(1, AT_A_TIME // weight.shape[1])):
-            grid = search_clip(piece, scheme)
-            pieces.append(grid.dequantize(grid.round(piece)).to(weight.dtype))
-    except QuantKitError as error:
-        raise QuantKitError(f"{name}: {error}") from error
+    for piece in weight.split(max(1, AT_A_TIME // weight.shape[1])):
+        grid = None if plan.method == "rtn" else search_clip(piece, plan.scheme)
+        pieces.append(rtn(piece, plan.scheme, grid=grid).dequantize(weight.dtype))
     return torch.cat(pieces)
 
 

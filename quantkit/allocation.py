@@ -19,10 +19,11 @@ from quantkit.calibration.allocate import (
     shared_inputs,
     spend,
 )
+from quantkit.calibration.pipeline import not_finite
 from quantkit.errors import QuantKitError
 from quantkit.linear import tensor_specs
 from quantkit.models import decoder_blocks
-from quantkit.recipe import Recipe, Rule, fit_scheme, plan_modules
+from quantkit.recipe import ModulePlan, Recipe, Rule, fit_scheme, plan_modules
 from quantkit.scheme import Scheme, parse_scheme
 
 
@@ -74,7 +75,7 @@ class Allocation:
             by_method: dict[str | None, list[str]] = {}
             for name in group.names:
                 rule = recipe.rule_for(name)
-                by_method.setdefault(rule and rule.method, []).append(re.escape(name))
+                by_method.setdefault(rule.method if rule else None, []).append(re.escape(name))
             rules += [
                 Rule(f"^({'|'.join(names)})$", group.scheme, method) for method, names in by_method.items()
             ]
@@ -83,9 +84,9 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is to choose from: schemes by linear; bits and weights of the linears whose scheme is given."""
+    """What there is to choose from: plans by linear; bits and weights of the linears whose scheme is given."""
 
-    candidates: dict[str, tuple[Scheme, ...]]
+    candidates: dict[str, list[ModulePlan]]
     given_bits: int
     given_weights: int
 
@@ -103,6 +104,7 @@ def read_budget(model: PreTrainedModel, recipe: Recipe) -> Budget:
             "would do; make the recipe's scheme one of these"
         )
     prefix, _ = decoder_blocks(model)
+    tries = [plan_modules(model, replace(recipe, scheme=label)) for label in CANDIDATES]
     candidates, given_bits, given_weights = {}, 0, 0
     cheapest = dearest = 0
     cheapest_labels, dearest_labels = set(), set()
@@ -113,15 +115,19 @@ def read_budget(model: PreTrainedModel, recipe: Recipe) -> Budget:
             given_weights += math.prod(shape_of(model, name))
             continue
         N, K = shape_of(model, name)
-        schemes = tuple(dict.fromkeys(fit_scheme(parse_scheme(label), K)[0] for label in CANDIDATES))
-        candidates[name] = schemes
-        by_bits = sorted(schemes, key=lambda scheme: stored_bits(scheme, N, K))
+        distinct = {
+            plans[name].scheme: plans[name] for plans in tries
+        }  # groups may be smaller than asked for
+        candidates[name] = list(distinct.values())
+        by_bits = sorted(distinct, key=lambda scheme: stored_bits(scheme, N, K))
         cheapest += stored_bits(by_bits[0], N, K)
         dearest += stored_bits(by_bits[-1], N, K)
         cheapest_labels.add(by_bits[0].label)
         dearest_labels.add(by_bits[-1].label)
     if not candidates:
-        raise QuantKitError("recipe: target_bpw has nothing to choose, since rules give every linear a scheme")
+        raise QuantKitError(
+            "recipe: target_bpw has nothing to choose, since rules give every linear a scheme"
+        )
     weights = given_weights + sum(math.prod(shape_of(model, name)) for name in candidates)
     # rounded so that what is printed can be asked for
     least = math.ceil((given_bits + cheapest) / weights * 1000) / 1000
@@ -177,16 +183,22 @@ def allocate(
         progress: called with (decoder blocks run so far, in all).
 
     Raises:
-        QuantKitError: see `read_budget` and `quantkit.calibration.allocate.measure`.
+        QuantKitError: a weight is not finite; see also `read_budget` and `quantkit.calibration.allocate.measure`.
     """
     assert recipe.target_bpw is not None
     budget = read_budget(model, recipe)
+    for name, parameter in model.named_parameters():
+        if bad := not_finite(parameter):
+            raise QuantKitError(
+                f"{name}: {bad} of {parameter.numel()} values are NaN or infinite; mend the source checkpoint"
+            )
     tokens = tokens[:WINDOWS, :WINDOW]
     groups = shared_inputs(model, list(budget.candidates), tokens)
-    kls = measure(model, [(names, budget.candidates[names[0]]) for names in groups], tokens, progress)
+    tries = [list(zip(*(budget.candidates[name] for name in names), strict=True)) for names in groups]
+    kls = measure(model, tries, tokens, progress)
     choices, uniform = [], []
     for names, found in zip(groups, kls, strict=True):
-        schemes = budget.candidates[names[0]]
+        schemes = [plan.scheme for plan in budget.candidates[names[0]]]
         choices.append(
             [
                 Choice(scheme.label, sum(stored_bits(scheme, *shape_of(model, n)) for n in names), kl)

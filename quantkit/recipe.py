@@ -128,6 +128,8 @@ def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
     for name, value in content.items():
         if name not in fields:
             raise QuantKitError(f"recipe {where}: unknown name {name!r}; known: {', '.join(fields)}")
+        if value is None and fields[name].default is None:
+            continue
         if fields[name].type is int and type(value) is not int:
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a whole number")
         if fields[name].type == float | None and type(value) not in (int, float):
