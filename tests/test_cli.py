@@ -418,7 +418,7 @@ def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
             ("--target-bpw", "16"),
             ("target_bpw 16: this model takes from 4.", "w4a16-channel", "to 8.", "w8a16"),
         ),
-        (("--target-bpw", "many"), ("many", "--target-bpw")),
+        (("--target-bpw", "many"), ("number", "--target-bpw")),
         (("--scheme", "w8a16", "--samples", "none"), ("--samples", "integer")),
         (("--scheme", "w4a16", "--samples", "0"), ("calibration of 0 x",)),
         (("--scheme", "w8a16", "--no-such-option"), ("--no-such-option",)),
