@@ -153,17 +153,19 @@ def stored_bits(scheme: Scheme, N: int, K: int) -> int:
 
 def check_room(model: PreTrainedModel, tokens: torch.Tensor, device: torch.device) -> None:
     """Refuses, before it is loaded, a model that the device cannot hold whole; it may be on the meta device."""
-    wide = device.type == "cpu"  # where it is loaded in float32
-    weights = sum(p.numel() * (4 if wide else p.element_size()) for p in model.parameters())
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr, assignment]
-    needed = weights + 4 * vocabulary * tokens[:WINDOWS, :WINDOW].numel()
+    itemsize = 4 if device.type == "cpu" else model.dtype.itemsize  # on a CPU it is loaded in float32
+    vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[union-attr, misc]
+    of_a_token = 4 * vocabulary + itemsize * width * len(
+        decoder_blocks(model)[1]
+    )  # log p, and each block's output
+    needed = itemsize * model.num_parameters() + of_a_token * tokens[:WINDOWS, :WINDOW].numel()
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > room:
         raise QuantKitError(
-            f"target_bpw: measuring holds the whole model and its output, {needed / 1e9:.1f} GB, and {device} has "
+            f"target_bpw: measuring holds the whole model and its outputs, {needed / 1e9:.1f} GB, and {device} has "
             f"{room / 1e9:.1f} GB; measure on a device that holds it: the recipe in the config.json "
             "that this writes serves here too"
         )

@@ -346,15 +346,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     monkeypatch.setattr(streaming, "whole_model", None)
     with pytest.raises(
-        QuantKitError, match=r"holds the whole model and its output, .* GB, and cpu has 0\.0 GB"
+        QuantKitError, match=r"holds the whole model and its outputs, .* GB, and cpu has 0\.0 GB"
     ):
         run(source(), tmp_path / "out", recipe, tokens)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_room_needed_is_weights_and_log_probabilities(tiny, tokens, monkeypatch):
+def test_the_room_needed_is_weights_log_probabilities_and_hidden_states(tiny, tokens, monkeypatch):
     model = tiny()  # bfloat16, widened on a CPU
-    needed = 4 * sum(p.numel() for p in model.parameters()) + 4 * 128 * tokens.numel()
+    needed = 4 * (sum(p.numel() for p in model.parameters()) + (128 + 2 * 64) * tokens.numel())
     monkeypatch.setattr(allocation_module.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.get)
     check_room(model, tokens, torch.device("cpu"))
     monkeypatch.setattr(allocation_module.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}.get)
