@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from quantkit import __version__
+from quantkit.allocation import Allocation, GroupChoice
 from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.dry_run import DryRun, dry_run
@@ -54,6 +55,7 @@ INTERRUPTED = 130  # what typer returns for Ctrl-C
 TILED_SCALES = ("F16", "BF16")  # as safetensors names what `kernels/int4tiles.py` takes
 INSPECTED_M = (1, 16, 256, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNIFORM = "w4a16-g128"  # what --target-bpw compares its choice with
 DEFAULT_BENCHED = ("w4a16-g128", "w8a16", "fp8-w8a16", "w8a8", "fp8", "fp8-block")
 
 
@@ -165,6 +167,10 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help=f"{', '.join(METHODS)}; gptq for 2 to 4 bits, else rtn, by default.")
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight: measures the model and chooses a scheme for each linear."),
+    ] = None,
     group_size: Annotated[str | None, typer.Option(help="32, 64, 128 or channel (2 to 4 bits only).")] = None,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="With zero points (2 to 4 bits only).")
@@ -189,16 +195,22 @@ def quantize(
     json_file: JsonFile = None,
 ) -> None:
     """Quantize MODEL into the directory OUT."""
-    if (recipe is None) == (scheme is None):
-        raise QuantKitError("give one of --scheme and --recipe")
+    if sum((recipe is not None, scheme is not None, recipe is None and target_bpw is not None)) != 1:
+        raise QuantKitError(
+            "give one of --scheme, --target-bpw and --recipe; of these only the last two go together"
+        )
     if recipe is not None:
         if method or group_size or asymmetric:
             raise QuantKitError(
                 "--method, --group-size and --asymmetric go with --scheme; write them in the recipe"
             )
         plan = read_recipe(recipe)
+    elif target_bpw is not None and (group_size or asymmetric):
+        raise QuantKitError("--group-size and --asymmetric go with --scheme; --target-bpw chooses the groups")
     else:
-        plan = Recipe(read_scheme(scheme or "", group_size, asymmetric).label, method)
+        plan = Recipe(read_scheme(scheme or UNIFORM, group_size, asymmetric).label, method)
+    if target_bpw is not None:
+        plan = replace(plan, target_bpw=target_bpw)
     given: dict[str, Any] = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}
     given["allow_short"] = allow_short or None
     spec = replace(plan.calibration, **{name: value for name, value in given.items() if value is not None})
@@ -219,7 +231,11 @@ def quantize(
         task = bar.add_task("blocks", total=None)
         progress = Progress(
             sampled=lambda done, total: bar.update(sampling, completed=done, total=total, visible=True),
-            start=lambda steps: bar.update(task, total=steps),
+            measure=lambda done, total: bar.update(
+                task, description="measuring", completed=done, total=total
+            ),
+            allocation=lambda allocation: print_allocation(allocation, bar.console),
+            start=lambda steps: bar.reset(task, description="blocks", total=steps),
             module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
             step=lambda: bar.advance(task),
         )
@@ -288,6 +304,30 @@ def print_dry_run(found: DryRun) -> None:
         f"time: about {found.seconds:.0f} s at {found.rates.products / 1e9:.0f} GFLOP/s, without reading and writing files",
     ):
         out.print(line, highlight=False, soft_wrap=True)
+
+
+def print_allocation(allocation: Allocation, console: Console) -> None:
+    right = [Column(name, justify="right") for name in ("KL, nats", "bits/weight")]
+    table = Table(Column("linears", overflow="fold"), "scheme", *right, box=None)
+    for group in allocation.groups:
+        bits = f"{group.bits / group.weights:.3f}"
+        table.add_row(escape(short_names(group)), group.scheme, f"{group.kl:.2e}", bits)
+    console.print(table)
+    console.print(
+        f"{allocation.bits / allocation.weights:.3f} bits a weight (target {allocation.target_bpw:g}), KL by the "
+        f"sum of the linears' own {allocation.kl:.4f}; {allocation.uniform} throughout "
+        f"{allocation.uniform_bits / allocation.weights:.3f}, {allocation.uniform_kl:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def short_names(group: GroupChoice) -> str:
+    """`model.layers.0.self_attn.{q_proj,k_proj,v_proj}`, if they are of one parent."""
+    parents, children = zip(*(name.rpartition(".")[::2] for name in group.names), strict=True)
+    if len(group.names) == 1 or len(set(parents)) > 1:
+        return ", ".join(group.names)
+    return f"{parents[0]}.{{{','.join(children)}}}"
 
 
 def module_line(module: dict[str, Any]) -> str:

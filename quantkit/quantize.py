@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from quantkit.allocation import Allocation, allocate
 from quantkit.calibration import data
 from quantkit.calibration.pipeline import (
     Activations,
@@ -39,12 +40,16 @@ class Progress:
         start: the number of steps to come (blocks, and one more for what is outside them).
         module: a packed linear.
         step: a finished step.
+        measure: decoder blocks run so far, and in all, before the schemes are chosen (`target_bpw`).
+        allocation: the schemes chosen.
     """
 
     sampled: Callable[[int, int], None] = lambda done, total: None
     start: Callable[[int], None] = lambda steps: None
     module: Callable[[dict[str, Any]], None] = lambda module: None
     step: Callable[[], None] = lambda: None
+    measure: Callable[[int, int], None] = lambda done, total: None
+    allocation: Callable[[Allocation], None] = lambda allocation: None
 
 
 def calibration_tokens(
@@ -97,7 +102,7 @@ class Job:
     """One model, its blocks and its plan: what both ways of quantizing share."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
+        self.model, self.device = model, device
         unfuse_experts(model)
         self.rotation: Rotation | None = None
         self.untied: dict[str, str] = {}  # tensor -> the tensor it was tied to, and is still stored as
@@ -105,15 +110,20 @@ class Job:
             self.rotation = random_rotations(model, recipe.calibration.seed, device)
             if self.rotation.residual is not None:
                 self.untied = untie_head(model)
-        self.plans = plan_modules(model, recipe)
+        self.follow(recipe)
         self.prefix, self.blocks = decoder_blocks(model)
         self.dtype = model.dtype  # before a block is loaded in another one to compute with
         self.activations: Activations | None = None
         self.modules: dict[str, dict[str, Any]] = {}
 
+    def follow(self, recipe: Recipe) -> None:
+        """Plans by a recipe; called again once `target_bpw` has led to another."""
+        self.recipe, self.plans = recipe, plan_modules(self.model, recipe)
+
     @property
     def needs_tokens(self) -> bool:
-        return any(needs_activations(plan) for plan in self.plans.values())
+        """Whether the work needs calibration tokens; a recipe with a target does before its schemes are chosen."""
+        return self.recipe.target_bpw is not None or any(map(needs_activations, self.plans.values()))
 
     def block_plans(self, index: int) -> dict[str, ModulePlan]:
         """The plans of a block's linears by their names in it."""
@@ -241,6 +251,10 @@ def quantize(
             tokens = calibration_tokens(recipe.calibration, tokenizer, lambda: model, progress)
         check_tokens(tokens, model)
         calibration = describe_calibration(recipe.calibration, tokens)
+        if recipe.target_bpw is not None:
+            allocation = allocate(model, recipe, tokens, progress.measure)
+            progress.allocation(allocation)
+            job.follow(allocation.recipe(recipe))
     job.rotate_outer()
     if tokens is not None and job.needs_tokens:
         job.capture(tokens)

@@ -54,6 +54,8 @@ class Recipe:
         rules: exceptions, the first that matches a name decides.
         calibration: what is fed to the model where the method or the scheme needs activations.
         quality: 'fast', 'balanced' or 'best', where no method is named.
+        target_bpw: choose the schemes of the linears to which no rule gives one, within this many bits a weight
+            over all packed linears (`quantkit.allocation`); `scheme` is then what the outcome is compared with.
     """
 
     scheme: str
@@ -61,6 +63,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     quality: Level = "balanced"
+    target_bpw: float | None = None
 
     def __post_init__(self) -> None:
         for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
@@ -93,6 +96,10 @@ class Recipe:
     @property
     def rotates(self) -> bool:
         return self.method is not None and parse_method(self.method).rotate
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The rule that decides for the linear of this name; None: the recipe's defaults do."""
+        return next((rule for rule in self.rules if re.search(rule.match, name)), None)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
@@ -137,10 +144,14 @@ def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
     for name, value in content.items():
         if name not in fields:
             raise QuantKitError(f"recipe {where}: unknown name {name!r}; known: {', '.join(fields)}")
+        if value is None and fields[name].default is None:
+            continue
         if fields[name].type is int and type(value) is not int:
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a whole number")
         if fields[name].type is bool and type(value) is not bool:
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected true or false")
+        if fields[name].type == float | None and type(value) not in (int, float):
+            raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a number")
         if fields[name].type in (str, str | None) and not isinstance(value, str):
             raise QuantKitError(f"recipe {where}: {name} is {value!r}, expected a word")
     for name in ("scheme", "match"):
@@ -179,7 +190,7 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
     tied = tied_linears(model)
     plans = {}
     for name, linear in packable(model).items():
-        rule = next((rule for rule in recipe.rules if re.search(rule.match, name)), None)
+        rule = recipe.rule_for(name)
         unused -= {rule.match for rule in recipe.rules if re.search(rule.match, name)}
         if rule is None and name not in inside:
             continue

@@ -1,6 +1,7 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
 import ctypes
+import json
 import resource
 import shutil
 import time
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
+from quantkit.allocation import Allocation, allocate, check_room, read_budget
 from quantkit.calibration.pipeline import ModuleResult, not_finite
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
@@ -67,6 +69,7 @@ from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, rea
 
 # what config.json keeps of a part's notes on a module; the rest are fields of ModuleReport, and its seconds
 IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
+ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
 
@@ -75,7 +78,7 @@ GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
 class Summary:
     """What a run did: modules and calibration as in config.json, weights packed, their bits, bytes before and after.
 
-    `verdict` is there if a report was asked for.
+    `verdict` is there if a report was asked for, `allocation` if a `target_bpw` was.
     """
 
     modules: dict[str, dict[str, Any]]
@@ -86,6 +89,7 @@ class Summary:
     packed_bytes: int
     seconds: float
     verdict: Verdict | None = None
+    allocation: Allocation | None = None
 
 
 def quantize_checkpoint(
@@ -125,8 +129,10 @@ def quantize_checkpoint(
     size = loader.packed_bytes()
     check_space(out, size)
 
-    calibration = None
+    calibration = allocation = None
     held_whole = job.needs_tokens and tokens is None and recipe.calibration.source == "self"
+    if recipe.target_bpw is not None:
+        read_budget(model, recipe)
     if job.needs_tokens:
         if tokens is None:
             check_context(recipe.calibration.seq_len, config)
@@ -152,6 +158,15 @@ def quantize_checkpoint(
     verdict = None
 
     with CheckpointWriter(out, fingerprint, size) as writer:
+        if recipe.target_bpw is not None and tokens is not None:
+            allocation = saved_allocation(writer)
+            if allocation is None:
+                check_room(model, tokens, device)
+                allocation = allocate(whole_model(folder, device), recipe, tokens, progress.measure)
+                with writer.writing(writer.staging / ALLOCATION):
+                    write_text(writer.staging / ALLOCATION, json.dumps(allocation.to_dict()))
+            progress.allocation(allocation)
+            job.follow(allocation.recipe(recipe))
 
         def write(
             name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
@@ -246,7 +261,16 @@ def quantize_checkpoint(
         packed_bytes,
         time.monotonic() - started,
         verdict,
+        allocation,
     )
+
+
+def saved_allocation(writer: CheckpointWriter) -> Allocation | None:
+    """What a killed run of the same job chose; None if it did not come so far."""
+    try:
+        return Allocation.from_dict(json.loads((writer.staging / ALLOCATION).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_report(folder: Path, report: Report, timings: Timings) -> None:

@@ -209,6 +209,34 @@ def test_a_smaller_group_or_a_ragged_last_one_is_announced(run, source, tmp_path
     assert ragged in lines["model.layers.0.mlp.down_proj"]
 
 
+def test_a_target_prints_the_schemes_chosen_and_goes_with_a_recipe(run, model, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "scheme: w4a16-g32\nmethod: rtn\ncalibration: {samples: 2, seq_len: 16}\ntarget_bpw: 4.4"
+    )
+    arguments = (
+        "--recipe",
+        recipe,
+        "--device",
+        "cpu",
+        "--target-bpw",
+        "5",
+        "--json",
+        tmp_path / "summary.json",
+    )
+    code, out, err = run("quantize", model, tmp_path / "out", *arguments)
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    for i in range(2):
+        assert f"model.layers.{i}.self_attn.{{q_proj,k_proj,v_proj}}" in lines
+        assert f"model.layers.{i}.mlp.{{gate_proj,up_proj}}" in lines
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 4.4 < summary["bits_per_weight"] <= 5
+    kl, uniform_kl = (summary["allocation"][name] for name in ("kl", "uniform_kl"))
+    assert f"{summary['bits_per_weight']:.3f} bits a weight (target 5), KL by the sum of the" in out
+    assert f"own {kl:.4f}; w4a16-g32 throughout 4.500, {uniform_kl:.4f}" in out
+
+
 def test_calibration_may_come_from_a_text_file(run, model, tmp_path):
     add_tokenizer(model, 100)
     (tmp_path / "text.txt").write_text(" ".join(f"w{3 + i % 90}" for i in range(200)))
@@ -429,7 +457,18 @@ def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
         (("--scheme", "w2a16", "--group-size", "16"), ("16", "32, 64, 128")),
         (("--scheme", "w4a16", "--group-size", "many"), ("--group-size many", "or channel")),
         (("--scheme", "fp8", "--asymmetric"), ("only schemes of 2 to 4 bits can be asymmetric",)),
-        ((), ("give one of --scheme and --recipe",)),
+        ((), ("give one of --scheme, --target-bpw and --recipe",)),
+        (("--scheme", "w4a16", "--target-bpw", "4.5"), ("give one of --scheme, --target-bpw",)),
+        (("--target-bpw", "4.5", "--group-size", "64"), ("--target-bpw chooses the groups",)),
+        (
+            ("--target-bpw", "2"),
+            ("target_bpw 2: this model takes from 4.", "w4a16-channel", "to 8.", "w8a16"),
+        ),
+        (
+            ("--target-bpw", "16"),
+            ("target_bpw 16: this model takes from 4.", "w4a16-channel", "to 8.", "w8a16"),
+        ),
+        (("--target-bpw", "many"), ("number", "--target-bpw")),
         (("--scheme", "w8a16", "--samples", "none"), ("--samples", "integer")),
         (("--scheme", "w4a16", "--samples", "0"), ("calibration of 0 x",)),
         (("--scheme", "w8a16", "--no-such-option"), ("--no-such-option",)),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -42,6 +44,11 @@ def test_a_recipe_survives_its_dictionary():
     assert Recipe(**content) == recipe
 
 
+def test_the_recipe_of_a_checkpoint_can_be_read_again(tmp_path):
+    recipe = Recipe("w4a16", "gptq", (Rule("o_proj", "fp8"), Rule("up_proj", method="rtn")), target_bpw=5.0)
+    assert read_recipe(written(tmp_path, json.dumps(recipe.to_dict()))) == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -63,6 +70,8 @@ def test_a_recipe_survives_its_dictionary():
         ("- scheme", "found list, expected a mapping"),
         ("", "found NoneType, expected a mapping"),
         ("scheme: [", "cannot be read as YAML"),
+        ("scheme: w4a16\ntarget_bpw: few", "target_bpw is 'few', expected a number"),
+        ("scheme: w4a16\ntarget_bpw: true", "target_bpw is True, expected a number"),
     ],
 )
 def test_a_recipe_that_says_something_else_is_refused(tmp_path, text, message):
