@@ -82,6 +82,10 @@ class ModuleResult:
     seconds: float = 0.0
     targets: torch.Tensor | None = None
 
+    def entry(self) -> dict[str, Any]:
+        """What config.json keeps of it."""
+        return config_entry(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """What the reports keep of it."""
         entry: dict[str, Any] = {
@@ -98,6 +102,14 @@ class ModuleResult:
         if self.remark:
             entry["remark"] = self.remark
         return {**entry, "seconds": self.seconds}
+
+
+IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
+
+
+def config_entry(note: dict[str, Any]) -> dict[str, Any]:
+    """What config.json keeps of a note on a module."""
+    return {key: note[key] for key in IN_CONFIG if key in note}
 
 
 class Recorder(nn.Module):
@@ -574,9 +586,9 @@ def judged(
     """
     scheme = result.plan.scheme
     low, high = weight.aminmax()
-    ranges = dict(weight_min=low.item(), weight_max=high.item())
+    result = replace(result, weight_min=low.item(), weight_max=high.item())
     if weight_error is not None and (inputs is None or not inputs.tokens):
-        return replace(result, error=weight_error, **ranges)
+        return replace(result, error=weight_error)
     wide = weight.float()
     full = fit_grid(wide, scheme)
     clip = None
@@ -600,7 +612,6 @@ def judged(
         tokens=inputs.tokens if measured and inputs else None,
         input_absmax=inputs.max_abs.max().item() if measured and inputs else None,
         clip=clip,
-        **ranges,
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from quantkit.recipe import METHODS
+from quantkit.method import describe
 from quantkit.report import HTML, REPORT, Report
 
 # Where the hub's file listing and search look for what a checkpoint holds.
@@ -36,7 +36,7 @@ def model_card(report: Report) -> str:
             else Path(calibration["source"]).name
         )
         data = f"{calibration['samples']} x {calibration['seq_len']} tokens of {source}, seed {calibration['seed']}"
-    methods = ", ".join(METHODS.get(method, method) for method in report.methods)
+    methods = ", ".join(describe(method) for method in report.methods)
     origin = f"[{report.model}](https://huggingface.co/{report.model})" if report.on_hub else report.model
     verdict = report.verdict
     assert verdict is not None, "a card is written of a report that was judged"

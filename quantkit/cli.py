@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
@@ -38,8 +38,9 @@ from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
+from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.quantize import Progress
-from quantkit.recipe import METHODS, CalibrationSpec, Recipe, read_recipe
+from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
 from quantkit.source import load_tokenizer, resolve
@@ -164,8 +165,12 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help=f"{', '.join(PRESETS)}, or in one word w4a16-g64-asym.")
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(QUALITIES)}: how the method is chosen where none is named; balanced."),
+    ] = None,
     method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}; gptq for 2 to 4 bits, else rtn, by default.")
+        str | None, typer.Option(help=f"Steps joined by +, in this order: {', '.join(STEPS)}.")
     ] = None,
     target_bpw: Annotated[
         float | None,
@@ -200,15 +205,18 @@ def quantize(
             "give one of --scheme, --target-bpw and --recipe; of these only the last two go together"
         )
     if recipe is not None:
-        if method or group_size or asymmetric:
+        if method or quality or group_size or asymmetric:
             raise QuantKitError(
-                "--method, --group-size and --asymmetric go with --scheme; write them in the recipe"
+                "--method, --quality, --group-size and --asymmetric go with --scheme; write them in the recipe"
             )
         plan = read_recipe(recipe)
+    elif method and quality:
+        raise QuantKitError("give one of --method and --quality; a quality chooses the method")
     elif target_bpw is not None and (group_size or asymmetric):
         raise QuantKitError("--group-size and --asymmetric go with --scheme; --target-bpw chooses the groups")
     else:
-        plan = Recipe(read_scheme(scheme or UNIFORM, group_size, asymmetric).label, method)
+        label = read_scheme(scheme or UNIFORM, group_size, asymmetric).label
+        plan = Recipe(label, method, quality=cast(Level, quality or "balanced"))
     if target_bpw is not None:
         plan = replace(plan, target_bpw=target_bpw)
     given: dict[str, Any] = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed}

@@ -83,13 +83,13 @@ def sentence(report: Report, severity: Severity, findings: list[Finding]) -> str
 def judge_scales(modules: Iterable[ModuleReport]) -> list[Finding]:
     bad = [module for module in modules if module.bad_scales]
     if not bad:
-        return [Finding("ok", "scales", "all scales are positive and finite")]
+        return [Finding("ok", "scales", "all scales are finite and not zero")]
     worst = max(bad, key=lambda module: module.bad_scales)
     return [
         Finding(
             "alarm",
             "scales",
-            f"{worst.bad_scales} scales of {worst.name} are not positive and finite"
+            f"{worst.bad_scales} scales of {worst.name} are zero or not finite"
             + (f", nor some of {len(bad) - 1} other linears" if len(bad) > 1 else ""),
         )
     ]

@@ -102,3 +102,8 @@ def default_method(scheme: Scheme, quality: Level = "balanced") -> str:
     if scheme.weight == "int8" and quality == "balanced":
         return "rtn"  # loses less than bfloat16 itself, and needs no text
     return rounding
+
+
+def describe(method: str) -> str:
+    """A method's steps in words."""
+    return ", then ".join(STEPS[step] for step in method.split("+"))

@@ -264,7 +264,7 @@ def quantize(
     def keep(results: list[ModuleResult]) -> None:
         for result in results:
             packed[result.plan.name] = result.quantized
-            job.modules[result.plan.name] = result.to_dict()
+            job.modules[result.plan.name] = result.entry()
             progress.module({"name": result.plan.name, **result.to_dict()})
         progress.step()
 

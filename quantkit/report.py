@@ -42,7 +42,7 @@ class ModuleReport:
         tokens: calibration tokens that reached it.
         weight_min, weight_max: of the original weight.
         input_absmax: the largest |x| among the calibration tokens.
-        bad_scales: stored scales that are not positive and finite.
+        bad_scales: stored scales that are zero or not finite.
         remark: where the run had something to say.
     """
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
-from quantkit.calibration.pipeline import ModuleResult, not_finite
+from quantkit.calibration.pipeline import ModuleResult, config_entry, not_finite
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
     INDEX,
@@ -67,8 +67,6 @@ from quantkit.report import (
 from quantkit.scheme import Scheme
 from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
 
-# what config.json keeps of a part's notes on a module; the rest are fields of ModuleReport, and its seconds
-IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
@@ -185,7 +183,7 @@ def quantize_checkpoint(
                 module_name = note.pop("name")
                 if (took := note.pop("seconds", None)) is not None:
                     module_seconds[module_name] = took
-                job.modules[module_name] = {key: note[key] for key in IN_CONFIG if key in note}
+                job.modules[module_name] = config_entry(note)
                 N, K = tensors[f"{module_name}.weight"].tolist()
                 code_bytes = sum(
                     tensors[key].nbytes
