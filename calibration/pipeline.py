@@ -216,15 +216,32 @@ def run_block(
     """The block's output for each batch of its input (`activations.hidden` by default), on the device."""
     args, kwargs = activations.arguments[index]
     for batch in activations.hidden if hidden is None else hidden:
-        out = block(batch.to(device), *args, **kwargs)
+        out = block(batch.to(device, non_blocking=True), *args, **kwargs)
         yield out[0] if isinstance(out, tuple) else out
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; from a GPU into locked memory, which it reaches at several times the speed.
+
+    The copy goes on while the CPU works: synchronize before it is read there.
+    """
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def run_original(block: nn.Module, index: int, activations: Activations, device: torch.device) -> None:
     """Notes the outputs of a block that is not quantized yet, where `activations.original` are wanted."""
     if activations.original is not None:
         runs = run_block(block, index, activations, device, activations.original)
-        activations.outputs = [out.cpu() for out in runs]
+        activations.outputs = [to_host(out) for out in runs]
+        wait(device)
 
 
 def advance(
@@ -251,7 +268,8 @@ def advance(
                     f"overflows in {out.dtype}: leave such a block out by a recipe's rule (scheme: keep), or use --device cpu"
                 )
             seen += len(out)
-            activations.hidden[i] = out.cpu()
+            activations.hidden[i] = to_host(out)
+    wait(device)
     if activations.original is not None:
         activations.original, activations.outputs = activations.outputs, []
 

@@ -98,7 +98,7 @@ def describe_experts(modules: dict[str, dict[str, Any]]) -> str:
     """One line on how the experts among these entries of config.json were calibrated; '' where none was."""
     tokens: dict[str, int] = {}  # of each expert, by its name; the same for its three linears
     for name, entry in modules.items():
-        if "tokens" in entry:
+        if "tokens" in entry and ".experts." in name:
             tokens[name.rpartition(".")[0]] = entry["tokens"]
     if not tokens:
         return ""

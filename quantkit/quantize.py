@@ -114,6 +114,7 @@ class Job:
         self.prefix, self.blocks = decoder_blocks(model)
         self.dtype = model.dtype  # before a block is loaded in another one to compute with
         self.activations: Activations | None = None
+        self.watched = False  # blocks are run after they are packed, even if nothing is calibrated
         self.modules: dict[str, dict[str, Any]] = {}
 
     def follow(self, recipe: Recipe) -> None:
@@ -154,6 +155,10 @@ class Job:
         if self.rotation is not None:
             rotate_outer(self.model, self.rotation, self.dtype)
 
+    @property
+    def runs_on(self) -> bool:
+        return self.watched or self.activations is not None
+
     def capture(self, tokens: torch.Tensor) -> None:
         """Runs the calibration tokens up to the first block."""
         self.activations = capture(self.model, self.blocks, tokens, self.device)
@@ -178,7 +183,7 @@ class Job:
             FOLDS.get(kind, ()),
             kind in NORMS_PLUS_ONE,
             self.dtype,
-            runs_on=self.activations is not None,
+            runs_on=self.runs_on,
         )
 
     def quantize_outer(self) -> list[ModuleResult]:

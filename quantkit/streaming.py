@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
+from quantkit.calibration.data import text_source
 from quantkit.calibration.pipeline import ModuleResult, config_entry, not_finite
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
@@ -66,6 +67,7 @@ from quantkit.report import (
 )
 from quantkit.scheme import Scheme
 from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
+from quantkit.witness import WINDOW, Witness, unseen_text
 
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
@@ -174,7 +176,7 @@ def quantize_checkpoint(
             if stored is None:
                 stored = loader.pack(module, prefix, results())
                 writer.write_part(name, *stored)
-            if job.activations is not None:
+            if job.runs_on:
                 # from the stored tensors, roundings and all, so that a continued run goes on as this one does
                 loader.restore(module, prefix, stored[0])
             tensors, notes = stored
@@ -205,6 +207,7 @@ def quantize_checkpoint(
         job.rotate_outer()
         if tokens is not None and job.needs_tokens:
             job.capture(tokens)
+        witness = call_witness(job, folder, tokens) if report else None
         write(OUTER, model, "", job.quantize_outer)
         loader.unload_outer()
         for index, block in enumerate(job.blocks):
@@ -213,11 +216,22 @@ def quantize_checkpoint(
                 torch.cuda.reset_peak_memory_stats(device)
             with loader.loaded(index) as prefix:
                 job.begin(index)
+                if witness:
+                    witness.begin(index)
                 stored = write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
                 job.advance(index, input_scales(stored, prefix))
+                if witness:
+                    witness.advance(index, input_scales(stored, prefix))
             if new:
                 peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
                 timed.append(BlockTiming(index, time.monotonic() - begun, peak))
+
+        held_out = None
+        if witness:
+            loader.load_outer()
+            job.rotate_outer()
+            held_out = witness.testify()
+            loader.unload_outer()
 
         def add_report(folder_out: Path) -> None:
             nonlocal verdict
@@ -241,6 +255,8 @@ def quantize_checkpoint(
                 packed_bytes=packed_bytes,
                 modules=tuple(sorted(reported, key=lambda module: order[module.name])),
                 license=license_of(folder),
+                blocks=tuple(witness.blocks) if witness else (),
+                held_out=held_out,
                 samples=written,
                 samples_skipped=skipped,
             )
@@ -261,6 +277,20 @@ def quantize_checkpoint(
         verdict,
         allocation,
     )
+
+
+def call_witness(job: Job, folder: Path, calibration: torch.Tensor | None) -> Witness | None:
+    """Text to judge the run by; None if the model has no tokenizer."""
+    source = job.recipe.calibration.source if calibration is not None else "self"
+    context = getattr(job.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    try:
+        tokenizer = load_tokenizer(folder)
+        text = None if source == "self" else text_source(source)
+        found = Witness(job, *unseen_text(tokenizer, source, text, calibration, context))
+    except QuantKitError:
+        return None
+    job.watched = True
+    return found
 
 
 def saved_allocation(writer: CheckpointWriter) -> Allocation | None:
