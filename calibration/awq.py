@@ -24,6 +24,7 @@ from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
 
 RATIOS = 20  # steps of r, as in section 4.1
+SEARCHED = 1 << 24  # weights of a linear that the search looks at
 
 
 def search_scales(
@@ -53,7 +54,7 @@ def search_scales(
         never active. Never worse in L than s = 1.
     """
     H = at_least_float32(hessian)
-    weights = [w.to(H.dtype) for w in weights]
+    weights = [some_rows(w).to(H.dtype) for w in weights]
     best = torch.ones(len(H), dtype=H.dtype, device=H.device)
     with tensor_cores():  # the losses are only compared
         least = scaled_error(weights, H, best, scheme, scale_dtype)
@@ -62,6 +63,11 @@ def search_scales(
             if loss < least:
                 best, least = s, loss
     return best
+
+
+def some_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Rows of a weight [N, K], evenly spaced, at most `SEARCHED` weights: enough to rank scales that all rows share."""
+    return weight[:: -(-weight.numel() // SEARCHED)]
 
 
 def candidates(

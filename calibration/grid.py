@@ -64,10 +64,15 @@ class Grid:
         scales = self.scales.to(dtype)
         if scheme.block_size is not None:
             scales = scales.repeat_interleave(scheme.block_size, 0)[:N]
-        zeros: torch.Tensor | float = float(scheme.symmetric_zero) if scheme.bits < 8 else 0.0
+        zeros: torch.Tensor | float = self.common_zero
         if self.zeros is not None:
             zeros = self.zeros.to(dtype).T.contiguous()
         return scales.T.contiguous(), zeros, columns // (scheme.group_size or scheme.block_size or K)
+
+    @property
+    def common_zero(self) -> float:
+        """The zero of all codes, where `zeros` is None."""
+        return float(self.scheme.symmetric_zero) if self.scheme.bits < 8 else 0.0
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -152,28 +157,48 @@ def fit_grid(
     if scale_dtype not in SCALE_DTYPES:
         raise QuantKitError(f"scales of 2 to 4 bits are stored as bfloat16 or float16, not {scale_dtype}")
     w = at_least_float32(weight)
-    if not torch.isfinite(w).all():
+    return range_grid(scheme, w.shape, *weight_range(w, scheme), shrink, scale_dtype)
+
+
+def weight_range(w: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest weight that share a scale, 0 included: [N, groups], [N, 1] or one for each tile.
+
+    Raises:
+        QuantKitError: NaN or infinite weights.
+    """
+    N, K = w.shape
+    if scheme.bits < 8:
+        low, high = split_groups(w, scheme.group_size).aminmax(dim=2)
+    elif block := scheme.block_size:
+        tiles = pad(w, (0, -K % block, 0, -N % block)).view(-(-N // block), block, -(-K // block), block)
+        low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
+    else:
+        low, high = w.aminmax(dim=1, keepdim=True)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         bad = int((~torch.isfinite(w)).sum())
         raise QuantKitError(f"{bad} of {w.numel()} weights are NaN or infinite; the checkpoint is damaged")
-    N, K = w.shape
-    zeros = None
-    if scheme.bits < 8:
-        groups = split_groups(w, scheme.group_size)
-        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
-        if scheme.symmetric:
-            scales = storable(torch.maximum(-low, high) * shrink / (scheme.largest_code / 2), scale_dtype)
-        else:
-            low, high = low * shrink, high * shrink
-            scales = storable((high - low) / scheme.largest_code, scale_dtype)
-            zeros = (-low / scales.to(w.dtype)).round_().clamp_(0, scheme.largest_code).to(torch.uint8)
-    elif block := scheme.block_size:
-        tiles = pad(w.abs(), (0, -K % block, 0, -N % block)).view(
-            -(-N // block), block, -(-K // block), block
-        )
-        scales = storable(tiles.amax((1, 3)) * shrink / LARGEST[scheme.weight], torch.float32)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def range_grid(
+    scheme: Scheme,
+    shape: Sequence[int],
+    low: torch.Tensor,
+    high: torch.Tensor,
+    shrink: float | torch.Tensor,
+    scale_dtype: torch.dtype,
+) -> Grid:
+    """The grid of a weight whose ranges are known; see `fit_grid`."""
+    largest, zeros = torch.maximum(-low, high), None
+    if scheme.bits == 8:
+        scales = storable(largest * shrink / LARGEST[scheme.weight], torch.float32)
+    elif scheme.symmetric:
+        scales = storable(largest * shrink / (scheme.largest_code / 2), scale_dtype)
     else:
-        scales = storable(w.abs().amax(1, keepdim=True) * shrink / LARGEST[scheme.weight], torch.float32)
-    return Grid(scheme, (N, K), scales, zeros)
+        low, high = low * shrink, high * shrink
+        scales = storable((high - low) / scheme.largest_code, scale_dtype)
+        zeros = (-low / scales.to(low.dtype)).round_().clamp_(0, scheme.largest_code).to(torch.uint8)
+    return Grid(scheme, (shape[0], shape[1]), scales, zeros)
 
 
 def search_clip(
@@ -224,15 +249,21 @@ def best_shrinks(
     shrinks: Sequence[float],
 ) -> torch.Tensor:
     """The best shrink of every group [N, groups], in the error that `search_clip` describes."""
+    groups = split_groups(w, scheme.group_size)  # [N, groups, G]
+    low, high = weight_range(w, scheme)
     best: torch.Tensor | None = None
     chosen = torch.empty(0)
     for shrink in shrinks:
-        grid = fit_grid(w, scheme, scale_dtype, shrink)
-        e = split_groups(w - grid.dequantize(grid.round(w), w.dtype), scheme.group_size)  # [N, groups, G]
+        grid = range_grid(scheme, w.shape, low, high, shrink, scale_dtype)
+        scale = grid.scales.to(w.dtype)[:, :, None]
+        zero: torch.Tensor | float = grid.common_zero
+        if grid.zeros is not None:
+            zero = grid.zeros.to(w.dtype)[:, :, None]
+        e = (groups / scale).add_(zero).round_().clamp_(*grid.code_range).sub_(zero).mul_(scale).sub_(groups)
         if blocks is None:
-            loss = e.square().sum(2)
+            loss = e.square_().sum(2)
         elif blocks.dim() == 2:
-            loss = (e.square() * blocks).sum(2)
+            loss = e.square_().mul_(blocks).sum(2)
         else:
             loss = (torch.einsum("ngi,gij->ngj", e, blocks) * e).sum(2)
         if best is None:

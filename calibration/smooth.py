@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from quantkit.calibration.activations import round_activations
+from quantkit.calibration.awq import some_rows
 from quantkit.calibration.grid import fit_grid
 from quantkit.calibration.statistics import InputStatistics, tensor_cores
 from quantkit.scheme import Scheme
@@ -37,6 +38,7 @@ def smooth_scales(
     Returns:
         never worse than s = 1 on the sample; 1 for channels that were never active.
     """
+    weights = [some_rows(w) for w in weights]
     x = inputs.rows()
     x_max = shared(inputs.max_abs)
     w_max = shared(torch.stack([w.abs().amax(0) for w in weights]).amax(0))

@@ -8,11 +8,7 @@ import torch
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Lets float32 products of a GPU run on its tensor cores, in TF32.
-
-    Inputs in bfloat16 or float16 keep all their bits in TF32's 11, and their products are summed in float32: so a
-    Hessian of them is as exact as without, at eight times the speed. Searches that only rank may use it too.
-    """
+    """Lets float32 products of a GPU run on its tensor cores, in TF32: for losses that are only compared or shown."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -46,18 +42,25 @@ class InputStatistics:
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Add x [..., K], any floating dtype, and what stands in its place in the original model."""
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        x = x.reshape(-1, x.shape[-1]).to(self.hessian)
+        x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
         total = self.tokens + len(x)
         weights = dict(beta=self.tokens / total, alpha=1 / total)
-        with tensor_cores() if half else nullcontext():
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if half and x.device.type == "cuda":
+            # products of 8 or 11 bits are exact in float32, in which the tensor cores sum them
+            moments = torch.mm(x.T, x, out_dtype=torch.float32)
+            self.hessian.mul_(weights["beta"]).add_(moments, alpha=weights["alpha"])
+            x = x.float()
+        else:
+            x = x.to(self.hessian)
             self.hessian.addmm_(x.T, x, **weights)
         if original is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.hessian)
-            self.drift.addmm_((original.reshape(x.shape).to(x) - x).T, x, **weights)
+            with tensor_cores() if half else nullcontext():
+                self.drift.addmm_((original.reshape(x.shape).to(x) - x).T, x, **weights)
         self.sampled.append(x[:: -(-len(x) // SAMPLED)].clone())
         x = x.abs()
         self.mean_abs.lerp_(x.mean(0), len(x) / total)

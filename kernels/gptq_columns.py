@@ -109,7 +109,9 @@ def round_columns(
         codes uint8 [C, N]; int8 and e4m3 ones as their bits.
     """
     C, N = columns.shape
-    assert U.stride(1) == 1 and columns.is_contiguous() and errors.is_contiguous()
+    assert U.stride(1) == 1, "a row of U is read at a time"
+    assert columns.is_contiguous()
+    assert errors.is_contiguous()
     codes = torch.empty(C, N, dtype=torch.uint8, device=columns.device)
     has_zeros = isinstance(zeros, Tensor)
     with torch.cuda.device(columns.device):

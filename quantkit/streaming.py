@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -375,6 +376,10 @@ class BlockLoader:
                     "they belong to different models"
                 )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
+        self.reading = ThreadPoolExecutor(1)
+        self.ahead: tuple[list[str], Future[dict[str, torch.Tensor]]] | None = (
+            None  # names and what becomes of them
+        )
 
     def find(self, name: str) -> StoredTensor:
         """Where a tensor's values lie: its own, or those of the tensor that it was tied to."""
@@ -391,16 +396,9 @@ class BlockLoader:
         return packed + sum(tensor.stop - tensor.start for tensor in kept)
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        origins = {name: self.job.untied.get(name, name) for name in names}
-        stored = self.reader.load(dict.fromkeys(origins.values()))
-        tensors = {name: stored[origin] for name, origin in origins.items()}
+        tensors = self.ahead[1].result() if self.ahead and self.ahead[0] == names else self.read(names)
+        self.ahead = None
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            if bad := not_finite(tensor):
-                raise QuantKitError(
-                    f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
-                    "infinite; mend the source checkpoint"
-                )
         # half precision is slow on a CPU, and adds its own rounding to the statistics
         upcast = self.device.type == "cpu" and self.job.needs_tokens
         ready = {
@@ -428,11 +426,32 @@ class BlockLoader:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         self.job.model.tie_weights()
 
+    def block_names(self, index: int) -> list[str]:
+        return [name for name in self.names if name.startswith(f"{self.job.prefix}.{index}.")]
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors as they are stored, and found to be finite."""
+        origins = {name: self.job.untied.get(name, name) for name in names}
+        stored = self.reader.load(dict.fromkeys(origins.values()))
+        for name, tensor in stored.items():
+            if bad := not_finite(tensor):
+                raise QuantKitError(
+                    f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
+                    "infinite; mend the source checkpoint"
+                )
+        return {name: stored[origin] for name, origin in origins.items()}
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[str]:
+        """A block with its weights, while it lasts; on a GPU the next one's are read meanwhile."""
         prefix = f"{self.job.prefix}.{index}."
         block = self.job.blocks[index]
-        self.load(block, prefix, [name for name in self.names if name.startswith(prefix)])
+        self.load(block, prefix, self.block_names(index))
+        if self.device.type == "cuda":
+            self.ahead = (
+                self.block_names(index + 1),
+                self.reading.submit(self.read, self.block_names(index + 1)),
+            )
         try:
             yield prefix
         finally:
@@ -467,8 +486,12 @@ class BlockLoader:
             plan = self.job.plans.get(full.removesuffix(".weight"))
             if plan is not None and full.endswith(".weight"):
                 stem = full.removesuffix(".weight")
-                parts = {s: tensors.get(f"{stem}.{s}") for s in ("codes", "scales", "zeros", "input_scale")}
-                quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)  # type: ignore[arg-type]
+                parts = {
+                    suffix: tensor.to(current.device)
+                    for suffix in ("codes", "scales", "zeros", "input_scale")
+                    if (tensor := tensors.get(f"{stem}.{suffix}")) is not None
+                }
+                quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)
                 current.copy_(quantized.dequantize(current.dtype))
             else:
                 current.copy_(tensors[full])
