@@ -244,7 +244,6 @@ def main() -> None:
     run = {
         "seconds": seconds,
         "cpu_seconds": processor,
-        "version": version(job.peer),
         "peer_torch": torch.__version__,
         "peer_transformers": version("transformers"),
         "job": asdict(job),

@@ -42,6 +42,7 @@ from quantkit.streaming import quantize_checkpoint
 Activation = Literal["int8", "fp8"]
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SCALE_BITS = 16
+DRIVER = Path(peer_driver.__file__).resolve()
 OURS = "quantkit"
 FIGURES = ("perplexity", "reference_perplexity", "ratio", "kl", "top1")
 SAME_RUN = ("model", "text", "calibration", "windows", "setting", "tool", "method", "seed", "version")
@@ -401,7 +402,7 @@ def drive(row: Row, model: Path, tokens: Tensor, seed: int, out: Path, python: P
     command = [
         str(python),
         "-I",
-        str(Path(peer_driver.__file__).resolve()),
+        str(DRIVER),
         str((out / "job.json").absolute()),
     ]
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **TOOLS[row.tool].variables}
