@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 Weights = dict[str, Tensor]  # what replaces tensors of the model's state dict
 
@@ -71,6 +73,16 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def masked(tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Each row as the arguments of a model's call."""
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
+
+
+def batches(rows: Any) -> DataLoader[Any]:
+    """The rows one by one, in order."""
+    return DataLoader(rows, batch_size=None)
+
+
 def llmcompressor(job: Job, tokens: Tensor) -> Weights:
     """'gptq', 'awq', 'smoothquant+gptq' (strength 0.8) or 'rtn'."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -109,16 +121,15 @@ def llmcompressor(job: Job, tokens: Tensor) -> Weights:
             None
         )  # AWQ pins memory for an accelerator it may not have
     model = load(job.model)
-    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
-    batches = torch.utils.data.DataLoader(rows, batch_size=None)
     model = oneshot(
         model=model,
         recipe=recipes[job.method](),
-        dataset=None if job.method == "rtn" else batches,
+        dataset=None if job.method == "rtn" else batches(masked(tokens)),
         num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1],
     )
     found = {name: tensor for name, tensor in model.state_dict().items() if "_proj" not in name}
+    module: Any
     for name, module in block_linears(model).items():
         found[f"{name}.weight"] = fake_quantize(
             module.weight.float(),
@@ -134,9 +145,8 @@ def gptqmodel(job: Job, tokens: Tensor) -> Weights:
     from gptqmodel import BACKEND, GPTQConfig, GPTQModel
 
     config = GPTQConfig(bits=job.bits, group_size=job.group_size or -1, sym=job.symmetric)
-    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
     model = GPTQModel.load(job.model, config)
-    model.quantize(rows, batch_size=1)
+    model.quantize(masked(tokens), batch_size=1)
     packed = Path(job.out) / "packed"
     model.save(str(packed))
     model = GPTQModel.load(str(packed), backend=BACKEND.TORCH, device="cpu")
@@ -160,7 +170,7 @@ def autoround(job: Job, tokens: Tensor) -> Weights:
         group_size=job.group_size or -1,
         sym=job.symmetric,
         iters=job.iterations,
-        dataset=torch.utils.data.DataLoader(tokens, batch_size=1),
+        dataset=batches(tokens[:, None]),
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         seed=job.seed,
