@@ -130,7 +130,7 @@ TOOLS = {
         ),
         Tool("hqq", "0.2.8.post1"),
         # Archived; 4.51.3 is the last transformers that it was tested with.
-        Tool("autoawq", "0.2.9", beside=("transformers==4.51.3",)),
+        Tool("autoawq", "0.2.9", beside=("transformers==4.51.3", "datasets==3.6.0")),
         Tool("auto-round", "0.16.1"),
     )
 }
