@@ -8,6 +8,7 @@ run the packed checkpoint as a user would. LM head and embeddings stay as they a
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -42,6 +43,7 @@ from quantkit.streaming import quantize_checkpoint
 Activation = Literal["int8", "fp8"]
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SCALE_BITS = 16
+FOLDERS = re.compile(r"/(?:[^\s/'\"()]+/)+")  # of an absolute path: they are of this machine alone
 DRIVER = Path(peer_driver.__file__).resolve()
 OURS = "quantkit"
 FIGURES = ("perplexity", "reference_perplexity", "ratio", "kl", "top1")
@@ -411,14 +413,14 @@ def drive(row: Row, model: Path, tokens: Tensor, seed: int, out: Path, python: P
 
 
 def failure(command: Sequence[str], log: Path, variables: "os._Environ[str] | dict[str, str]") -> str | None:
-    """Runs a command with its output in `log`; the last line that speaks of an error if it fails, else None."""
+    """Runs a command with its output in `log`; if it fails, the last line that speaks of an error, without paths."""
     with log.open("a") as output:
         code = subprocess.run(command, stdout=output, stderr=output, env=variables, cwd=log.parent).returncode
     if not code:
         return None
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()]
-    return (telling or lines or [f"exit code {code}"])[-1]
+    return FOLDERS.sub("", (telling or lines or [f"exit code {code}"])[-1])
 
 
 def calibration(model: Path, spec: CalibrationSpec) -> Tensor:

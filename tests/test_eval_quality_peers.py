@@ -47,7 +47,7 @@ spec.loader.exec_module(driver)
 
 def fake(job, tokens):
     if job.method == "broken":
-        raise ValueError("no kernel for a toaster")
+        raise ValueError("no kernel for a toaster (/home/somebody/toast.py)")
     weights = {{f"{{n}}.weight": m.weight * (1 + 0.01 * (1 + job.seed)) for n, m in driver.block_linears(driver.load(job.model)).items()}}
     if job.method == "lazy":
         weights.popitem()
@@ -124,7 +124,7 @@ def test_a_tool_runs_once_a_seed_and_its_weights_are_kept(table, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [("broken", "no kernel for a toaster"), ("lazy", "left 1 of 14 weights as they were")],
+    [("broken", "no kernel for a toaster (toast.py)"), ("lazy", "left 1 of 14 weights as they were")],
 )
 def test_a_tool_that_fails_leaves_its_reason(table, method, reason):
     said, records = table(Row(W4, "fake", method, seeded=False))
