@@ -8,6 +8,7 @@ A markdown file marks where a table goes, and names the records' file (`docs/ben
 """
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,10 +157,68 @@ def decode_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def quality_peer_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a model and text: a row a setting, tool and method, mean and standard deviation over the seeds."""
+    out = []
+    kept = latest(records, "model", "text", "setting", "tool", "method", "seed")
+    for (model, text), group in grouped(kept, "model", "text").items():
+        rows = []
+        measured = [r for r in group if r["reason"] is None]
+        for (setting, tool, method), runs in grouped(in_order(measured), "setting", "tool", "method").items():
+            rows.append(
+                (
+                    str(setting),
+                    f"{tool} {' or '.join(dict.fromkeys(r['version'] for r in runs))}",
+                    str(method),
+                    number(statistics.fmean(r["bits_per_weight"] for r in runs), ".2f"),
+                    spread([r["perplexity"] for r in runs], ".3f"),
+                    spread([r["kl"] for r in runs], ".4f"),
+                    spread([r["cpu_seconds"] for r in runs], ".0f"),
+                    "any" if runs[0]["seed"] is None else str(len(runs)),
+                )
+            )
+        header = (
+            "setting",
+            "tool",
+            "method",
+            "bits/weight",
+            "perplexity",
+            "KL, nats",
+            "CPU seconds",
+            "seeds",
+        )
+        failed = [
+            f"Not measured: {r['setting']}, {r['tool']} {r['version']} {r['method']} ({r['reason']})."
+            for r in group
+            if r["reason"] is not None
+        ]
+        if measured:
+            original = number(measured[0]["reference_perplexity"], ".3f")
+            said = [
+                f"The original has a perplexity of {original}.",
+                conditions(measured, "protocol", "calibration"),
+            ]
+        caption = " ".join(dict.fromkeys([*(said if measured else []), *failed]))
+        out.append(Table(f"{model} on {text}", header, tuple(rows), caption))
+    return out
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """Records of one setting together, settings in the order in which they first come."""
+    return [record for group in grouped(records, "setting").values() for record in group]
+
+
+def spread(values: Sequence[float], spec: str) -> str:
+    """Mean, and the standard deviation of a sample if there are several."""
+    mean = number(statistics.fmean(values), spec)
+    return mean if len(values) == 1 else f"{mean} ± {number(statistics.stdev(values), spec)}"
+
+
 KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "quality": quality_tables,
     "linear": linear_tables,
     "decode": decode_tables,
+    "quality-peers": quality_peer_tables,
 }
 
 
