@@ -38,7 +38,7 @@ from quantkit.recipe import ModulePlan
 from quantkit.scheme import BLOCK, Scheme
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
-FP8_MAX = 448.0
+LARGEST_INPUT = {"int8": 127.0, "fp8": 448.0}  # codes of activations
 FEW_TOKENS = (
     0.25  # of the input channels: a Hessian from fewer tokens has most of its directions from damping
 )
@@ -582,7 +582,7 @@ def quantize_linear(
     else:
         quantized, weight_error = round_to_nearest(weight, scheme)
     if scheme.activation_scale == "static" and inputs is not None:
-        quantized = replace(quantized, input_scale=static_scale(inputs))
+        quantized = replace(quantized, input_scale=static_scale(inputs, scheme))
     return replace(
         judged(ModuleResult(plan, quantized, name, 0.0, "weight", remark), weight, inputs, weight_error),
         damp_percent=damp,
@@ -658,15 +658,17 @@ def quantize_untouched(
             raise QuantKitError(
                 f"{plan.name}: no calibration token reached it, a static activation scale needs some; use more text"
             )
-        quantized = replace(quantized, input_scale=static_scale(lent))
+        quantized = replace(quantized, input_scale=static_scale(lent, scheme))
         remark += ", activation scale from the other experts"
     result = judged(ModuleResult(plan, quantized, "rtn", 0.0, "weight", remark), weight, None)
     return replace(result, tokens=0)
 
 
-def static_scale(inputs: InputStatistics) -> torch.Tensor:
-    """The one activation scale [1] that takes the largest |x| seen to the largest fp8 number."""
-    return inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny).view(1) / FP8_MAX
+def static_scale(inputs: InputStatistics, scheme: Scheme) -> torch.Tensor:
+    """The one activation scale [1] that takes the largest |x| seen to the largest code."""
+    assert scheme.activation is not None
+    largest = inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny)
+    return largest.view(1) / LARGEST_INPUT[scheme.activation]
 
 
 def lend_ranges(statistics: dict[str, InputStatistics], plans: dict[str, ModulePlan]) -> None:

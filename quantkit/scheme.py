@@ -88,6 +88,7 @@ PRESETS = {
     for scheme in (
         Scheme("w8a16", "int8"),
         Scheme("w8a8", "int8", activation="int8", activation_scale="token"),
+        Scheme("w8a8-static", "int8", activation="int8", activation_scale="static"),
         Scheme("w4a16", "int4", group_size=128),
         Scheme("w3a16", "int3", group_size=128),
         Scheme("w2a16", "int2", group_size=128),
