@@ -11,6 +11,8 @@ rotations cancel inside the model, which computes what it did before, at no cost
     R2 [head_dim, head_dim] turns every value head; attention is a weighted mean of values, so they stay turned
        up to the output projection:
            rows of a head in v_proj  W -> R2^T W,  b -> b R2      columns of a head in o_proj  W -> W R2
+       Before that each value channel is scaled, in v_proj by 1/d and in o_proj by d (see `balance`): R2 gives all
+       channels of a head the rounding error of its largest, which small ones that o_proj makes large would not bear.
 
 A head that is tied to the embedding has to be untied: diag(final norm) R1 is not R1 diag(anything), so no weight
 of the final norm makes E R1 serve both. The model then stores one more tensor of the embedding's size.
@@ -182,18 +184,25 @@ def rotate_block(block: nn.Module, rotation: Rotation) -> None:
             values, (output,) = fold.source, fold.linears
         elif R1 is not None and not isinstance(source, nn.Linear):
             read_through.update(dict.fromkeys(fold.linears, source))
-    value_rows = block.get_submodule(output).in_features // block.self_attn.num_key_value_groups  # type: ignore[operator, union-attr]
-    for name, linear in linears(block).items():
+    named = linears(block)
+    repeats: int = block.self_attn.num_key_value_groups  # type: ignore[union-attr, assignment]
+    output_weight = named[output].weight.double()
+    value_rows = output_weight.shape[1] // repeats
+    value_weight = named[values].weight[-value_rows:].double()
+    if values in read_through:
+        value_weight = value_weight * read_through[values].weight.double()  # type: ignore[operator]
+    d = balance(value_weight, output_weight, len(R2), repeats)
+    for name, linear in named.items():
         weight = linear.weight.double()
         bias = None if linear.bias is None else linear.bias.double()
         if R1 is not None and name in read_through:
             weight = (weight * read_through[name].weight.double()) @ R1  # type: ignore[operator]
         if name == output:
-            weight = turn(weight, R2)
+            weight = turn(weight * d.view(-1, 1, len(R2)).expand(-1, repeats, -1).flatten(), R2)
         if name == values:  # or the last rows of a fused projection
-            weight[-value_rows:] = turn(weight[-value_rows:].T, R2).T
+            weight[-value_rows:] = turn(weight[-value_rows:].T / d, R2).T
             if bias is not None:
-                bias[-value_rows:] = turn(bias[-value_rows:], R2)
+                bias[-value_rows:] = turn(bias[-value_rows:] / d, R2)
         if R1 is not None and name in WRITERS[rotation.kind]:
             weight = R1.T @ weight
             bias = None if bias is None else bias @ R1
@@ -202,6 +211,17 @@ def rotate_block(block: nn.Module, rotation: Rotation) -> None:
             linear.bias.copy_(bias)
     for norm in read_through.values():
         norm.weight.fill_(1)  # type: ignore[operator, union-attr]
+
+
+def balance(values: torch.Tensor, output: torch.Tensor, head_dim: int, repeats: int) -> torch.Tensor:
+    """What to divide the rows of v_proj [V, K] by, and to multiply columns of o_proj [N, repeats * V] by: d [V].
+
+    d = sqrt(|row| / |columns|), the columns of all query heads that share the value head taken together: of all
+    scales, these give |values| |output| its least product (Cauchy-Schwarz). 1 where row or columns are zero.
+    """
+    rows = values.norm(dim=1)
+    columns = output.norm(dim=0).view(-1, repeats, head_dim).norm(dim=1).flatten()
+    return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), 1.0)
 
 
 def turn(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig
 
 from quantkit import QuantLinear, Recipe, Rule, quantize, quantize_checkpoint
-from quantkit.calibration.awq import fold_into_norm
+from quantkit.calibration.folds import fold_into_norm
 from quantkit.calibration.rotation import (
+    balance,
     hadamard,
     is_prime,
     random_rotation,
@@ -164,6 +165,24 @@ def test_one_large_channel_is_spread(tiny):
     assert peak() < 6
 
 
+def test_value_channels_are_balanced_before_they_are_mixed():
+    g = torch.Generator().manual_seed(0)
+    values, output = (torch.randn(size, generator=g, dtype=torch.float64) for size in ((16, 20), (24, 32)))
+    values[5] *= 100
+    output[:, [5, 13]] /= 100  # two query heads of 8 channels share a value head
+    values[7] = 0
+    d = balance(values, output, 8, 2)
+    turned, shared = values / d[:, None], d.view(2, 1, 8).expand(2, 2, 8).flatten()
+    rows, columns = (
+        turned.norm(dim=1),
+        (output * shared).view(24, 2, 2, 8).square().sum((0, 2)).sqrt().flatten(),
+    )
+    used = values.norm(dim=1) > 0
+    assert torch.allclose(rows[used], columns[used])
+    assert d[7] == 1
+    assert turned.norm() * (output * shared).norm() < 0.2 * values.norm() * output.norm()
+
+
 def test_low_precision_is_rounded_once(tiny):
     model, exact = tiny("llama"), tiny("llama").double()
     rotate(model)
@@ -252,7 +271,7 @@ def test_a_head_that_rotation_unties_can_be_packed(source, packed):
 
 
 def test_a_rule_cannot_rotate():
-    with pytest.raises(QuantKitError, match="unknown method 'rotate\\+rtn'"):
+    with pytest.raises(QuantKitError, match="a rotation is of the whole model"):
         Recipe("w8a16", "rtn", (Rule("q_proj", method="rotate+rtn"),))
 
 
