@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig
 
 from quantkit import QuantLinear, Recipe, Rule, quantize, quantize_checkpoint
-from quantkit.calibration.awq import fold_into_norm
+from quantkit.calibration.folds import fold_into_norm
 from quantkit.calibration.rotation import (
     hadamard,
     is_prime,
@@ -252,7 +252,7 @@ def test_a_head_that_rotation_unties_can_be_packed(source, packed):
 
 
 def test_a_rule_cannot_rotate():
-    with pytest.raises(QuantKitError, match="unknown method 'rotate\\+rtn'"):
+    with pytest.raises(QuantKitError, match="rule with method 'rotate\\+rtn': a rotation is of the whole model"):
         Recipe("w8a16", "rtn", (Rule("q_proj", method="rotate+rtn"),))
 
 
