@@ -51,7 +51,10 @@ def test_tying_takes_the_mean_over_the_heads_that_share_and_untying_one_of_them(
 
 def test_equalizing_gives_both_sides_one_range():
     """Equation (11) of arXiv:1906.04721: afterwards the two ranges of a channel are the same, up to one factor."""
-    before, after = rand(K, 30) * torch.logspace(-2, 2, K).double()[:, None], [rand(12, K), rand(16, K, seed=1)]
+    before, after = (
+        rand(K, 30) * torch.logspace(-2, 2, K).double()[:, None],
+        [rand(12, K), rand(16, K, seed=1)],
+    )
     r1 = before.abs().amax(1)
     s = equalizing_scales(r1, after, from_norm=False)
     r2 = torch.cat(after).abs().amax(0)

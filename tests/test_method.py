@@ -45,21 +45,42 @@ def test_every_scaling_has_a_rounding_of_its_own():
 
 @pytest.mark.parametrize(
     "text",
-    ["gptq+awq", "gptq+rotate", "learn+gptq", "awq+rotate", "rtn+gptq", "gptq+gptq", "awq+smooth+rtn", "hqq+equalize"],
+    [
+        "gptq+awq",
+        "gptq+rotate",
+        "learn+gptq",
+        "awq+rotate",
+        "rtn+gptq",
+        "gptq+gptq",
+        "awq+smooth+rtn",
+        "hqq+equalize",
+    ],
 )
 def test_steps_out_of_order_or_twice_are_refused(text):
     with pytest.raises(QuantKitError) as error:
         parse_method(text)
-    assert str(error.value).startswith(f"method {text!r}: expected at most one each of rotate, awq|smooth|equalize")
+    assert str(error.value).startswith(
+        f"method {text!r}: expected at most one each of rotate, awq|smooth|equalize"
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "unknown"), [("", ""), ("best", "best"), ("awq+", ""), ("awq+gptx", "gptx"), ("AWQ", "AWQ"), ("awq gptq", "awq gptq")]
+    ("text", "unknown"),
+    [
+        ("", ""),
+        ("best", "best"),
+        ("awq+", ""),
+        ("awq+gptx", "gptx"),
+        ("AWQ", "AWQ"),
+        ("awq gptq", "awq gptq"),
+    ],
 )
 def test_unknown_steps_are_named_beside_the_known(text, unknown):
     with pytest.raises(QuantKitError) as error:
         parse_method(text)
-    assert str(error.value).startswith(f"unknown method {unknown!r}; known steps, joined by '+': {', '.join(STEPS)}")
+    assert str(error.value).startswith(
+        f"unknown method {unknown!r}; known steps, joined by '+': {', '.join(STEPS)}"
+    )
 
 
 @pytest.mark.parametrize("quality", QUALITIES)

@@ -66,7 +66,10 @@ def test_the_recipe_of_a_checkpoint_can_be_read_again(tmp_path):
         ("scheme: 4", "scheme is 4, expected a word"),
         ("scheme: w5a16", "unknown scheme 'w5a16'"),
         ("scheme: w4a16\nmethod: best", "unknown method 'best'; known steps, joined by '+': rotate, awq"),
-        ("scheme: w4a16\nmethod: gptq+awq", "method 'gptq+awq': expected at most one each of rotate, awq|smooth"),
+        (
+            "scheme: w4a16\nmethod: gptq+awq",
+            "method 'gptq+awq': expected at most one each of rotate, awq|smooth",
+        ),
         ("scheme: w4a16\nquality: good", "unknown quality 'good'; expected fast, balanced, best"),
         ("scheme: w4a16\nquality: 3", "unknown quality 3; expected fast"),
         ("scheme: w4a16\nrules: [{match: '(', scheme: fp8}]", "'(' is not a regular expression"),

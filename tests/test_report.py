@@ -119,7 +119,7 @@ def test_the_files_lie_beside_the_tensors(out, model):
     assert (first.weight_min, first.weight_max) == pytest.approx(
         (weight.min().item(), weight.max().item()), rel=5e-4
     )
-    assert first.weight_absmax == pytest.approx(weight.abs().max().item(), rel=1e-5)
+    assert first.weight_absmax == pytest.approx(weight.abs().max().item(), rel=5e-4)
     assert first.bits == 4.5
     assert report.bits_per_weight == 4.5
     assert len(report.samples) == len(sampling.PROMPTS)

@@ -252,7 +252,9 @@ def test_a_head_that_rotation_unties_can_be_packed(source, packed):
 
 
 def test_a_rule_cannot_rotate():
-    with pytest.raises(QuantKitError, match="rule with method 'rotate\\+rtn': a rotation is of the whole model"):
+    with pytest.raises(
+        QuantKitError, match="rule with method 'rotate\\+rtn': a rotation is of the whole model"
+    ):
         Recipe("w8a16", "rtn", (Rule("q_proj", method="rotate+rtn"),))
 
 
