@@ -8,6 +8,7 @@ and multiplies slices of them. Packing, calibration and kernels work on `nn.Line
 of them, under the names that checkpoints on disk use: experts.{e}.gate_proj, up_proj and down_proj.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def describe_experts(modules: dict[str, dict[str, Any]]) -> str:
     """One line on how the experts among these entries of config.json were calibrated; '' where none was."""
     tokens: dict[str, int] = {}  # of each expert, by its name; the same for its three linears
     for name, entry in modules.items():
-        if "tokens" in entry and ".experts." in name:
+        if "tokens" in entry and re.search(r"\.experts\.\d+\.", name):
             tokens[name.rpartition(".")[0]] = entry["tokens"]
     if not tokens:
         return ""

@@ -1,7 +1,7 @@
 """Every supported architecture, small and with random weights, from directory to packed directory and back."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from quantkit import QuantizedTensor, QuantLinear, Recipe, Rule, Scheme, parse_scheme, quantize_checkpoint
 from quantkit.calibration import pipeline
-from quantkit.calibration.pipeline import capture
 from quantkit.errors import QuantKitError
 from quantkit.quantize import Job
 from quantkit.recipe import CalibrationSpec
@@ -214,22 +213,46 @@ def test_gptq_errs_less_on_the_calibration_tokens_than_rounding(source, packed, 
     assert error["gptq"] < error["rtn"]
 
 
+@dataclass
+class AsItIs:
+    """Stands for the result of packing a weight, and for the packed weight: has lost nothing."""
+
+    weight: torch.Tensor
+    targets: None = None
+
+    @property
+    def quantized(self) -> "AsItIs":
+        return self
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [("w4a16-g32", "awq"), ("w8a8", "smooth"), ("w8a8", "awq+gptq"), ("w4a16-g32", "equalize")],
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_folding_awq_scales_keeps_the_function(architecture, tiny, tokens, monkeypatch):
+def test_folding_scales_keeps_the_function(architecture, label, method, tiny, tokens, monkeypatch):
     model = tiny(architecture, torch.float32)
     before, noise = logits(model), rounding_noise(model)
     norms = [p.clone() for name, p in model.named_parameters() if "norm" in name]
-    job = Job(model, Recipe("w4a16-g32", "awq"), torch.device("cpu"))
-    job.activations = capture(model, job.blocks, tokens, job.device)
+    job = Job(model, Recipe(label, method), torch.device("cpu"))
+    job.capture(tokens)
     # weights stay as the folding leaves them, unrounded
-    as_is = lambda weight, *rest: SimpleNamespace(quantized=SimpleNamespace(dequantize=weight.to))
-    monkeypatch.setattr(pipeline, "quantize_linear", as_is)
+    monkeypatch.setattr(pipeline, "quantize_linear", lambda weight, *rest: AsItIs(weight))
     for index in range(len(job.blocks)):
+        job.begin(index)
         job.quantize_block(index)
-        job.advance(index)
+        job.advance(index, {})
     error = (logits(model) - before).abs().max().item()
     # s and 1 / s round every weight twice more
     assert error <= 16 * noise, f"logits are {error:.2e} off, rounding explains {16 * noise:.2e}"
+    if method == "equalize":  # moves a norm's factor into the weights whole
+        plus_one = architecture in ("gemma2", "gemma3")
+        for block in job.blocks:
+            factor = (block.input_layernorm.weight + plus_one).abs()
+            assert torch.allclose(factor, factor[0].expand_as(factor), rtol=1e-5)
     after = [p for name, p in model.named_parameters() if "norm" in name]
     assert sum(not torch.equal(a, b) for a, b in zip(norms, after, strict=True)) >= len(job.blocks)
 

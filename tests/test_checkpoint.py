@@ -384,7 +384,7 @@ def test_a_killed_process_is_continued_and_a_living_one_is_left_alone(source, pa
 
 def test_another_job_clears_what_was_left(source, packed, tmp_path):
     with pytest.raises(Killed):
-        quantize_checkpoint(source(), tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(2))
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("fp8", "rtn"), "cpu", progress=break_after(2))
     stale = tmp_path / "out.partial" / "block-00007.safetensors"
     shutil.copyfile(tmp_path / "out.partial" / "block-00000.safetensors", stale)
     quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16", "rtn"), "cpu")
@@ -394,12 +394,12 @@ def test_another_job_clears_what_was_left(source, packed, tmp_path):
 def test_an_edited_source_config_is_another_job(source, tmp_path):
     folder = shutil.copytree(source(), tmp_path / "source")
     with pytest.raises(Killed):
-        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(2))
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8", "rtn"), "cpu", progress=break_after(2))
     job = (tmp_path / "out.partial" / "job.json").read_text()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     with pytest.raises(Killed):
-        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8"), "cpu", progress=break_after(1))
+        quantize_checkpoint(folder, tmp_path / "out", Recipe("fp8", "rtn"), "cpu", progress=break_after(1))
     assert (tmp_path / "out.partial" / "job.json").read_text() != job
 
 

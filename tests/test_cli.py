@@ -24,7 +24,7 @@ from quantkit.kernels import dispatch
 
 VERBS = ("quantize", "inspect", "verify", "eval", "bench", "tune", "demo")
 QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
-GPTQ = ("--scheme", "w4a16-g32", "--device", "cpu", "--samples", "2", "--seq-len", "16")
+GPTQ = ("--scheme", "w4a16-g32", "--method", "gptq", "--device", "cpu", "--samples", "2", "--seq-len", "16")
 
 
 @pytest.fixture
@@ -448,7 +448,7 @@ def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
     ("arguments", "words"),
     [
         (("--scheme", "w5a16"), ("unknown scheme 'w5a16'", "known: w8a16")),
-        (("--scheme", "w8a16", "--method", "best"), ("unknown method 'best'", "known: rtn, gptq, awq")),
+        (("--scheme", "w8a16", "--method", "best"), ("unknown method 'best'", "known steps", "awq+gptq")),
         (("--scheme", "w8a16", "--device", "tpu9"), ("--device tpu9",)),
         (("--scheme", "w8a16", "--device", "meta"), ("--device meta", "cpu and cuda")),
         (("--scheme", "w8a16", "--device", "cuda:99"), ("--device cuda:99", "use cpu")),

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import QuantLinear, Recipe, Rule, quantize_checkpoint
-from quantkit.calibration.pipeline import FEW_TOKENS, Activations, collect
+from quantkit.calibration.pipeline import FEW_TOKENS, Activations, BlockInputs, collect
 from quantkit.checkpoint import WEIGHTS
 from quantkit.errors import QuantKitError
 from quantkit.experts import UnfusedExperts, describe_experts, fuse_experts, unfuse_experts
 from quantkit.load import verify
 from quantkit.models import decoder_blocks, packable
+from quantkit.recipe import ModulePlan
+from quantkit.scheme import parse_scheme
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
 LAYER = "model.layers.{}.mlp.experts"
@@ -273,7 +275,7 @@ def test_experts_with_few_tokens_say_how_many(source, tmp_path):
     few = 0
     for name, entry in modules_of(tmp_path / "out").items():
         K = 96 if "down_proj" in name else 64
-        expert_tokens = entry.get("tokens", tokens.numel())
+        expert_tokens = entry["tokens"]
         if 0 < expert_tokens < FEW_TOKENS * K:
             few += 1
             assert entry["method"] == "gptq"
@@ -298,9 +300,10 @@ def test_statistics_of_an_expert_that_a_later_batch_reaches_first(monkeypatch):
             return x
 
     monkeypatch.setattr("builtins.id", lambda x: 0)
+    plans = {name: ModulePlan(name, parse_scheme("w4a16"), "gptq") for name in ("early", "late")}
     block, one, two = Block(), torch.ones(1, 2, 4), torch.full((1, 3, 4), 2.0)
     activations = Activations([one, two], [((), {})])
-    found = collect(block, ["early", "late"], 0, activations, torch.device("cpu"))
+    found = collect(block, plans, BlockInputs(0, activations, torch.device("cpu")))
     assert {name: (s.tokens, s.max_abs.max().item()) for name, s in found.items()} == {
         "early": (2, 1.0),
         "late": (3, 2.0),

@@ -85,7 +85,7 @@ LAST = "model.layers.5.mlp.down_proj"
 @pytest.mark.parametrize(
     ("faulty", "severity", "words"),
     [
-        (with_module(bad_scales=3), "alarm", ("3 scales", LAST, "not positive and finite")),
+        (with_module(bad_scales=3), "alarm", ("3 scales", LAST, "zero or not finite")),
         (with_module(error=math.nan), "alarm", ("as large as the signal", LAST)),
         (with_module(error=1.3, error_rtn=2.0), "alarm", ("as large as the signal", LAST)),
         (with_module(error=0.4, error_rtn=0.5), "warning", ("above the ordinary 27.0%", LAST, "40.00%")),

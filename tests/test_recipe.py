@@ -65,7 +65,13 @@ def test_the_recipe_of_a_checkpoint_can_be_read_again(tmp_path):
         ("method: rtn", "scheme is missing"),
         ("scheme: 4", "scheme is 4, expected a word"),
         ("scheme: w5a16", "unknown scheme 'w5a16'"),
-        ("scheme: w4a16\nmethod: best", "unknown method 'best'; known: rtn, gptq, awq"),
+        ("scheme: w4a16\nmethod: best", "unknown method 'best'; known steps, joined by '+': rotate, awq"),
+        (
+            "scheme: w4a16\nmethod: gptq+awq",
+            "method 'gptq+awq': expected at most one each of rotate, awq|smooth",
+        ),
+        ("scheme: w4a16\nquality: good", "unknown quality 'good'; expected fast, balanced, best"),
+        ("scheme: w4a16\nquality: 3", "unknown quality 3; expected fast"),
         ("scheme: w4a16\nrules: [{match: '(', scheme: fp8}]", "'(' is not a regular expression"),
         ("- scheme", "found list, expected a mapping"),
         ("", "found NoneType, expected a mapping"),
@@ -117,12 +123,20 @@ def test_a_rule_may_change_the_method_alone(tiny):
     plans = plan_modules(tiny(), Recipe("w4a16-g32", rules=(Rule("o_proj", method="rtn"),)))
     assert plans["model.layers.0.self_attn.o_proj"].method == "rtn"
     assert plans["model.layers.0.self_attn.o_proj"].scheme.label == "w4a16-g32"
-    assert plans["model.layers.0.self_attn.q_proj"].method == "gptq"
+    assert plans["model.layers.0.self_attn.q_proj"].method == "awq+gptq"
 
 
-def test_a_method_that_a_scheme_does_not_have_becomes_rounding_and_says_so(tiny):
-    plan = plan_modules(tiny(), Recipe("w8a16", "gptq"))["model.layers.0.mlp.up_proj"]
-    assert (plan.method, plan.remark) == ("rtn", "gptq is for 2 to 4 bits")
+@pytest.mark.parametrize(("method", "instead"), [("hqq", "rtn"), ("awq+hqq", "awq+rtn")])
+def test_a_method_that_a_scheme_does_not_have_becomes_rounding_and_says_so(tiny, method, instead):
+    plan = plan_modules(tiny(), Recipe("w8a16", method))["model.layers.0.mlp.up_proj"]
+    assert (plan.method, plan.remark) == (instead, "hqq is for 2 to 4 bits")
+
+
+def test_quality_chooses_the_method_where_none_is_named(tiny):
+    rules = (Rule("q_proj", "w8a16"), Rule("k_proj", "w8a8"), Rule("v_proj", method="rtn"))
+    plans = plan_modules(tiny(), Recipe("w4a16-g32", rules=rules, quality="best"))
+    chosen = {name.rpartition(".")[2]: plan.method for name, plan in plans.items()}
+    assert [chosen[f"{x}_proj"] for x in "qkvo"] == ["gptaq", "smooth+gptaq", "rtn", "awq+gptaq"]
 
 
 def test_an_untied_lm_head_is_packed_when_named(tiny):
