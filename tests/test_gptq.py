@@ -1,20 +1,17 @@
 import pytest
 import torch
 
-from quantkit.calibration.gptq import (
-    HessianError,
-    InputStatistics,
-    gptq,
-    inverse_cholesky,
-    output_error,
-)
+from quantkit.calibration import gptq as gptq_module
+from quantkit.calibration.gptq import GPTQResult, HessianError, factorize, inverse_cholesky
 from quantkit.calibration.grid import fit_grid, search_clip
 from quantkit.calibration.rtn import rtn
+from quantkit.calibration.statistics import InputStatistics, output_error
 from quantkit.errors import QuantKitError
 from quantkit.scheme import parse_scheme
 
 SCHEMES = ["w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a16-channel"]
 SCHEMES += [name + "-asym" for name in SCHEMES] + ["w3a16-g64", "w2a16-g32-asym"]
+EIGHT_BIT = ["w8a16", "w8a8", "fp8", "fp8-block"]
 K = 200  # a multiple of neither a group nor a block
 
 
@@ -27,12 +24,16 @@ def problem(K=K, N=48, tokens=800):
     return w, x.T @ x / tokens
 
 
+def gptq(w, hessian, scheme, damp_percent=0.01, act_order=True, **options) -> GPTQResult:
+    return gptq_module.gptq(w, factorize(hessian, damp_percent, act_order), scheme, **options)
+
+
 def loss(w, hessian, quantized):
     return output_error(w - quantized.dequantize(torch.float64), hessian)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", SCHEMES + EIGHT_BIT)
 def test_identity_hessian_is_round_to_nearest(name, act_order):
     w, scheme = problem()[0], parse_scheme(name)
     eye = torch.eye(K, dtype=torch.float64)
@@ -53,7 +54,7 @@ def test_block_size_changes_nothing(block_size):
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", SCHEMES + EIGHT_BIT)
 def test_beats_round_to_nearest_on_its_own_objective(name, act_order):
     w, H = problem()
     scheme = parse_scheme(name)
@@ -68,22 +69,48 @@ def test_the_searched_range_beats_the_full_range_of_symmetric_grids(name):
     assert loss(w, H, gptq(w, H, scheme).quantized) < loss(w, H, full)
 
 
-def test_codes_follow_algorithm_1_column_by_column():
-    w, H = problem(K=40, N=5)
-    scheme = parse_scheme("w4a16-g32")
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("name", ["w4a16-g32", "w3a16-g32-asym", *EIGHT_BIT])
+def test_codes_follow_algorithm_1_column_by_column(name, act_order):
+    N, K = 130, 140  # rows and columns of two tiles of fp8-block
+    w, H = problem(K, N)
+    scheme = parse_scheme(name)
     grid = search_clip(w, scheme)
-    quantized = gptq(w, H, scheme, grid=grid, damp_percent=0.01, act_order=False).quantized
+    found = gptq(w, H, scheme, grid=grid, act_order=act_order, keep_targets=True)
+    scale, zero = (torch.as_tensor(t, dtype=w.dtype).broadcast_to(N, K) for t in grid.expand(w.dtype))
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(K)
     # the paper's equations (2) and (3): inv(H) of the columns that remain, eliminated one at a time
-    inverse = torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(40, dtype=H.dtype))
-    scale, zero = grid.expand(w.dtype)
-    w, expected = w.clone(), torch.empty_like(w)
-    for j in range(40):
-        code = (w[:, j] / scale[:, j] + zero).round().clamp(0, 15)
-        expected[:, j] = (code - zero) * scale[:, j]
-        w -= torch.outer((w[:, j] - expected[:, j]) / inverse[j, j], inverse[j])
+    inverse = torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(K, dtype=H.dtype))
+    now, codes, targets = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    low, high = grid.code_range
+    for j in order.tolist():
+        targets[:, j] = now[:, j]
+        codes[:, j] = (now[:, j] / scale[:, j] + zero[:, j]).clamp(low, high)
+        if scheme.weight == "fp8":
+            codes[:, j] = codes[:, j].to(torch.float8_e4m3fn).double()
+        else:
+            codes[:, j] = codes[:, j].round()
+        value = (codes[:, j] - zero[:, j]) * scale[:, j]
+        now -= torch.outer((now[:, j] - value) / inverse[j, j], inverse[j])
         inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         inverse[j, j] = 1  # eliminated: its row is never read again
-    assert torch.equal(quantized.dequantize(torch.float64), expected)
+    expected = (codes - zero) * scale
+    assert torch.equal(found.quantized.dequantize(torch.float64), expected)
+    # both routes invert H, whose condition its damping by 1 % bounds
+    assert torch.allclose(found.targets, targets, rtol=0, atol=1e-9)
+
+
+def test_what_a_column_loses_the_others_make_up_for_as_least_squares_would():
+    """The best update of the weights that are left, given the error of those that are rounded."""
+    w, H = problem(K=24, N=6)
+    scheme = parse_scheme("w4a16-channel")
+    found = gptq(w, H, scheme, act_order=False, keep_targets=True)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(24, dtype=H.dtype)
+    error = w - found.quantized.dequantize(torch.float64)
+    for j in (1, 2, 13, 23):
+        # argmin over d of [e d] H [e d]^T, e the errors of columns before j, d what the others are moved by
+        best = torch.linalg.solve(damped[j:, j:], damped[j:, :j] @ error[:, :j].T).T
+        assert torch.allclose(found.targets[:, j], (w[:, j:] + best)[:, 0], rtol=0, atol=1e-9)
 
 
 def test_inverse_cholesky_factors_the_inverse():
@@ -150,10 +177,8 @@ def test_same_call_same_bits():
     assert torch.equal(a, b)
 
 
-def test_other_schemes_and_shapes_are_refused():
+def test_other_shapes_are_refused():
     w, H = problem()
-    with pytest.raises(QuantKitError, match="fp8-block is rounded to nearest"):
-        gptq(w, H, parse_scheme("fp8-block"))
     with pytest.raises(
         QuantKitError, match=r"Hessian is \(199, 199\), but a weight 48 x 200 needs \(200, 200\)"
     ):
