@@ -228,6 +228,13 @@ def quantize(
     if dry:
         found = dry_run(model, out_dir, plan, pick_device(device))
         print_dry_run(found)
+        if plan.target_bpw is not None:
+            out.print(
+                f"the schemes are chosen after measuring; what stands here is {plan.scheme} throughout, not "
+                f"{plan.target_bpw:g} bits a weight",
+                highlight=False,
+                soft_wrap=True,
+            )
         save_json(json_file, asdict(found) | {"seconds": found.seconds})
         return
     with Bar(
