@@ -130,17 +130,19 @@ def test_every_step_has_a_cost_and_steps_are_summed():
     assert Cost(1, 2, 3, 4) + Cost(10, 20, 30, 2) == Cost(11, 22, 33, 4)
 
 
-def test_costs_follow_the_searches_of_the_code(monkeypatch):
-    """Calls of `fit_grid` are counted where the cost says how many there are."""
-    tries = {"w4a16-g32": 26, "w4a16-g32-asym": 13, "w8a16": 7, "fp8": 0}
-    for label, expected in tries.items():
-        calls = []
-        fit = grid.fit_grid
-        monkeypatch.setattr(grid, "fit_grid", lambda *args, **kw: calls.append(1) or fit(*args, **kw))
-        grid.search_clip(torch.randn(8, 64), parse_scheme(label))
-        monkeypatch.undo()
-        assert Weight(8, 64, parse_scheme(label)).tries == len(calls) - 1 == expected
-    calls = []
+@pytest.mark.parametrize(
+    ("label", "tries"), [("w4a16-g32", 26), ("w4a16-g32-asym", 13), ("w8a16", 7), ("fp8", 0)]
+)
+def test_a_search_is_counted_as_often_as_the_code_tries(label, tries, monkeypatch):
+    calls: list[int] = []
+    fit = grid.fit_grid
+    monkeypatch.setattr(grid, "fit_grid", lambda *args: calls.append(1) or fit(*args))
+    grid.search_clip(torch.randn(8, 64), parse_scheme(label))
+    assert Weight(8, 64, parse_scheme(label)).tries == len(calls) - 1 == tries
+
+
+def test_awqs_candidates_are_counted_as_the_code_makes_them(monkeypatch):
+    calls: list[int] = []
     monkeypatch.setattr(awq, "scaled_error", lambda *args: calls.append(1) or 1.0)
     awq.search_scales([torch.randn(8, 64)], torch.eye(64), torch.rand(64) + 0.1, parse_scheme("w4a16-g32"))
     weight = Weight(8, 64, parse_scheme("w4a16-g32"), True)
