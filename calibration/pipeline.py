@@ -30,7 +30,7 @@ from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import smooth_scales
 from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
-from quantkit.errors import QuantKitError
+from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.method import parse_method
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
@@ -179,6 +179,8 @@ def capture(
     except QuantKitError:
         raise
     except Exception as error:  # whatever a model does with a block's output that is not what Llama does
+        if out_of_memory(error):
+            raise
         raise QuantKitError(
             f"{type(model).__name__}: cannot be calibrated, since its blocks pass something else than hidden states "
             f"({type(error).__name__}); use --method rtn"

@@ -2,7 +2,8 @@
 
 A run writes into OUT.partial, one safetensors file a decoder block as it is finished. At the end the files
 are joined into the shards that `save_pretrained` would have written, config.json and the manifest are added,
-and the folder is renamed to OUT. A killed run leaves OUT.partial alone; the same command continues it.
+and the folder is renamed to OUT. A killed run leaves OUT.partial alone; the same command continues it. One that
+was killed after the renaming leaves both: a mark in OUT.partial then says that OUT is whole.
 """
 
 import fcntl
@@ -29,6 +30,9 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "quantkit_manifest.json"
 MANIFEST_VERSION = 1
 MAX_SHARD_SIZE = "50GB"  # save_pretrained's default, so that saving again gives the same files
+RECORD = "job.json"  # in OUT.partial: what makes its bytes
+JOINED = "out"  # what becomes OUT
+FINISHED = "finished"  # the mark, made just before OUT appears
 CHUNK = 1 << 22  # bytes copied at a time
 COPIES = 2  # of a checkpoint on the disk, before its parts are removed: they, and the shards that they are joined into
 # The order in which safetensors lays out tensors: its dtypes from the widest alignment down.
@@ -265,11 +269,27 @@ def staging_folder(out: Path) -> Path:
 def check_out(out: Path) -> None:
     """Refuses, before the work, a directory that cannot be made."""
     if out.exists():
+        staging = staging_folder(out)
+        if (staging / FINISHED).exists() and not (staging / JOINED).exists():
+            clear(staging)
+            raise QuantKitError(
+                f"{out}: exists already and is complete: the run that made it was stopped as it removed {staging}, which "
+                f"is gone now; quantkit verify {out} checks it"
+            )
         raise QuantKitError(f"{out}: exists already; remove it or name another directory")
     parent = existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         fault = "not writable" if parent.is_dir() else "not a directory"
         raise QuantKitError(f"{parent}: {fault}, so {out} cannot be made; name another place")
+
+
+def clear(staging: Path) -> None:
+    """Removes OUT.partial: the record of its job and the mark last, so that a kill leaves nothing unexplained."""
+    for path in staging.iterdir():
+        if path.name not in (RECORD, FINISHED):
+            path.unlink()
+    (staging / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(staging)
 
 
 def existing_parent(out: Path) -> Path:
@@ -332,8 +352,9 @@ class CheckpointWriter:
             raise QuantKitError(
                 f"{self.staging}: another quantkit process is writing it; wait for it"
             ) from error
-        lock, record = self.staging / "lock", self.staging / "job.json"
+        lock, record = self.staging / "lock", self.staging / RECORD
         text = json.dumps(self.job, indent=1, sort_keys=True)
+        (self.staging / FINISHED).unlink(missing_ok=True)  # OUT did not come to be, or was removed
         drafts = (lock, draft_of(record))  # what a run leaves that was killed at this place
         if not record.exists() and any(path not in drafts for path in self.staging.iterdir()):
             lock.unlink()
@@ -417,7 +438,7 @@ class CheckpointWriter:
         sources: dict[str, StoredTensor] = {}
         for path in self.staging.glob("*.safetensors"):
             sources.update(read_header(path))
-        folder = self.staging / "out"
+        folder = self.staging / JOINED
         with self.writing(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -440,9 +461,10 @@ class CheckpointWriter:
             save_manifest(folder, entries)
             for path in [*folder.iterdir(), folder]:
                 sync_path(path)
+            (self.staging / FINISHED).touch()
             folder.rename(self.out)
         sync_path(self.out.parent)
-        shutil.rmtree(self.staging)
+        clear(self.staging)
 
 
 def manifest_entry(tensor: StoredTensor, filename: str, digest: str) -> dict[str, Any]:

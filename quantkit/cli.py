@@ -24,7 +24,7 @@ from quantkit.allocation import Allocation, GroupChoice
 from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.dry_run import DryRun, dry_run
-from quantkit.errors import QuantKitError
+from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
 from quantkit.eval.peers import PEERS
@@ -43,7 +43,7 @@ from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
-from quantkit.source import load_tokenizer, resolve
+from quantkit.source import first_line, load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -94,9 +94,11 @@ def main() -> None:
         fail(str(error))
     except UsageError as error:
         fail(error.format_message())
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         fail(
-            f"out of device memory ({str(error).splitlines()[0]}); use --device cpu, a smaller --samples or --window"
+            f"out of memory ({first_line(error)}); use a smaller --samples or --window, or --device cpu where a GPU is full"
         )
     except OSError as error:
         fail(f"{error.filename or 'file'}: {error.strerror or error}")
@@ -226,6 +228,13 @@ def quantize(
     if dry:
         found = dry_run(model, out_dir, plan, pick_device(device))
         print_dry_run(found)
+        if plan.target_bpw is not None:
+            out.print(
+                f"the schemes are chosen after measuring; what stands here is {plan.scheme} throughout, not "
+                f"{plan.target_bpw:g} bits a weight",
+                highlight=False,
+                soft_wrap=True,
+            )
         save_json(json_file, asdict(found) | {"seconds": found.seconds})
         return
     with Bar(

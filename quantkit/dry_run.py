@@ -1,14 +1,18 @@
 """What `quantkit quantize --dry-run` says beforehand: sizes, memory and time. No weight is loaded, nothing written.
 
-Sizes come from the files' headers and the plan, and are exact. Memory and time are estimates:
+Sizes come from the files' headers and the plan, and are exact, unless `target_bpw` is to choose the schemes. Memory
+and time are estimates:
 
     memory   the largest sum, over the stages of a run, of what is held at once; beside Python, PyTorch, the
              tokenizer and, on a GPU, its context. Pages of the source files that the system keeps mapped are
              not in it.
     time     (products / rate) + (passes over elements / rate) + (calls * latency), the three rates measured on
              the device for RATE_SECONDS each. Reading and writing files is not in it.
+
+A method is the sum of its steps (`quantkit.method`); what each does to one weight [N, K] is a function of COSTS.
 """
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,47 +23,186 @@ from typing import Any
 
 import torch
 
+from quantkit.allocation import read_budget
+from quantkit.calibration import hqq, learn, smooth
+from quantkit.calibration.allocate import CANDIDATES, WINDOW, WINDOWS
+from quantkit.calibration.awq import RATIOS
 from quantkit.calibration.data import SAMPLED_AT_A_TIME
-from quantkit.calibration.pipeline import AT_A_TIME, batches, needs_activations
+from quantkit.calibration.grid import AT_A_TIME as SEARCHED_AT_A_TIME
+from quantkit.calibration.grid import SHRINKS, SHRINKS_8, fit_grid
+from quantkit.calibration.pipeline import AT_A_TIME, batches, is_expert, needs_activations, needs_original
+from quantkit.calibration.statistics import SAMPLED, tensor_cores
 from quantkit.checkpoint import CheckpointReader, check_out, space
-from quantkit.models import FOLDS, linears
+from quantkit.method import LEARN, ROTATE, parse_method
+from quantkit.models import linears
+from quantkit.names import model_names
 from quantkit.quantize import Job, check_context, default_device
 from quantkit.recipe import ModulePlan, Recipe
+from quantkit.scheme import Scheme, parse_scheme
 from quantkit.source import empty_model, read_config, resolve
 from quantkit.streaming import BlockLoader, linear_called, packed_weight_bytes
 
 RATE_SECONDS, TRIALS = 0.2, 10
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT64 = 4, 8  # bytes
 CALLS = 60  # of small operations, when tokens go through a block
+
+# passes over a weight's elements, counted in the code; one reads or writes every element once
+ROUNDING = 24  # a grid fitted, weights rounded to it and read back: what the rate of passes is measured with
+SEARCHING = 30  # one shrink of `search_clip`: a rounding and its loss
+HALF_QUADRATIC = 120  # one step of `hqq`: two roundings and three powers, which are slow
+SCALED = 36  # one candidate of `search_scales` or `smooth_scales`: a rounding of W s, divided by s
+LEARNING = 80  # one step of `learn_rounding`, forward, backward and the move
+JUDGED = 80  # the errors that are reported
+COLUMN_LOOP = {
+    "cpu": 300,
+    "cuda": 40,
+}  # of GPTQ: a block's later columns are changed for each, in registers on a GPU
+COLUMN_CALLS = {"cpu": 12.0, "cuda": 0.1}  # of small operations a column
+SHARING = re.compile(r"(?<![a-z])(q|k|v|gate|up)(?=_proj$)")  # names of linears that one tensor feeds
+FACTORING = 5  # times as long as products of the same size: what LAPACK's and cuSOLVER's triangles take
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method does with a weight [N, K]; counted in its code, a pass reads or writes every element once.
+    """Floating-point operations of products, passes over elements, calls of small operations, float32 bytes held."""
+
+    products: float = 0
+    passes: float = 0
+    calls: float = 0
+    held: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """One after the other."""
+        products, passes = self.products + other.products, self.passes + other.passes
+        return Cost(products, passes, self.calls + other.calls, max(self.held, other.held))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a step's cost depends on.
 
     Attributes:
-        products: multiplications and additions, in units of N K^2.
-        cubes: the same, in units of K^3.
-        passes: over N K elements.
-        calls: of small operations, in units of K.
-        copies: float32 copies [N, K] that are alive at once.
-        squares: float32 matrices [K, K] that are alive at once, beside the Hessian.
+        N, K, scheme: of the linear.
+        measured: statistics of its inputs are there.
+        shared: linears that share its input, and with it the factors of its Hessian.
+        batches: of calibration tokens.
+        hidden: the width of the residual stream.
+        device: 'cpu' or 'cuda'.
     """
 
-    products: float
-    cubes: float
-    passes: float
-    calls: float
-    copies: int
-    squares: int
+    N: int
+    K: int
+    scheme: Scheme
+    measured: bool = False
+    shared: int = 1
+    batches: int = 0
+    hidden: int = 0
+    device: str = "cpu"
+
+    @property
+    def size(self) -> int:
+        return self.N * self.K
+
+    @property
+    def tries(self) -> int:
+        """Shrinks that `search_clip` tries for it."""
+        if self.scheme.bits == 8:
+            return 0 if self.scheme.weight == "fp8" else len(SHRINKS_8)
+        return len(SHRINKS) * (2 if self.scheme.symmetric else 1)
+
+    def copies(self, count: int, at_a_time: int | None = None) -> int:
+        """Bytes of float32 copies of it, or of so many elements at a time."""
+        return FLOAT32 * count * min(self.size, at_a_time or self.size)
 
 
-COSTS = {  # a method that is not here counts as gptq
-    "rtn": Cost(0, 0, 24, 0, 4, 0),
-    "gptq": Cost(1, 2, 350, 13, 4, 5),
-    "awq": Cost(80, 0, 900, 0, 5, 1),
+def searched(w: Weight) -> Cost:
+    """`search_clip` by the weights alone, or by one cost a column."""
+    return Cost(passes=(w.tries * SEARCHING + ROUNDING) * w.size, held=w.copies(6, SEARCHED_AT_A_TIME))
+
+
+def rtn(w: Weight) -> Cost:
+    return Cost(passes=1.5 * ROUNDING * w.size, held=w.copies(4, AT_A_TIME))
+
+
+def clip(w: Weight) -> Cost:
+    by_hessian = (
+        2 * w.tries * (w.scheme.group_size or w.K) * w.size if w.measured and w.scheme.bits < 8 else 0
+    )
+    return searched(w) + Cost(by_hessian, ROUNDING * w.size, held=w.copies(5))
+
+
+def half_quadratic(w: Weight) -> Cost:
+    return searched(w) + Cost(passes=hqq.STEPS * HALF_QUADRATIC * w.size, held=w.copies(8))
+
+
+def gptq(w: Weight) -> Cost:
+    factors = FACTORING * 4 / 3 * w.K**3 / w.shared  # a Cholesky factor, and the inverse of one triangle
+    loop = Cost(w.N * w.K**2 + factors, COLUMN_LOOP[w.device] * w.size, COLUMN_CALLS[w.device] * w.K)
+    return searched(w) + loop + Cost(held=w.copies(4) + 5 * FLOAT32 * w.K**2)
+
+
+def gptaq(w: Weight) -> Cost:
+    """GPTQ, and W D H^-1 before it, solved for each linear."""
+    solved = FACTORING * 7 / 3 * w.K**3 + 2 * w.N * w.K**2
+    return gptq(w) + Cost(solved, 4 * w.size, held=w.copies(5) + 5 * FLOAT32 * w.K**2)
+
+
+def awq(w: Weight) -> Cost:
+    tried = 2 * RATIOS
+    return Cost(2 * tried * w.N * w.K**2, tried * SCALED * w.size, held=w.copies(5))
+
+
+def smoothed(w: Weight) -> Cost:
+    tried, rows = len(smooth.EXPONENTS) + 1, SAMPLED * w.batches
+    return Cost(2 * tried * rows * w.size, tried * SCALED * w.size, held=w.copies(5))
+
+
+def equalized(w: Weight) -> Cost:
+    return Cost(passes=10 * w.size, held=w.copies(1))
+
+
+def rotated(w: Weight) -> Cost:
+    """A product with R1 in float64, which counts as two of float32."""
+    return Cost(4 * w.size * w.hidden, 8 * w.size, held=2 * FLOAT64 * w.size)
+
+
+def learned(w: Weight) -> Cost:
+    """Fake rounding, forward and backward, and the errors anew; the block's own work is counted by the block."""
+    if w.scheme.weight == "fp8":
+        return Cost()
+    return Cost(passes=learn.STEPS * LEARNING * w.size, calls=80 * learn.STEPS) + judged(w)
+
+
+def judged(w: Weight) -> Cost:
+    """tr(E H E^T) and tr(W H W^T) for the result and for rounding to nearest; |E| and |W| without a Hessian."""
+    return Cost(8 * w.N * w.K**2 if w.measured else 0, JUDGED * w.size, held=w.copies(5))
+
+
+COSTS: dict[str, Callable[[Weight], Cost]] = {
+    ROTATE: rotated,
+    "awq": awq,
+    "smooth": smoothed,
+    "equalize": equalized,
+    "rtn": rtn,
+    "clip": clip,
+    "hqq": half_quadratic,
+    "gptq": gptq,
+    "gptaq": gptaq,
+    LEARN: learned,
 }
-ERROR_PRODUCTS = 4  # of the error that is reported, in units of N K^2: tr(E H E^T) and tr(W H W^T)
+LEARNED_COPIES = (
+    9  # float32 ones of all weights of a block: targets, moves, gradients, and what the graph keeps
+)
+
+
+def steps_of(plan: ModulePlan, w: Weight) -> dict[str, Cost]:
+    """What is done with one weight, by step, and the report of its error."""
+    method = parse_method(plan.method)
+    steps = (ROTATE * method.rotate, method.scaling, method.rounding, LEARN * method.learn)
+    costs = {step: COSTS[step](w) for step in steps if step}
+    if w.measured or method.rounding != "rtn":
+        costs["errors reported"] = judged(w)
+    return costs
 
 
 @dataclass(frozen=True)
@@ -74,13 +217,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Work:
-    """A part of the run: floating-point operations, passes over elements, calls of small operations, seconds."""
+    """A part of the run, its cost taken apart as in `Cost`, and the seconds that it takes."""
 
     what: str
     products: float
     passes: float
     calls: float
-    seconds: float = 0.0
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -91,8 +234,8 @@ class Rates:
     passes: float
     latency: float
 
-    def seconds(self, products: float, passes: float, calls: float) -> float:
-        return products / self.products + passes / self.passes + calls * self.latency
+    def seconds(self, cost: Cost) -> float:
+        return cost.products / self.products + cost.passes / self.passes + cost.calls * self.latency
 
 
 @dataclass(frozen=True)
@@ -101,6 +244,7 @@ class DryRun:
 
     Attributes:
         modules: name, N, K, scheme, method, bits (a weight), bytes and remark of every packed linear.
+            With a `target_bpw` the schemes are those of the recipe, since the run is to choose others.
         bits_per_weight: their average.
         source_bytes, packed_bytes: all tensors of the two checkpoints.
         disk_needed, disk_free: bytes, until the parts of the checkpoint are joined.
@@ -141,6 +285,9 @@ def dry_run(
     config = read_config(folder)
     reader = CheckpointReader(folder)
     job = Job(empty_model(config), recipe, device)
+    reader.tensors = model_names(reader.tensors, job.model)
+    if recipe.target_bpw is not None:
+        read_budget(job.model, recipe)
     loader = BlockLoader(job, reader, device)
     if job.needs_tokens:
         check_context(recipe.calibration.seq_len, config)
@@ -167,8 +314,8 @@ def dry_run(
         peaks["host"],
         memory,
         [
-            Work(w.what, w.products, w.passes, w.calls, rates.seconds(w.products, w.passes, w.calls))
-            for w in size.work()
+            Work(what, cost.products, cost.passes, cost.calls, rates.seconds(cost))
+            for what, cost in size.work().items()
         ],
         rates,
     )
@@ -220,12 +367,30 @@ class Sizes:
         shapes = {n: (x.out_features, x.in_features) for n, x in linears(self.job.blocks[index]).items()}
         return shapes, self.job.block_plans(index)
 
-    def inputs(self, plans: dict[str, ModulePlan], shapes: dict[str, tuple[int, int]]) -> list[int]:
-        """K of every distinct input of a block that statistics are kept of: one for linears fed by one tensor."""
-        folds = FOLDS.get(self.job.model.config.model_type, ())
-        first = {name: fold.linears[0] for fold in folds for name in fold.linears}
-        wanted = [name for name, plan in plans.items() if needs_activations(plan)]
-        return list({first.get(name, name): shapes[name][1] for name in wanted}.values())
+    def fed(self, plans: dict[str, ModulePlan]) -> dict[str, list[str]]:
+        """The linears of a block that statistics are kept for, by the input that they share."""
+        fed: dict[str, list[str]] = {}
+        for name, plan in plans.items():
+            if needs_activations(plan):
+                fed.setdefault(SHARING.sub("", name), []).append(name)
+        return fed
+
+    def tokens_at(self, name: str, plans: dict[str, ModulePlan]) -> float:
+        """Calibration tokens that a linear of a block gets: an expert its share of them."""
+        if name not in plans or not is_expert(plans[name]):
+            return self.tokens
+        experts = getattr(self.config, "num_experts", None) or self.config.num_local_experts
+        return self.tokens * self.config.num_experts_per_tok / experts
+
+    def weight(self, plan: ModulePlan, N: int, K: int, shared: int = 1, inside: bool = True) -> Weight:
+        batches = self.tokens // self.batch if self.batch else 0
+        measured = inside and needs_activations(plan)
+        return Weight(N, K, plan.scheme, measured, shared, batches, self.hidden, self.job.device.type)
+
+    def block_weights(self, index: int) -> list[tuple[ModulePlan, Weight]]:
+        shapes, plans = self.block(index)
+        shared = {name: len(names) for names in self.fed(plans).values() for name in names}
+        return [(plan, self.weight(plan, *shapes[n], shared.get(n, 1))) for n, plan in plans.items()]
 
     def stored(self, prefix: str | None) -> tuple[int, int]:
         """Parameters and stored bytes of a block, or (None) of what lies outside the blocks."""
@@ -234,12 +399,14 @@ class Sizes:
             n for n in self.loader.names if (n.startswith(prefix) if prefix else not n.startswith(inside))
         ]
         state = self.job.model.state_dict()
-        tensors = [self.loader.reader.find(name) for name in names]
+        tensors = [self.loader.find(name) for name in names]
         return sum(state[name].numel() for name in names), sum(t.stop - t.start for t in tensors)
 
     def memory(self) -> list[Held]:
         place, value = self.place, self.value
         found: list[Held] = []
+        rotation = self.job.rotation
+        turning = FLOAT64 * self.hidden**2 if rotation is not None and rotation.residual is not None else 0
 
         def held(stage: str, what: str, size: int, where: str = place) -> None:
             found.append(Held(stage, what, where, size))
@@ -247,6 +414,8 @@ class Sizes:
         # what is loaded is then there twice for a while
         copied = place == "device" or value != self.job.dtype.itemsize
         states = self.tokens * self.hidden * value
+        if any(map(needs_original, self.job.plans.values())):
+            states *= 3  # those of the original model, and what its block gives, beside them
         if self.tokens and self.spec.source == "self":
             rows, config = min(SAMPLED_AT_A_TIME, self.spec.samples), self.config
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -259,95 +428,146 @@ class Sizes:
             held(stage, "keys and values", cache)
             held(stage, "logits", 4 * rows * config.vocab_size * FLOAT32)
 
+        if self.job.recipe.target_bpw is not None:
+            tokens = WINDOWS * WINDOW
+            held("measuring", "whole model", self.parameters * value)
+            outputs = tokens * (self.config.vocab_size * FLOAT32 + len(self.job.blocks) * self.hidden * value)
+            held("measuring", "its outputs and its blocks'", outputs)
+
         numel, stored = self.stored(None)
         stage = "embeddings and head"
         held(stage, "weights", numel * value)
         held(stage, "weights as stored", stored * copied, "host")
         held(stage, "hidden states", states, "host")
         held(stage, "batch at work", 3 * self.batch * self.hidden * value)
+        if turning:  # pieces of the embedding or the head, and what they are put together to
+            held(stage, "rotation", turning + 2 * self.config.vocab_size * self.hidden * value)
 
         prefixes = [f"{self.job.prefix}.{index}." for index in range(len(self.job.blocks))]
         index = max(range(len(prefixes)), key=lambda i: self.stored(prefixes[i])[1])
         numel, stored = self.stored(prefixes[index])
         shapes, plans = self.block(index)
-        hessians = FLOAT32 * sum(K * K for K in self.inputs(plans, shapes))
+        methods = [parse_method(plan.method) for plan in plans.values()]
+        squares = [FLOAT32 * shapes[names[0]][1] ** 2 for names in self.fed(plans).values()]
+        learns, drifts = any(m.learn for m in methods), any(m.rounding == "gptaq" for m in methods)
         outputs = sum(N for N, _ in shapes.values()) + 2 * self.hidden
         widest = max(K for _, K in shapes.values())
         passing = self.batch * (outputs * value + 2 * widest * FLOAT32)
-        for stage in ("largest block, passed", "largest block, packed"):
+        planned = FLOAT32 * sum(shapes[name][0] * shapes[name][1] for name in plans)
+        for stage in ("largest block, passed", "largest block, packed", "largest block, learned")[
+            : 2 + learns
+        ]:
             held(stage, "weights", numel * value)
             held(stage, "weights as stored", stored * copied, "host")
             held(stage, "hidden states", states, "host")
-            held(stage, "Hessians", hessians)
-            if stage.endswith("passed"):
-                held(stage, "batch at work", passing if self.tokens else 0)
-            else:
+            held(stage, "Hessians", sum(squares))
+            held(stage, "rotation", turning)
+            if drifts:  # of all inputs where learning follows, else of one, and its Hessian anew
+                held(stage, "original block", numel * value)
+                held(stage, "drifts", sum(squares) if learns else 2 * max(squares, default=0))
+            if any(m.scaling for m in methods) and not stage.endswith("passed"):
+                held(stage, "scaled weights", planned)
+            if not stage.endswith("packed"):  # what goes backward has all of its way kept
+                held(
+                    stage,
+                    "batch at work",
+                    passing * (2 if stage.endswith("learned") else 1) if self.tokens else 0,
+                )
+            if not stage.endswith("passed"):
                 packed = sum(packed_weight_bytes(plan.scheme, *shapes[name]) for name, plan in plans.items())
                 held(stage, "packed weights", packed, "host")
-                held(stage, "working copies", self.working(plans, shapes))
+            if stage.endswith("packed"):
+                costs = [cost for plan, w in self.block_weights(index) for cost in steps_of(plan, w).values()]
+                held(stage, "working copies", max((cost.held for cost in costs), default=0))
+            if stage.endswith("learned"):
+                held(stage, "targets, moves, gradients", LEARNED_COPIES * planned)
         return found
 
-    def working(self, plans: dict[str, ModulePlan], shapes: dict[str, tuple[int, int]]) -> int:
-        """Bytes that packing takes beside the weights: the largest linear's, and float32 copies of all under AWQ."""
-        sizes = [0]
-        for name, plan in plans.items():
-            N, K = shapes[name]
-            cost = COSTS.get(plan.method, COSTS["gptq"])
-            elements = min(N * K, AT_A_TIME) if plan.method == "rtn" else N * K
-            sizes.append(FLOAT32 * (cost.copies * elements + cost.squares * K * K))
-        scaled = any(plan.method == "awq" for plan in plans.values()) and self.value != FLOAT32
-        return max(sizes) + scaled * FLOAT32 * sum(shapes[n][0] * shapes[n][1] for n in plans)
+    def work(self) -> dict[str, Cost]:
+        """The parts of a run."""
+        found: dict[str, Cost] = {}
 
-    def work(self) -> list[Work]:
-        """The parts of a run, their seconds not reckoned yet."""
-        found: list[Work] = []
-        layers = len(self.job.blocks)
+        def add(what: str, cost: Cost) -> None:
+            found[what] = found.get(what, Cost()) + cost
+
+        layers, vocabulary = len(self.job.blocks), self.config.vocab_size
         if self.tokens and self.spec.source == "self":
             rows = min(SAMPLED_AT_A_TIME, self.spec.samples)
             steps = ceil(self.spec.samples / rows) * self.spec.seq_len
-            passes = steps * (self.parameters + 6 * rows * self.config.vocab_size)
-            found.append(Work("sampling", 2 * self.parameters * self.tokens, passes, CALLS * steps * layers))
-        through, moments = [0, 0, 0], [0, 0, 0]  # products, passes, calls
-        methods: dict[str, list[float]] = {}
+            passes = steps * (self.parameters + 6 * rows * vocabulary)
+            add("sampling", Cost(2 * self.parameters * self.tokens, passes, CALLS * steps * layers))
         for index in range(layers):
             shapes, plans = self.block(index)
-            times = 2 if index + 1 < layers else 1  # for the statistics, and on to the next block
-            weights = sum(N * K for N, K in shapes.values())
-            outputs = sum(N for N, _ in shapes.values())
-            through[0] += times * self.tokens * (2 * weights + 4 * self.spec.seq_len * self.hidden)
-            through[1] += times * self.tokens * (3 * outputs + 20 * self.hidden)
-            through[2] += times * CALLS * (self.tokens // self.batch if self.batch else 0)
-            for K in self.inputs(plans, shapes):
-                moments[0] += 2 * self.tokens * K * K
-                moments[1] += 6 * self.tokens * K
-            for name, plan in plans.items():
-                self.add(methods, plan, *shapes[name])
+            fed = self.fed(plans)
+            if self.job.recipe.target_bpw is not None:
+                runs = len(CANDIDATES) * len(fed) * (layers - index)  # blocks from this one on
+                weights = sum(N * K for N, K in shapes.values())
+                head = self.hidden * vocabulary * len(CANDIDATES) * len(fed)
+                add("measuring", Cost(2 * WINDOWS * WINDOW * (runs * weights + head), calls=CALLS * runs))
+            if self.tokens:
+                times, collected = self.runs(index, plans)
+                add("tokens through the blocks", self.through(shapes, plans, times))
+                if any(parse_method(plan.method).learn for plan in plans.values()):
+                    batches = 3 * learn.STEPS  # a step's is taken forward and, at twice the cost, backward
+                    add(LEARN, self.through(shapes, plans, batches * self.batch / self.tokens))
+                for names in fed.values():
+                    K, tokens = shapes[names[0]][1], self.tokens_at(names[0], plans)
+                    add("Hessians", Cost(2 * collected * tokens * K * K, 6 * collected * tokens * K))
+            for plan, weight in self.block_weights(index):
+                for step, cost in steps_of(plan, weight).items():
+                    add(step, cost)
         for name, plan in self.job.outer_plans().items():
             linear = linear_called(self.job.model, name)
-            self.add(methods, plan, linear.out_features, linear.in_features)
-        if self.tokens:
-            found += [Work("tokens through the blocks", *through), Work("Hessians", *moments)]
-        found += [Work(method, *sums) for method, sums in methods.items()]
+            weight = self.weight(plan, linear.out_features, linear.in_features, inside=False)
+            for step, cost in steps_of(plan, weight).items():
+                add(step, cost)
+        if self.job.rotation is not None:
+            add(ROTATE, Cost(2 * 4 * vocabulary * self.hidden**2, 2 * 8 * vocabulary * self.hidden))
         return found
 
-    def add(self, methods: dict[str, list[float]], plan: ModulePlan, N: int, K: int) -> None:
-        cost = COSTS.get(plan.method, COSTS["gptq"])
-        products = cost.products + ERROR_PRODUCTS * needs_activations(plan)
-        sums = methods.setdefault(plan.method, [0.0, 0.0, 0.0])
-        sums[0] += products * N * K * K + cost.cubes * K**3
-        sums[1] += cost.passes * N * K
-        sums[2] += cost.calls * K
+    def runs(self, index: int, plans: dict[str, ModulePlan]) -> tuple[float, int]:
+        """How often all tokens go through a block, and how often moments [K, K] of its inputs are added up."""
+        methods = [parse_method(plan.method) for plan in plans.values()]
+        wanted = any(map(needs_activations, plans.values()))
+        again = any(m.scaling for m in methods) and any(plan.scheme.activation for plan in plans.values())
+        collected = int(wanted) + int(wanted and again)
+        times = float(collected) + (index + 1 < len(self.job.blocks))
+        times += any(map(needs_original, self.job.plans.values()))
+        if any(m.rounding == "gptaq" for m in methods):
+            # a stage for each input, on the average half of the block, and of the original
+            times += len(self.fed(plans))
+            collected += 2
+        return times, collected
+
+    def through(self, shapes: dict[str, tuple[int, int]], plans: dict[str, ModulePlan], times: float) -> Cost:
+        """The calibration tokens that often through a block."""
+        met = {name: self.tokens_at(name, plans) for name in shapes}
+        weights = sum(2 * met[name] * N * K for name, (N, K) in shapes.items())
+        outputs = sum(3 * met[name] * N for name, (N, _) in shapes.items())
+        return Cost(
+            times * (weights + 4 * self.tokens * self.spec.seq_len * self.hidden),
+            times * (outputs + 20 * self.tokens * self.hidden),
+            times * CALLS * (self.tokens // self.batch),
+        )
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """Rates of float32 products and of passes over elements, and the latency of a call, on the device."""
+    """Rates of products (in TF32 on a GPU) and of passes over elements, and the latency of a call, on the device."""
     edge = 512 if device.type == "cpu" else 4096
     a = torch.ones(edge, edge, device=device)
-    x = torch.ones(1 << 20 if device.type == "cpu" else 1 << 26, device=device)
+    w = torch.ones(2 * edge, 2 * edge, device=device)
     one = torch.ones(1, device=device)
+    scheme = parse_scheme("w4a16-g128")
+
+    def rounding() -> torch.Tensor:
+        grid = fit_grid(w, scheme)
+        return grid.dequantize(grid.round(w))
+
+    with tensor_cores():
+        products = 2 * edge**3 / seconds_of(lambda: a @ a, device)
     return Rates(
-        2 * edge**3 / seconds_of(lambda: a @ a, device),
-        2 * x.numel() / seconds_of(lambda: x * 0.5, device),
+        products,
+        ROUNDING * w.numel() / seconds_of(rounding, device),
         seconds_of(lambda: one * 0.5, device),
     )
 

@@ -32,9 +32,10 @@ from quantkit.checkpoint import (
     check_out,
     check_space,
     sha256,
+    staging_folder,
     write_text,
 )
-from quantkit.errors import QuantKitError
+from quantkit.errors import MachineError, QuantKitError, out_of_memory
 from quantkit.eval import samples as sampling
 from quantkit.eval.report_html import report_html
 from quantkit.hf import linear_called, packed_twin
@@ -114,6 +115,7 @@ def quantize_checkpoint(
 
     Raises:
         QuantKitError: the model or the recipe is at fault, or `out` exists.
+        MachineError: disk or memory are used up; `out`.partial keeps the finished blocks.
     """
     started = time.monotonic()
     progress = progress or Progress()
@@ -158,7 +160,7 @@ def quantize_checkpoint(
     module_seconds: dict[str, float] = {}
     verdict = None
 
-    with CheckpointWriter(out, fingerprint, size) as writer:
+    with memory_named(out), CheckpointWriter(out, fingerprint, size) as writer:
         if recipe.target_bpw is not None and tokens is not None:
             allocation = saved_allocation(writer)
             if allocation is None:
@@ -292,6 +294,20 @@ def call_witness(job: Job, folder: Path, calibration: torch.Tensor | None) -> Wi
         return None
     job.watched = True
     return found
+
+
+@contextmanager
+def memory_named(out: Path) -> Iterator[None]:
+    """Turns the end of the memory into one line that says how to go on."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MachineError(
+            f"out of memory ({first_line(error)}); {staging_folder(out)} keeps the finished blocks, and the same "
+            "command continues where more memory is free; a smaller --samples needs less, and begins anew"
+        ) from error
 
 
 def saved_allocation(writer: CheckpointWriter) -> Allocation | None:

@@ -28,6 +28,7 @@ from quantkit.checkpoint import (
     WEIGHTS,
     CheckpointReader,
     CheckpointWriter,
+    damage,
     join_safetensors,
     read_header,
     weight_files,
@@ -64,7 +65,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Killed(Exception):
-    """What a progress callback raises to break a run off."""
+    """What breaks a run off."""
+
+
+def killed(*args: object) -> None:
+    raise Killed
 
 
 def break_after(steps: int) -> Progress:
@@ -411,6 +416,34 @@ def test_an_existing_out_is_refused_and_left_as_it_is(source, tmp_path, make):
         quantize_checkpoint(source(), out, Recipe("w8a16"), "cpu")
     with pytest.raises(QuantKitError, match="exists already"):
         CheckpointWriter(out, {}, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_left_over_from_a_finished_run_is_removed_and_out_called_complete(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint_module, "clear", killed)
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    monkeypatch.undo()
+    assert damage(tmp_path / "out") == []
+    with pytest.raises(
+        QuantKitError, match=r"out: exists already and is complete: .*; quantkit verify .*out checks"
+    ):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_folder_called_out_keeps_what_a_killed_run_left(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Killed):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(QuantKitError, match="out: exists already; remove it"):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+    (tmp_path / "out").rmdir()
+    quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

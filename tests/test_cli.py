@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from quantkit import cli
+from quantkit import cli, streaming
+from quantkit.calibration import pipeline
 from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
 from quantkit.kernels import dispatch
 
@@ -662,6 +663,60 @@ def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, mon
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(cli, "module_line", original)
     assert run("quantize", source(), tmp_path / "out", *QUICK)[0] == 0
+
+
+def exhaust(*args: object) -> None:
+    torch.empty(1 << 60)  # more than any machine has: the error is the allocator's own
+
+
+def test_the_end_of_the_memory_is_one_line_and_keeps_the_finished_blocks(run, source, tmp_path, monkeypatch):
+    original = streaming.Job.quantize_block
+    second = lambda job, index: exhaust() if index else original(job, index)
+    monkeypatch.setattr(streaming.Job, "quantize_block", second)
+    code, _, err = run("quantize", source(), tmp_path / "out", *QUICK)
+    partial = tmp_path / "out.partial"
+    assert (code, err.count("\n")) == (2, 1)
+    assert "out of memory ([enforce fail" in err
+    assert f"{partial} keeps the finished blocks" in err
+    assert "a smaller --samples needs less" in err
+    assert (partial / "block-00000.safetensors").exists()
+    done: list[int] = []
+    monkeypatch.setattr(
+        streaming.Job, "quantize_block", lambda job, index: done.append(index) or original(job, index)
+    )
+    assert run("quantize", source(), tmp_path / "out", *QUICK)[0] == 0
+    assert done == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried")])
+def test_other_memory_errors_are_one_line_too(refused, monkeypatch, model, tmp_path, error):
+    def raise_it(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "quantize_checkpoint", raise_it)
+    refused("quantize", model, tmp_path / "out", *QUICK, words=("out of memory (", "a smaller --samples"))
+
+
+def test_memory_that_ends_while_calibration_text_is_captured_is_not_laid_to_the_model(
+    run, model, tmp_path, monkeypatch
+):
+    add_tokenizer(model, 128)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + i % 100}" for i in range(200)))
+    monkeypatch.setattr(pipeline.Recorder, "forward", exhaust)
+    code, _, err = run("quantize", model, tmp_path / "out", *GPTQ, "--calibration", tmp_path / "text.txt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "out of memory" in err
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch, model, tmp_path):
+    def raise_it(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(cli, "quantize_checkpoint", raise_it)
+    monkeypatch.setattr(sys, "argv", ["quantkit", "quantize", str(model), str(tmp_path / "out"), *QUICK])
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main()
 
 
 # tuning

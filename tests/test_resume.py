@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit import Recipe, quantize_checkpoint
+from quantkit import QuantKitError, Recipe, quantize_checkpoint
 
 KILLS = 10
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
@@ -54,6 +54,15 @@ def ended(pid):
     assert killed or status == 0, status
     if out.exists():
         assert contents(out) == expected
+        if staging.exists() and any(staging.iterdir()):
+            try:
+                run(out)
+            except QuantKitError as error:
+                assert "exists already and is complete" in str(error), error
+            assert contents(out) == expected
+            assert not staging.exists()
+            global cleaned
+            cleaned += 1
         shutil.rmtree(out)
         shutil.rmtree(staging, ignore_errors=True)
         return killed, True
@@ -66,7 +75,7 @@ duration = time.monotonic() - started
 expected = contents(Path(folder, "whole"))
 assert contents(Path(folder, "warm")) == expected
 
-kills = 0
+kills = cleaned = 0
 while kills < KILLS:
     pid = start()
     time.sleep(chance.random() * duration)
@@ -79,7 +88,7 @@ killed = True
 while killed:
     at += 1
     killed, whole = ended(start(at))
-print(kills, at - 1, whole)
+print(kills, at - 1, whole, cleaned)
 """
 
 
@@ -89,7 +98,8 @@ def test_runs_killed_at_random_and_at_every_change_of_a_file_end_in_the_same_byt
     command = [sys.executable, "-c", RUN, str(folder), str(tmp_path), method]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    kills, changes, whole = done.stdout.split()
+    kills, changes, whole, cleaned = done.stdout.split()
     assert int(kills) == 10
     assert int(changes) >= 12
     assert whole == "True"
+    assert int(cleaned) >= 3  # kills while OUT.partial is removed
