@@ -123,7 +123,7 @@ def inverse_cholesky(
     upper = lower.flip(0, 1)
     del lower
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True), damp
+    return torch.linalg.solve_triangular(upper, eye, upper=True).contiguous(), damp  # LAPACK's are by columns
 
 
 def gptq(
