@@ -1,33 +1,47 @@
-"""Scales of input channels from the weights alone: cross-layer equalization (Nagel et al., ICCV 2019, arXiv:1906.04721).
+"""Scales of input channels from the weights alone, where nothing was calibrated.
+
+Channels that a linear produces: cross-layer equalization (Nagel et al., ICCV 2019, arXiv:1906.04721).
 
     s_k = sqrt(r1_k / r2_k)                                                                         (11)
 
-with r1_k the range of what produces channel k (a row of the linear before) and r2_k that of the column that reads
-it. Channel k is divided by s_k and the column multiplied by it, so both have the range sqrt(r1_k r2_k) and neither
-is lost among larger ones. A norm's weight is not quantized and needs no range of its own: it is moved into the
-columns whole, s_k = |norm weight|.
+with r1_k the range of row k of the linear before and r2_k that of the column that reads it. Channel k is divided by
+s_k and the column multiplied by it, so both have the range sqrt(r1_k r2_k) and neither is lost among larger ones.
+
+Channels that a norm produces: its output is g_k times something of size one, so the norm's weight g tells how large
+each channel of x will be. That is all that AWQ asks of calibration (`awq.py`): mean |x_k| ~ |g_k|, E[x x^T] ~ diag(g^2).
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from quantkit.calibration.awq import search_scales
+from quantkit.scheme import Scheme
 
-def equalizing_scales(
-    produced: torch.Tensor, weights: Sequence[torch.Tensor], from_norm: bool
-) -> torch.Tensor:
-    """Scales s [K] with sqrt(max s * min s) = 1; 1 for channels that are zero on a side.
+
+def scales_from_norm(norm: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """AWQ's scales s [K] for what a norm produces.
 
     Args:
-        produced: range r1 of each channel at its producer [K], the norm's weight where it is a norm.
-        weights: of the linears that read the channels, [N_i, K] each.
-        from_norm: the producer is a norm.
+        norm: the factor of each channel [K].
+        weights: of the linears that read the channels, float32 [N_i, K] each.
+        scheme: what they are rounded to.
     """
-    r1 = produced.abs()
-    r2 = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    active = (r1 > 0) & (r2 > 0)
-    s = r1 if from_norm else (r1 / torch.where(active, r2, 1.0)).sqrt()
+    size = norm.abs()
+    return search_scales(weights, torch.diag(size.square()), size, scheme)
+
+
+def scales_from_rows(produced: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Scales s [K] by equation (11), sqrt(max s * min s) = 1; 1 for channels that are zero on a side.
+
+    Args:
+        produced: largest |weight| of the row that makes each channel [K].
+        weights: of the linears that read the channels, [N_i, K] each.
+    """
+    read = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    active = (produced > 0) & (read > 0)
     if not active.any():
-        return torch.ones_like(r1)
+        return torch.ones_like(read)
+    s = (produced / torch.where(active, read, 1.0)).sqrt()
     low, high = s[active].aminmax()
     return torch.where(active, s / (low * high).sqrt(), 1.0)

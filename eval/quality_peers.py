@@ -68,15 +68,16 @@ class Setting:
     activation: Activation | None = None
 
 
-W4, W4_CHANNEL, W3, W8A8, FP8, W4A8 = (
+W4, W4_ASYMMETRIC, W4_CHANNEL, W3, W8A8, FP8, W4A8 = (
     Setting("W4 g128", "w4a16-g128", 4, 128),
+    Setting("W4 g128, asymmetric", "w4a16-g128-asym", 4, 128),
     Setting("W4 per channel", "w4a16-channel", 4),
     Setting("W3 g128", "w3a16-g128", 3, 128),
     Setting("W8A8", "w8a8", 8, activation="int8"),
     Setting("FP8", "fp8", 8, activation="fp8"),
     Setting("W4A8", "w4a8", 4, 128, activation="int8"),
 )
-SETTINGS = {setting.scheme: setting for setting in (W4, W4_CHANNEL, W3, W8A8, FP8, W4A8)}
+SETTINGS = {setting.scheme: setting for setting in (W4, W4_ASYMMETRIC, W4_CHANNEL, W3, W8A8, FP8, W4A8)}
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,13 @@ class Protocol:
     Attributes:
         text: evaluation text, tokenized whole; `windows` windows of 1024 tokens of it are read.
         calibration: of every tool; the seed is that of the run.
+        device: where quantkit's own rows are made; other tools run on the CPU.
     """
 
     text: str
     windows: int
     calibration: CalibrationSpec
+    device: str = "cpu"
 
     def calibration_of(self, row: Row, seed: int | None) -> CalibrationSpec:
         samples = min(row.samples or self.calibration.samples, self.calibration.samples)
@@ -257,7 +260,8 @@ def run_table(
             except Unknown as error:
                 say(f"{name}: skipped, {error}")
                 continue
-            write_records(records, [{**record, **environment("cpu")}])
+            where = protocol.device if row.tool == OURS else "cpu"
+            write_records(records, [{**record, **environment(where)}])
             say(f"{name}: {outcome(record)}")
 
 
@@ -311,9 +315,9 @@ def ours(row: Row, model: Path, seed: int | None, protocol: Protocol) -> Record:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model"
         processor = peer_driver.processor_seconds()
-        summary = quantize_checkpoint(model, out, recipe, "cpu", tokens)
+        summary = quantize_checkpoint(model, out, recipe, protocol.device, tokens)
         used = {"seconds": summary.seconds, "cpu_seconds": peer_driver.processor_seconds() - processor}
-        quantized = load(out, "cpu", dtype=torch.float32)
+        quantized = load(out, protocol.device, dtype=torch.float32)
         return judged(quantized, model, protocol, bits_per_weight(quantized)) | used
 
 
@@ -478,7 +482,7 @@ def stored_bits(model: nn.Module, row: Row) -> float:
 
 def judged(quantized: PreTrainedModel, model: Path, protocol: Protocol, bits: float | None) -> Record:
     """Figures of a model against its original in float32."""
-    original = load_model(model, "cpu", dtype=torch.float32)
+    original = load_model(model, quantized.device, dtype=torch.float32)
     tokens = text_tokens(load_tokenizer(model), protocol.text)
     quality = evaluate(quantized, tokens, against=original, limit=protocol.windows)
     found = quality.to_dict()

@@ -56,7 +56,8 @@ def parse_method(text: str) -> Method:
     """A method from its word.
 
     Raises:
-        QuantKitError: a step is unknown, stands twice, or in another order than that of `STEPS`.
+        QuantKitError: a step is unknown, stands twice, in another order than that of `STEPS`, or learns from
+            another rounding than GPTQ's.
     """
     steps = text.split("+")
     unknown = [step for step in steps if step not in STEPS]
@@ -79,7 +80,11 @@ def parse_method(text: str) -> Method:
     scaling = next((step for step in steps if step in SCALINGS), None)
     rounding = next((step for step in steps if step in ROUNDINGS), None)
     if rounding is None:
-        rounding = DEFAULT_ROUNDING[scaling] if scaling else "gptq"
+        rounding = DEFAULT_ROUNDING[scaling] if scaling and LEARN not in steps else "gptq"
+    if LEARN in steps and rounding not in ("gptq", "gptaq"):
+        raise QuantKitError(
+            f"method {text!r}: learn goes on from gptq or gptaq; expected one of these before it"
+        )
     return Method(rounding, scaling, ROTATE in steps, LEARN in steps)
 
 

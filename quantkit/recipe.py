@@ -205,6 +205,11 @@ def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
         method = (rule and rule.method) or recipe.method or default_method(scheme, recipe.quality)
         if parse_method(method).rounding == "hqq" and scheme.bits == 8:
             method, remark = method.replace("hqq", "rtn"), remark or "hqq is for 2 to 4 bits"
+        if parse_method(method).learn and scheme.weight == "fp8":
+            method, remark = (
+                method.removesuffix("learn").removesuffix("+") or "gptq",
+                remark or "learn is for integer codes",
+            )
         plans[name] = ModulePlan(name, scheme, method, remark)
     if unused:
         raise QuantKitError(f"recipe: no linear of {type(model).__name__} matches {sorted(unused)[0]!r}")

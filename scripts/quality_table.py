@@ -35,10 +35,11 @@ def main() -> int:
         default=ROOT / "docs" / "benchmarks" / "quality_peers.jsonl",
         help="appended to",
     )
+    parser.add_argument("--device", default="cpu", help="of quantkit's own rows")
     args = parser.parse_args()
     spec = CalibrationSpec(args.calibration, args.samples, args.seq_len)
     rows = list(chosen(args.tools, args.settings, args.methods))
-    protocol = Protocol(args.text, args.windows, spec)
+    protocol = Protocol(args.text, args.windows, spec, args.device)
     try:
         run_table(
             rows,

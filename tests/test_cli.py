@@ -665,7 +665,7 @@ def test_ctrl_c_keeps_the_finished_blocks_and_says_so(run, source, tmp_path, mon
     assert run("quantize", source(), tmp_path / "out", *QUICK)[0] == 0
 
 
-def exhaust(*args: object) -> None:
+def exhaust(*args: object, **kwargs: object) -> None:
     torch.empty(1 << 60)  # more than any machine has: the error is the allocator's own
 
 

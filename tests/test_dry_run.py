@@ -135,8 +135,8 @@ def test_every_step_has_a_cost_and_steps_are_summed():
 )
 def test_a_search_is_counted_as_often_as_the_code_tries(label, tries, monkeypatch):
     calls: list[int] = []
-    fit = grid.fit_grid
-    monkeypatch.setattr(grid, "fit_grid", lambda *args: calls.append(1) or fit(*args))
+    fit = grid.range_grid
+    monkeypatch.setattr(grid, "range_grid", lambda *args: calls.append(1) or fit(*args))
     grid.search_clip(torch.randn(8, 64), parse_scheme(label))
     assert Weight(8, 64, parse_scheme(label)).tries == len(calls) - 1 == tries
 

@@ -188,3 +188,15 @@ def test_a_group_size_that_does_not_divide_k_is_made_smaller_or_ragged_and_says_
 def test_a_model_without_decoder_linears_is_refused():
     with pytest.raises(QuantKitError, match="no linear to quantize"):
         plan_modules(torch.nn.Sequential(torch.nn.Linear(4, 4)), Recipe("w8a16"))
+
+
+@pytest.mark.parametrize("method", ["rtn+learn", "hqq+learn", "awq+clip+learn"])
+def test_learning_goes_on_from_gptq_alone(method):
+    with pytest.raises(QuantKitError, match="recipe: .* learn goes on from gptq or gptaq"):
+        Recipe("w4a16", method)
+
+
+@pytest.mark.parametrize(("method", "left"), [("learn", "gptq"), ("smooth+gptaq+learn", "smooth+gptaq")])
+def test_codes_of_fp8_are_not_learned(method, left, tiny):
+    plans = plan_modules(tiny(), Recipe("fp8", method))
+    assert {(plan.method, plan.remark) for plan in plans.values()} == {(left, "learn is for integer codes")}
