@@ -98,7 +98,7 @@ def default_method(scheme: Scheme, quality: Level = "balanced") -> str:
     if quality == "fast":
         if int8_inputs:
             return "smooth"
-        return "hqq" if scheme.bits < 8 else "rtn"
+        return "equalize" if scheme.bits < 8 else "rtn"
     rounding = "gptq" if quality == "balanced" else "gptaq"
     if int8_inputs:
         return f"smooth+{rounding}"

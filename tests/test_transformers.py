@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import QuantKitError, QuantLinear, Recipe, Rule
+from quantkit.calibration.learn import learn_rounding
 from quantkit.checkpoint import MANIFEST, WEIGHTS
 from quantkit.linear import tensor_specs
 from quantkit.load import verify
@@ -305,17 +306,20 @@ def test_generate_agrees_with_plain_forward_passes(label, packed):
         Recipe("w8a16"),
         Recipe("w4a16-g32", "gptq"),
         Recipe("w4a16-g32", "awq"),
-        Recipe("fp8-static"),
+        Recipe("w4a16-g32", "awq+gptaq+learn"),
+        Recipe("w8a8", "smooth+gptq"),
+        Recipe("fp8-static", "rtn"),
         Recipe("w8a16", rules=MIXED),
     ],
-    ids=["w8a16", "gptq", "awq", "fp8-static", "mixed"],
+    ids=["w8a16", "gptq", "awq", "learn", "smooth", "fp8-static", "mixed"],
 )
-def test_quantizing_in_memory_equals_quantizing_the_files(recipe, tiny, tokens, tmp_path):
+def test_quantizing_in_memory_equals_quantizing_the_files(recipe, tiny, tokens, tmp_path, monkeypatch):
+    monkeypatch.setitem(learn_rounding.__kwdefaults__, "steps", 4)
     model = tiny("qwen2", torch.float32)
     model.save_pretrained(tmp_path / "source")
     quantkit.quantize_checkpoint(tmp_path / "source", tmp_path / "files", recipe, "cpu", tokens)
     steps, modules = [], []
-    progress = Progress(steps.append, modules.append, lambda: steps.append(1))
+    progress = Progress(start=steps.append, module=modules.append, step=lambda: steps.append(1))
     model = quantkit.quantize(model, recipe, tokens=tokens, progress=progress)
     assert steps == [3, 1, 1, 1]
     assert len(modules) == 2 * 7
