@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_commands_are_ones_that_the_cli_has(line):
     for word in words:
         if word.startswith("--"):
             assert word in known, f"{line}: {verb} has no {word}"
-    values = dict(zip(words, words[1:], strict=False))
+    values = dict(pairwise(words))
     if "--scheme" in values:
         parse_scheme(values["--scheme"])
     if "--method" in values:

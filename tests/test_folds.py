@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantkit.calibration.equalize import equalizing_scales
+from quantkit.calibration.awq import scaled_error
+from quantkit.calibration.equalize import scales_from_norm, scales_from_rows
 from quantkit.calibration.folds import fold_into_linear, fold_into_norm, tie, untie
 
 K = 160
@@ -56,28 +57,29 @@ def test_equalizing_gives_both_sides_one_range():
         [rand(12, K), rand(16, K, seed=1)],
     )
     r1 = before.abs().amax(1)
-    s = equalizing_scales(r1, after, from_norm=False)
+    s = scales_from_rows(r1, after)
     r2 = torch.cat(after).abs().amax(0)
     ratios = (r2 * s) / (r1 / s)
     assert torch.allclose(ratios, ratios[0].expand(K), rtol=1e-12, atol=0)
     assert (s.min() * s.max()).item() == pytest.approx(1)
 
 
-def test_a_norm_is_moved_into_the_weights_whole():
+def test_a_norms_weight_tells_which_channels_are_large():
     norm, w = rand(K), rand(12, K, seed=1)
-    s = equalizing_scales(norm, [w], from_norm=True)
-    left = norm / s
-    assert torch.allclose(left.abs(), left[0].abs().expand(K), rtol=1e-12, atol=0)
-    assert torch.equal(left.sign(), norm.sign())
-    assert torch.allclose((w * s) * left, w * norm, rtol=1e-12, atol=0)
+    norm[7] = 50
+    w[:, 7] /= 50  # lost beside its neighbours, unless its scale is large
+    scheme = parse_scheme("w4a16-g32")
+    s = scales_from_norm(norm, [w], scheme)
+    H = torch.diag(norm.square())
+    assert s[7] > 3 * s.median()
+    assert scaled_error([w], H, s, scheme) < 0.5 * scaled_error([w], H, torch.ones_like(s), scheme)
 
 
-@pytest.mark.parametrize("from_norm", [True, False])
-def test_channels_that_are_zero_on_a_side_keep_their_scale(from_norm):
+def test_channels_that_are_zero_on_a_side_keep_their_scale():
     produced, w = rand(K).abs(), rand(12, K, seed=1)
     produced[:3], w[:, 3:5] = 0, 0
-    s = equalizing_scales(produced, [w], from_norm)
+    s = scales_from_rows(produced, [w])
     assert (s[:5] == 1).all()
     assert torch.isfinite(s).all()
     assert (s > 0).all()
-    assert torch.equal(equalizing_scales(produced * 0, [w], from_norm), torch.ones(K, dtype=torch.float64))
+    assert torch.equal(scales_from_rows(produced * 0, [w]), torch.ones(K, dtype=torch.float64))

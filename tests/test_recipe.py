@@ -192,7 +192,7 @@ def test_a_model_without_decoder_linears_is_refused():
 
 @pytest.mark.parametrize("method", ["rtn+learn", "hqq+learn", "awq+clip+learn"])
 def test_learning_goes_on_from_gptq_alone(method):
-    with pytest.raises(QuantKitError, match="recipe: .* learn goes on from gptq or gptaq"):
+    with pytest.raises(QuantKitError, match=r"recipe: .* learn goes on from gptq or gptaq"):
         Recipe("w4a16", method)
 
 

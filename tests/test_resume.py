@@ -106,9 +106,7 @@ def test_runs_killed_at_random_and_at_every_change_of_a_file_end_in_the_same_byt
     assert int(kills) == 10
     assert int(changes) >= 12
     assert whole == "True"
-<<<<<<< HEAD
     assert int(cleaned) >= 3  # kills while OUT.partial is removed
-=======
 
 
 @pytest.mark.parametrize(
@@ -138,4 +136,3 @@ def test_a_run_that_ends_between_blocks_goes_on_as_if_it_had_not(
     quantize_checkpoint(folder, tmp_path / "whole", recipe, "cpu", tokens)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "whole"))
     assert one == two
->>>>>>> tests
