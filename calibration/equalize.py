@@ -1,47 +1,25 @@
-"""Scales of input channels from the weights alone, where nothing was calibrated.
+"""Scales of input channels from the weights alone, where nothing was calibrated: outlying channels are tamed.
 
-Channels that a linear produces: cross-layer equalization (Nagel et al., ICCV 2019, arXiv:1906.04721).
+    s_k = max(1, r_k / (OUTLIER median r))
 
-    s_k = sqrt(r1_k / r2_k)                                                                         (11)
-
-with r1_k the range of row k of the linear before and r2_k that of the column that reads it. Channel k is divided by
-s_k and the column multiplied by it, so both have the range sqrt(r1_k r2_k) and neither is lost among larger ones.
-
-Channels that a norm produces: its output is g_k times something of size one, so the norm's weight g tells how large
-each channel of x will be. That is all that AWQ asks of calibration (`awq.py`): mean |x_k| ~ |g_k|, E[x x^T] ~ diag(g^2).
+with r_k the range of what produces channel k: a norm's weight, or row k of the linear before. Channel k is divided by
+s_k and the column that reads it multiplied by it. Moving a norm's whole weight into the columns is the gamma
+migration of Outlier Suppression (Wei et al., NeurIPS 2022, arXiv:2209.13325, section 4.1), balancing rows with columns
+the cross-layer equalization of Nagel et al. (ICCV 2019, arXiv:1906.04721, equation 11). Ordinary channels stay as they
+are here: how large x is in them the weights do not tell well enough, and taking it to be r cost more than it gained
+(lm-27m, w4a16-g128 to nearest: KL 0.148 left alone, 0.223 with everything moved). What is far out, does.
 """
-
-from collections.abc import Sequence
 
 import torch
 
-from quantkit.calibration.awq import search_scales
-from quantkit.scheme import Scheme
+OUTLIER = 3.0  # times the median
 
 
-def scales_from_norm(norm: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """AWQ's scales s [K] for what a norm produces.
-
-    Args:
-        norm: the factor of each channel [K].
-        weights: of the linears that read the channels, float32 [N_i, K] each.
-        scheme: what they are rounded to.
-    """
-    size = norm.abs()
-    return search_scales(weights, torch.diag(size.square()), size, scheme)
-
-
-def scales_from_rows(produced: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Scales s [K] by equation (11), sqrt(max s * min s) = 1; 1 for channels that are zero on a side.
+def equalizing_scales(produced: torch.Tensor) -> torch.Tensor:
+    """Scales s [K], 1 or larger.
 
     Args:
-        produced: largest |weight| of the row that makes each channel [K].
-        weights: of the linears that read the channels, [N_i, K] each.
+        produced: range of each channel at its producer [K], not negative.
     """
-    read = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    active = (produced > 0) & (read > 0)
-    if not active.any():
-        return torch.ones_like(read)
-    s = (produced / torch.where(active, read, 1.0)).sqrt()
-    low, high = s[active].aminmax()
-    return torch.where(active, s / (low * high).sqrt(), 1.0)
+    usual = OUTLIER * produced.median()
+    return (produced / usual).clamp(min=1) if usual > 0 else torch.ones_like(produced)

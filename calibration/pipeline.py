@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from quantkit.calibration.activations import round_activations, rounded_inputs
 from quantkit.calibration.awq import awq, search_scales
-from quantkit.calibration.equalize import scales_from_norm, scales_from_rows
+from quantkit.calibration.equalize import equalizing_scales
 from quantkit.calibration.folds import divide_source, fold_into_linear, heads, tie, untie
 from quantkit.calibration.gptaq import correction
 from quantkit.calibration.gptq import DAMP_PERCENT, Factor, HessianError, factorize, gptq
@@ -494,11 +494,7 @@ def fold_scale(
     head_dim, repeats = heads(block, fold)
     source = block.get_submodule(fold.source)
     if scaling == "equalize":
-        produced = produced_range(source, fold, block, norms_plus_one)
-        if isinstance(source, nn.Linear):
-            s = tie(scales_from_rows(produced, matrices), head_dim, repeats)
-        else:
-            s = scales_from_norm(produced, matrices, scheme)
+        s = tie(equalizing_scales(produced_range(source, fold, block, norms_plus_one)), head_dim, repeats)
     elif inputs is None:
         return
     elif scaling == "awq":

@@ -235,6 +235,9 @@ class AsItIs:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_folding_scales_keeps_the_function(architecture, label, method, tiny, tokens, monkeypatch):
     model = tiny(architecture, torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("input_layernorm.weight"):
+            parameter.data[::9] += 8  # outlying channels
     before, noise = logits(model), rounding_noise(model)
     norms = [p.clone() for name, p in model.named_parameters() if "norm" in name]
     job = Job(model, Recipe(label, method), torch.device("cpu"))
@@ -248,11 +251,6 @@ def test_folding_scales_keeps_the_function(architecture, label, method, tiny, to
     error = (logits(model) - before).abs().max().item()
     # s and 1 / s round every weight twice more
     assert error <= 16 * noise, f"logits are {error:.2e} off, rounding explains {16 * noise:.2e}"
-    if method == "equalize":  # moves a norm's factor into the weights whole
-        plus_one = architecture in ("gemma2", "gemma3")
-        for block in job.blocks:
-            factor = (block.input_layernorm.weight + plus_one).abs()
-            assert torch.allclose(factor, factor[0].expand_as(factor), rtol=1e-5)
     after = [p for name, p in model.named_parameters() if "norm" in name]
     assert sum(not torch.equal(a, b) for a, b in zip(norms, after, strict=True)) >= len(job.blocks)
 

@@ -247,7 +247,7 @@ def test_calibration_may_come_from_a_text_file(run, model, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"scheme: w4a16-g32\ncalibration: {{source: {tmp_path}/text.txt, samples: 2, seq_len: 16}}"
+        f"scheme: w4a16-g32\nmethod: gptq\ncalibration: {{source: {tmp_path}/text.txt, samples: 2, seq_len: 16}}"
     )
     assert run("quantize", model, tmp_path / "again", "--recipe", recipe, "--device", "cpu")[0] == 0
     names = (WEIGHTS, "config.json", MANIFEST)
