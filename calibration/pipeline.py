@@ -556,7 +556,7 @@ def keep_scales(
             weights[name] = weights[name] / c.float()
             linear.weight.data = weights[name].to(linear.weight.dtype)
             scale_input(linear, hook)
-            statistics[name], kept[name] = after, c
+            statistics[name], kept[name] = after, c.clone()  # files hold no tensor twice
     return kept
 
 

@@ -11,6 +11,7 @@ from quantkit import CalibrationSpec, QuantKitError, Recipe, Rule, quantize_chec
 from quantkit import dry_run as dry_run_module
 from quantkit.checkpoint import CheckpointReader
 from quantkit.dry_run import COSTS, Rates, dry_run
+from quantkit.packing import PARTS
 
 RATES = Rates(products=1e9, passes=1e8, latency=1e-6)
 HIDDEN, FFN, LAYERS = 64, 96, 2  # of the tiny models
@@ -49,7 +50,7 @@ def test_sizes_schemes_and_methods_are_those_of_the_run(architecture, recipe, so
     assert planned == done
     stored = CheckpointReader(tmp_path / "out").tensors
     for row in found.modules:
-        parts = [stored.get(f"{row['name']}.{s}") for s in ("codes", "scales", "zeros", "input_scale")]
+        parts = [stored.get(f"{row['name']}.{s}") for s in PARTS]
         assert row["bytes"] == sum(t.stop - t.start for t in parts if t is not None)
         assert row["bits"] == 8 * row["bytes"] / (row["N"] * row["K"])
 
