@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from quantkit.calibration.activations import round_activations, rounded_inputs
 from quantkit.calibration.awq import awq, search_scales
+from quantkit.calibration.channels import ScaleInput, channel_scales, scale_input
 from quantkit.calibration.equalize import equalizing_scales
 from quantkit.calibration.folds import divide_source, fold_into_linear, heads, tie, untie
 from quantkit.calibration.gptaq import correction
@@ -99,12 +100,14 @@ class ModuleResult:
                 entry[name] = float(f"{value:.4g}")
         if self.tokens is not None:
             entry["tokens"] = self.tokens
+        if self.quantized.channel_scales is not None:
+            entry["channel_scales"] = True
         if self.remark:
             entry["remark"] = self.remark
         return {**entry, "seconds": self.seconds}
 
 
-IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "remark")
+IN_CONFIG = ("scheme", "method", "error", "error_of", "tokens", "channel_scales", "remark")
 
 
 def config_entry(note: dict[str, Any]) -> dict[str, Any]:
@@ -390,6 +393,7 @@ def quantize_block(
     scaled = any(method.scaling for method in methods.values())
     refining = any(method.learn for method in methods.values())
     statistics: dict[str, InputStatistics] = {}
+    channels: dict[str, torch.Tensor] = {}  # scales kept beside the weights
     if inputs and wanted:
         statistics = collect(block, wanted, inputs, rounded=not scaled)
         lend_ranges(statistics, plans)
@@ -397,6 +401,7 @@ def quantize_block(
         weights = {name: weight.float() for name, weight in weights.items()}
         for fold in folds:
             fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
+        channels = keep_scales(block, plans, weights, statistics)
         rounds = {name: plan for name, plan in wanted.items() if plan.scheme.activation}
         if inputs and rounds:  # what is rounded has changed
             statistics.update(collect(block, rounds, inputs))
@@ -410,6 +415,8 @@ def quantize_block(
     def pack(name: str) -> None:
         weight = weights.pop(name)
         results[name] = quantize_linear(weight, plans[name], statistics.get(name), factors)
+        if name in channels:
+            results[name] = with_channel_scales(results[name], channels[name])
         if results[name].targets is not None:
             originals[name] = weight
         if runs_on:
@@ -516,6 +523,48 @@ def fold_scale(
             weights[name] = wide * s
         if name in statistics and after is not None:
             statistics[name] = after
+
+
+def keep_scales(
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    weights: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
+) -> dict[str, torch.Tensor]:
+    """Scales of input channels for the plans that no fold serves, bfloat16 [K] by name; x is multiplied by them.
+
+    `weights` (float32, by name) and `statistics` are brought up to date, and the block computes with x and weights so
+    scaled. Inputs of few tokens get none: the search would fit their noise.
+    """
+    groups: dict[int, list[str]] = {}  # by the identity of the statistics, which linears share
+    for name, inputs in statistics.items():
+        if plans[name].channel_scales and inputs.tokens >= FEW_TOKENS * weights[name].shape[1]:
+            groups.setdefault(id(inputs), []).append(name)
+    kept = {}
+    for names in groups.values():
+        plan, inputs = plans[names[0]], statistics[names[0]]
+        matrices = [weights[name] for name in names]
+        if parse_method(plan.method).scaling == "awq":
+            s = search_scales(matrices, inputs.hessian, inputs.mean_abs, plan.scheme)
+        else:
+            s = smooth_scales(matrices, inputs, plan.scheme, tie)
+        if (c := channel_scales(s)) is None:
+            continue
+        after, hook = inputs.scaled(c.float()), ScaleInput(c)
+        for name in names:
+            linear = linear_in(block, name)
+            weights[name] = weights[name] / c.float()
+            linear.weight.data = weights[name].to(linear.weight.dtype)
+            scale_input(linear, hook)
+            statistics[name], kept[name] = after, c.clone()  # files hold no tensor twice
+    return kept
+
+
+def with_channel_scales(result: ModuleResult, c: torch.Tensor) -> ModuleResult:
+    remark = with_remark(
+        result.remark, "scales of input channels kept beside the weight (x is multiplied at run time)"
+    )
+    return replace(result, quantized=replace(result.quantized, channel_scales=c), remark=remark)
 
 
 def produced_range(source: nn.Module, fold: Fold, block: nn.Module, norms_plus_one: bool) -> torch.Tensor:
@@ -715,7 +764,10 @@ def refine(
     better = {}
     for name, (codes, grid) in learned.items():
         result = results[name]
-        quantized = replace(grid.pack(codes), input_scale=result.quantized.input_scale)
+        before = result.quantized
+        quantized = replace(
+            grid.pack(codes), input_scale=before.input_scale, channel_scales=before.channel_scales
+        )
         linear_in(block, name).weight.data = quantized.dequantize(dtypes[name])
         result = replace(result, quantized=quantized, seconds=result.seconds + took)
         better[name] = judged(result, originals[name], statistics[name])

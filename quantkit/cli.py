@@ -39,6 +39,7 @@ from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.method import QUALITIES, STEPS, Level
+from quantkit.packing import PARTS
 from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
@@ -368,7 +369,7 @@ def inspect(
     rows = []
     for name, entry in config.modules.items():
         scheme = config.scheme_of(name)
-        tensors = {s: stored.get(f"{name}.{s}") for s in ("codes", "scales", "zeros", "input_scale")}
+        tensors = {s: stored.get(f"{name}.{s}") for s in PARTS}
         codes = tensors["codes"]
         if codes is None:
             raise QuantKitError(f"{folder}: {name}.codes is missing; run quantkit verify {folder}")

@@ -322,14 +322,11 @@ def dry_run(
 
 
 def planned_modules(job: Job) -> list[dict[str, Any]]:
-    plans = list(job.outer_plans().values())
-    for index in range(len(job.blocks)):
-        plans += job.block_plans(index).values()
     rows = []
-    for plan in plans:
+    for plan in job.all_plans():
         linear = linear_called(job.model, plan.name)
         N, K = linear.out_features, linear.in_features
-        size = packed_weight_bytes(plan.scheme, N, K)
+        size = packed_weight_bytes(plan.scheme, N, K, plan.channel_scales)
         rows.append(
             {
                 "name": plan.name,

@@ -23,7 +23,7 @@ from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of checkpoints with channel scales; the others are still of version 1
 METHOD = "quantkit"
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
@@ -32,6 +32,7 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float32: "F32",
+    torch.bfloat16: "BF16",
 }
 SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # of 2 to 4 bits
 
@@ -42,10 +43,12 @@ class QuantKitConfig(QuantizationConfigMixin):
 
     Args:
         schemes: label -> the fields of a Scheme.
-        modules: name of each packed linear -> {"scheme": label, "method": ..., "error": ...}.
+        modules: name of each packed linear -> {"scheme": label, "method": ..., "error": ...}, and
+            "channel_scales": true where x is multiplied by such.
         recipe: the recipe that made the checkpoint, whole; for people, not needed to load.
         calibration: source, shape, seed and hash of the calibration tokens, or None.
-        format_version: of the layout. A newer one than this code knows is refused.
+        format_version: of the layout; by default the oldest that can hold these modules. A newer one than this code
+            knows is refused.
     """
 
     def __init__(
@@ -54,12 +57,12 @@ class QuantKitConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]],
         recipe: dict[str, Any] | None = None,
         calibration: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int):
+        if not isinstance(format_version, int | None):
             raise QuantKitError(f"config.json: format_version is {format_version!r}, expected a whole number")
-        if format_version > FORMAT_VERSION:
+        if format_version is not None and format_version > FORMAT_VERSION:
             raise QuantKitError(
                 f"config.json: quantkit format_version {format_version}, but this quantkit reads up to "
                 f"{FORMAT_VERSION}; install a newer quantkit"
@@ -74,12 +77,20 @@ class QuantKitConfig(QuantizationConfigMixin):
                 raise QuantKitError(
                     f"config.json: module {name} names scheme {label!r}, which 'schemes' does not have"
                 )
+        needed = 2 if any(entry.get("channel_scales") for entry in modules.values()) else 1
+        if format_version is not None and format_version < needed:
+            raise QuantKitError(
+                f"config.json: format_version {format_version} has no channel_scales; copy it again"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes plain strings too
-        self.format_version = format_version
+        self.format_version = needed if format_version is None else format_version
         self.schemes = schemes
         self.modules = modules
         self.recipe = recipe
         self.calibration = calibration
+
+    def has_channel_scales(self, module: str) -> bool:
+        return bool(self.modules[module].get("channel_scales", False))
 
     def scheme_of(self, module: str) -> Scheme:
         label = self.modules[module]["scheme"]
@@ -112,9 +123,10 @@ class QuantKitQuantizer(HfQuantizer):
         for name in self.quantization_config.modules:
             scheme = self.quantization_config.scheme_of(name)
             linear = linear_called(model, name)
-            check_stored(name, scheme, linear, stored)
+            scaled = self.quantization_config.has_channel_scales(name)
+            check_stored(name, scheme, linear, stored, scaled)
             _, scale_dtype = stored.get(f"{name}.scales", ((), "BF16"))
-            replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype]))
+            replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype], scaled))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return prepare(model)
@@ -167,13 +179,21 @@ def stored_tensors(files: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_stored(
-    name: str, scheme: Scheme, linear: nn.Linear, stored: dict[str, tuple[tuple[int, ...], str]]
+    name: str,
+    scheme: Scheme,
+    linear: nn.Linear,
+    stored: dict[str, tuple[tuple[int, ...], str]],
+    channel_scales: bool,
 ) -> None:
     """Refuses a packed module whose tensors are absent or of another shape: transformers would only warn."""
     if not stored:
         return
     scale_dtype = SCALE_DTYPES.get(stored.get(f"{name}.scales", ((), ""))[1], torch.bfloat16)
-    specs = tensor_specs(scheme, linear.out_features, linear.in_features, scale_dtype)
+    if f"{name}.channel_scales" in stored and not channel_scales:
+        raise QuantKitError(
+            f"{name}.channel_scales is stored, but its entry in config.json does not say so; copy config.json again"
+        )
+    specs = tensor_specs(scheme, linear.out_features, linear.in_features, scale_dtype, channel_scales)
     for suffix, (shape, dtype) in {"weight": ((2,), torch.int64), **specs}.items():
         full = f"{name}.{suffix}"
         if full not in stored:
@@ -198,7 +218,12 @@ def linear_called(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def packed_twin(linear: nn.Linear, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> QuantLinear:
+def packed_twin(
+    linear: nn.Linear,
+    scheme: Scheme,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    channel_scales: bool = False,
+) -> QuantLinear:
     """An empty QuantLinear of the linear's shape, on the meta device."""
     return QuantLinear(
         scheme,
@@ -208,13 +233,14 @@ def packed_twin(linear: nn.Linear, scheme: Scheme, scale_dtype: torch.dtype = to
         dtype=linear.weight.dtype,
         scale_dtype=scale_dtype,
         device="meta",
+        channel_scales=channel_scales,
     )
 
 
 def dequantized_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    """An nn.Linear with the weight that the codes stand for."""
+    """An nn.Linear with the weight that codes and channel scales stand for."""
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(module.quantized().dequantize(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(module.quantized().effective_weight(dtype), requires_grad=False)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     return linear

@@ -12,7 +12,7 @@ from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
 from quantkit.kernels.tuned import TableError
-from quantkit.packing import QuantizedTensor, words_of
+from quantkit.packing import PARTS, QuantizedTensor, words_of
 from quantkit.scheme import Scheme
 
 REPACKED = ("packed", "packed_scales", "packed_zeros")
@@ -24,12 +24,18 @@ CODE_DTYPES = {
 
 
 def tensor_specs(
-    scheme: Scheme, N: int, K: int, scale_dtype: torch.dtype = torch.bfloat16
+    scheme: Scheme,
+    N: int,
+    K: int,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    channel_scales: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored tensor of one packed weight [N, K], by the suffix of its name.
 
-    `scale_dtype` holds for 2 to 4 bits alone: the scales of 8-bit weights are float32.
+    `scale_dtype` holds for 2 to 4 bits alone: the scales of 8-bit weights are float32. `channel_scales`: x is
+    multiplied by such.
     """
+    beside = {"channel_scales": ((K,), torch.bfloat16)} if channel_scales else {}
     if scheme.bits < 8:
         groups = -(-K // (scheme.group_size or K))
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -38,7 +44,7 @@ def tensor_specs(
         }
         if not scheme.symmetric:
             specs["zeros"] = ((N, groups), torch.uint8)
-        return specs
+        return specs | beside
     block = scheme.block_size
     specs = {
         "codes": ((N, K), CODE_DTYPES[scheme.weight]),
@@ -46,7 +52,7 @@ def tensor_specs(
     }
     if scheme.activation_scale == "static":
         specs["input_scale"] = ((1,), torch.float32)
-    return specs
+    return specs | beside
 
 
 def repacked_op(
@@ -78,7 +84,10 @@ def kernel_of(scheme: Scheme, target: str, M: int, N: int, K: int, x_dtype: torc
 
 
 class QuantLinear(nn.Module):
-    """y = x @ dequantize(codes, scales, zeros)^T + bias, by the kernel that dispatch picks for the device.
+    """y = (x * channel_scales) @ dequantize(codes, scales, zeros)^T + bias, by the kernel that dispatch picks.
+
+    Channel scales are bfloat16, so that in a bfloat16 model x takes one elementwise product and no copy in float32;
+    torch.compile fuses it into what made x.
 
     Codes and scales are parameters (not buffers) so that transformers' tensor parallelism shards them. `repack`
     puts int4 weights into an order that the device reads faster, in the place of the neutral ones; saving brings
@@ -86,7 +95,7 @@ class QuantLinear(nn.Module):
 
     Attributes:
         scheme: what the tensors mean.
-        codes, scales, zeros, input_scale: the neutral layout of `quantkit.packing`; the last two may be None.
+        codes, scales, zeros, input_scale, channel_scales: as in `quantkit.packing`; the last three may be None.
             codes is None while repacked, on a GPU scales and zeros too: ask `quantized()`.
         packed, packed_scales, packed_zeros: on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
             `kernels/int4tiles.py` does; None unless repacked.
@@ -101,6 +110,7 @@ class QuantLinear(nn.Module):
     scales: nn.Parameter | None
     zeros: nn.Parameter | None
     input_scale: nn.Parameter | None
+    channel_scales: nn.Parameter | None
     bias: nn.Parameter | None
     weight: torch.Tensor
     packed: torch.Tensor | None
@@ -118,11 +128,12 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        channel_scales: bool = False,
     ) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, in_features, out_features
-        specs = tensor_specs(scheme, out_features, in_features, scale_dtype)
-        for name in ("codes", "scales", "zeros", "input_scale"):
+        specs = tensor_specs(scheme, out_features, in_features, scale_dtype, channel_scales)
+        for name in PARTS:
             tensor = None
             if name in specs:
                 shape, stored = specs[name]
@@ -153,8 +164,9 @@ class QuantLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The packed weight in the neutral layout."""
         codes, scales, zeros = self._neutral()
+        shape = (self.out_features, self.in_features)
         return QuantizedTensor(
-            self.scheme, (self.out_features, self.in_features), codes, scales, zeros, self.input_scale
+            self.scheme, shape, codes, scales, zeros, self.input_scale, self.channel_scales
         )
 
     def _neutral(self) -> tuple[Any, Any, Any]:
@@ -215,6 +227,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.quantkit
+        if self.channel_scales is not None:
+            x = (x * self.channel_scales).to(x.dtype)
         weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias)
         if self.packed is not None and self.device.type == "cpu":
             return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)

@@ -62,7 +62,8 @@ def verify(folder: Path) -> list[str]:
         if len(shape) != 2 or shape[0] != N:
             lines.append(f"{name}.weight: holds {shape}, expected [N, K] with N = {N} as codes has it")
             continue
-        for suffix, (expected, _) in tensor_specs(scheme, *shape).items():
+        specs = tensor_specs(scheme, N, shape[1], channel_scales=config.has_channel_scales(name))
+        for suffix, (expected, _) in specs.items():
             tensor = stored.get(f"{name}.{suffix}")
             if tensor is None or tensor.shape != expected:
                 found = "missing" if tensor is None else list(tensor.shape)

@@ -43,6 +43,9 @@ FOLDS = {
     "gemma3_text": GEMMA,
     "qwen2_vl_text": LLAMA,
     "phi3": PHI3,
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe"), LLAMA[:2]
+    ),  # experts share the norm with their router
 }
 NORMS_PLUS_ONE = {"gemma2", "gemma3_text"}  # y = x / rms(x) * (1 + weight)
 

@@ -24,6 +24,7 @@ from quantkit.errors import QuantKitError
 from quantkit.scheme import Scheme
 
 WORD = 32  # bits
+PARTS = ("codes", "scales", "zeros", "input_scale", "channel_scales")  # of a packed weight, as stored
 TURN = 8  # rows of one part, then as many of the other, where gates and ups are interleaved
 
 
@@ -82,6 +83,8 @@ class QuantizedTensor:
         codes, scales, zeros: see the table above. Scales of 2 to 4 bits are bfloat16 or float16,
             the others float32.
         input_scale: float32 [1], the static activation scale (x is divided by it), or None.
+        channel_scales: bfloat16 [K], or None. x is multiplied by them before anything else:
+            y = (x * channel_scales) @ dequantize()^T.
     """
 
     scheme: Scheme
@@ -90,9 +93,13 @@ class QuantizedTensor:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    channel_scales: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight that the codes stand for [N, K]: the truth that every kernel is tested against."""
+        """The weight that the codes stand for [N, K]: the truth that every kernel is tested against.
+
+        Channel scales are not in it, since kernels get x with them; see `effective_weight`.
+        """
         N, K = self.shape
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         scales = self.scales.to(exact)
@@ -110,9 +117,16 @@ class QuantizedTensor:
             w = self.codes.to(exact) * scales
         return w.to(dtype)
 
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What x itself is multiplied by [N, K]: dequantize() * channel_scales, rounded once to `dtype`."""
+        if self.channel_scales is None:
+            return self.dequantize(dtype)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.dequantize(exact) * self.channel_scales.to(exact)).to(dtype)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are stored, by the suffix of their names."""
-        named = dict(codes=self.codes, scales=self.scales, zeros=self.zeros, input_scale=self.input_scale)
+        named = {name: getattr(self, name) for name in PARTS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -131,8 +145,8 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
         The weight [sum of N_i, K], rows of the first part first.
 
     Raises:
-        QuantKitError: the parts differ in scheme, K, dtype of the scales, device or static activation scale, or
-            rows of two parts would meet in one block of fp8-block.
+        QuantKitError: the parts differ in scheme, K, dtype of the scales, device, static activation scale or channel
+            scales, or rows of two parts would meet in one block of fp8-block.
     """
     if not parts:
         raise QuantKitError(
@@ -154,6 +168,11 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
             raise QuantKitError(
                 f"merge_rows: part {i} has input_scale {part.input_scale.item():g}, expected "  # type: ignore[union-attr]
                 f"{first.input_scale.item():g} as part 0; calibrate them together or keep them apart"
+            )
+        ours, theirs = first.channel_scales, part.channel_scales
+        if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):  # type: ignore[arg-type]
+            raise QuantKitError(
+                f"merge_rows: part {i} has other channel_scales than part 0, expected the same x; keep them apart"
             )
     rows = [part.shape[0] for part in parts]
     block = first.scheme.block_size
@@ -189,4 +208,5 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
         merge([part.scales for part in parts]),
         merge(zeros) if zeros else None,
         first.input_scale,
+        first.channel_scales,
     )

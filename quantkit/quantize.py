@@ -136,7 +136,13 @@ class Job:
         if self.rotation is not None:
             remark = self.rotation.remark
             plans = {n: replace(plan, remark=with_remark(plan.remark, remark)) for n, plan in plans.items()}
-        return plans if kind in FOLDS else {name: without_folds(plan, kind) for name, plan in plans.items()}
+        folded = {name for fold in FOLDS.get(kind, ()) for name in fold.linears}
+        return {n: plan if n in folded else without_folds(plan, kind) for n, plan in plans.items()}
+
+    def all_plans(self) -> list[ModulePlan]:
+        """The plans of all linears, outer ones first."""
+        blocks = [self.block_plans(index) for index in range(len(self.blocks))]
+        return [plan for plans in (self.outer_plans(), *blocks) for plan in plans.values()]
 
     def inner_name(self, name: str, index: int) -> str:
         """A linear's name inside its block."""
@@ -208,9 +214,12 @@ class Job:
 
 
 def without_folds(plan: ModulePlan, kind: str) -> ModulePlan:
+    """The plan of a linear whose input channels have no known place for scales."""
     scaling = parse_method(plan.method).scaling
     if scaling is None:
         return plan
+    if scaling != "equalize":  # which looks at the producer of the channels
+        return replace(plan, channel_scales=True)
     return replace(
         plan, remark=with_remark(plan.remark, f"no place known for {scaling}'s scales in {kind}: left out")
     )

@@ -162,12 +162,16 @@ def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What one linear gets, and a remark where that is not what the recipe asked for."""
+    """What one linear gets, and a remark where that is not what the recipe asked for.
+
+    channel_scales: the method's scales of input channels can be folded into nothing; keep them beside the weight.
+    """
 
     name: str
     scheme: Scheme
     method: str
     remark: str = ""
+    channel_scales: bool = False
 
 
 def plan_modules(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:

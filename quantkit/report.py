@@ -44,6 +44,7 @@ class ModuleReport:
         input_absmax: the largest |x| among the calibration tokens.
         bad_scales: stored scales that are zero or not finite.
         remark: where the run had something to say.
+        channel_scales: x is multiplied by scales of its channels, which are stored beside the weight.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModuleReport:
     input_absmax: float | None = None
     bad_scales: int = 0
     remark: str = ""
+    channel_scales: bool = False
 
     @property
     def weight_absmax(self) -> float | None:

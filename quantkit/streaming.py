@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
+from quantkit.calibration.channels import ScaleInput, scale_input
 from quantkit.calibration.data import text_source
 from quantkit.calibration.pipeline import ModuleResult, config_entry, not_finite
 from quantkit.card import license_of, model_card
@@ -43,7 +44,7 @@ from quantkit.judge import judge
 from quantkit.linear import replace_module, tensor_specs
 from quantkit.load import load_model
 from quantkit.names import model_names
-from quantkit.packing import QuantizedTensor
+from quantkit.packing import PARTS, QuantizedTensor
 from quantkit.quantize import (
     Job,
     Progress,
@@ -191,9 +192,7 @@ def quantize_checkpoint(
                 job.modules[module_name] = config_entry(note)
                 N, K = tensors[f"{module_name}.weight"].tolist()
                 code_bytes = sum(
-                    tensors[key].nbytes
-                    for suffix in ("codes", "scales", "zeros", "input_scale")
-                    if (key := f"{module_name}.{suffix}") in tensors
+                    tensors[key].nbytes for suffix in PARTS if (key := f"{module_name}.{suffix}") in tensors
                 )
                 packed_weights += N * K
                 packed_code_bytes += code_bytes
@@ -346,9 +345,10 @@ def try_out(
         release_memory()
 
 
-def packed_weight_bytes(scheme: Scheme, N: int, K: int) -> int:
+def packed_weight_bytes(scheme: Scheme, N: int, K: int, channel_scales: bool = False) -> int:
     """Bytes of codes, scales and zeros of a packed weight [N, K]."""
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in tensor_specs(scheme, N, K).values())
+    specs = tensor_specs(scheme, N, K, channel_scales=channel_scales)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
 def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -406,9 +406,10 @@ class BlockLoader:
         planned = {f"{name}.weight" for name in self.job.plans}
         kept = (self.find(name) for name in self.names if name not in planned)
         packed = 0
-        for name, plan in self.job.plans.items():
-            linear = linear_called(self.job.model, name)
-            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, linear.out_features, linear.in_features)
+        for plan in self.job.all_plans():
+            linear = linear_called(self.job.model, plan.name)
+            N, K = linear.out_features, linear.in_features
+            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, N, K, plan.channel_scales)
         return packed + sum(tensor.stop - tensor.start for tensor in kept)
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
@@ -504,11 +505,14 @@ class BlockLoader:
                 stem = full.removesuffix(".weight")
                 parts = {
                     suffix: tensor.to(current.device)
-                    for suffix in ("codes", "scales", "zeros", "input_scale")
+                    for suffix in PARTS
                     if (tensor := tensors.get(f"{stem}.{suffix}")) is not None
                 }
                 quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)
                 current.copy_(quantized.dequantize(current.dtype))
+                c = quantized.channel_scales
+                linear = linear_called(module, stem.removeprefix(prefix))
+                scale_input(linear, None if c is None else ScaleInput(c))
             else:
                 current.copy_(tensors[full])
 
@@ -533,7 +537,10 @@ def finish(
     """Turns the empty model into the one that will be loaded, for the order of its tensors, and closes the run."""
     model = job.model
     for name, plan in job.plans.items():
-        replace_module(model, name, packed_twin(linear_called(model, name), plan.scheme))
+        scaled = job.modules[name].get("channel_scales", False)
+        replace_module(
+            model, name, packed_twin(linear_called(model, name), plan.scheme, channel_scales=scaled)
+        )
     tied = getattr(model, "all_tied_weights_keys", {})
     state = model.state_dict()
     order = {name: state[name] for name in sorted(state, key=natural_key) if name not in tied}

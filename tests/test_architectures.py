@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from quantkit import QuantizedTensor, QuantLinear, Recipe, Rule, Scheme, parse_scheme, quantize_checkpoint
 from quantkit.calibration import pipeline
 from quantkit.errors import QuantKitError
+from quantkit.packing import PARTS
 from quantkit.quantize import Job
 from quantkit.recipe import CalibrationSpec
 
@@ -43,7 +44,7 @@ def stored_modules(folder) -> dict[str, QuantizedTensor]:
         name: QuantizedTensor(
             Scheme(**config["schemes"][entry["scheme"]]),
             tuple(tensors[f"{name}.weight"].tolist()),
-            *(tensors.get(f"{name}.{part}") for part in ("codes", "scales", "zeros", "input_scale")),
+            *(tensors.get(f"{name}.{part}") for part in PARTS),
         )
         for name, entry in config["modules"].items()
     }
@@ -62,7 +63,7 @@ def dequantized(source, folder):
     """The original model with the packed weights in the place of its own, and all else as the checkpoint has it."""
     model = original(source)
     state = unpacked_tensors(folder) | {
-        f"{name}.weight": quantized.dequantize() for name, quantized in stored_modules(folder).items()
+        f"{name}.weight": quantized.effective_weight() for name, quantized in stored_modules(folder).items()
     }
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys

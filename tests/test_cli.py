@@ -371,9 +371,9 @@ def test_a_flipped_bit_is_named(refused, model, quantized, tmp_path):
 
 def test_a_newer_format_is_named(refused, quantized):
     config = json.loads((quantized / "config.json").read_text())
-    edit_config(quantized, quantization_config=config["quantization_config"] | {"format_version": 2})
+    edit_config(quantized, quantization_config=config["quantization_config"] | {"format_version": 3})
     for verb in ("inspect", "verify", "eval"):
-        refused(verb, quantized, words=(str(quantized / "config.json"), "format_version 2", "newer quantkit"))
+        refused(verb, quantized, words=(str(quantized / "config.json"), "format_version 3", "newer quantkit"))
 
 
 def test_a_model_that_is_quantized_already_is_refused(refused, model, quantized, tmp_path):

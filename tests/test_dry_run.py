@@ -15,6 +15,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.demo import EXAMPLE
 from quantkit.dry_run import COSTS, LEARNED_COPIES, Cost, Rates, Weight, dry_run, steps_of
 from quantkit.method import QUALITIES, STEPS
+from quantkit.packing import PARTS
 from quantkit.recipe import ModulePlan
 from quantkit.scheme import parse_scheme
 
@@ -57,7 +58,7 @@ def test_sizes_schemes_and_methods_are_those_of_the_run(architecture, recipe, so
     assert planned == done
     stored = CheckpointReader(tmp_path / "out").tensors
     for row in found.modules:
-        parts = [stored.get(f"{row['name']}.{s}") for s in ("codes", "scales", "zeros", "input_scale")]
+        parts = [stored.get(f"{row['name']}.{s}") for s in PARTS]
         assert row["bytes"] == sum(t.stop - t.start for t in parts if t is not None)
         assert row["bits"] == 8 * row["bytes"] / (row["N"] * row["K"])
 

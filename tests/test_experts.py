@@ -104,7 +104,7 @@ def test_blocks_and_linears_of_a_mixture(architecture, tiny):
 def fused_reference(source: Path, folder: Path):
     """The original model, fused, with the stacks of the dequantized weights."""
     model = eager(original(source))
-    weights = {name: quantized.dequantize() for name, quantized in stored_modules(folder).items()}
+    weights = {name: quantized.effective_weight() for name, quantized in stored_modules(folder).items()}
     with torch.no_grad():
         for name, weight in weights.items():
             if (place := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)", name)) is None:

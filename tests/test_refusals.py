@@ -105,8 +105,8 @@ def test_a_gpu_that_runs_no_kernel_of_the_scheme(packed, monkeypatch):
         quantkit.load(packed("llama", "w8a16"), "cpu")
 
 
-def test_awq_says_where_it_knows_no_place_for_its_scales(tiny, tokens, monkeypatch):
+def test_equalization_says_where_it_knows_no_place_for_its_scales(tiny, monkeypatch):
     monkeypatch.setattr(sys.modules["quantkit.quantize"], "FOLDS", {})
-    model = quantkit.quantize(tiny("llama"), Recipe("w4a16-g32", "awq"), tokens=tokens)
+    model = quantkit.quantize(tiny("llama"), Recipe("w4a16-g32", "equalize"))
     remarks = {entry["remark"] for entry in model.config.quantization_config.modules.values()}
-    assert remarks == {"no place known for AWQ's scales in llama: its clip search alone"}
+    assert remarks == {"no place known for equalize's scales in llama: left out"}
