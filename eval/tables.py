@@ -214,7 +214,40 @@ def spread(values: Sequence[float], spec: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {number(statistics.stdev(values), spec)}"
 
 
+def calibration_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a model and device: seconds and memory of quantizing it, a row a scheme and method."""
+    out = []
+    keys = ("device", "model", "layers", "scheme", "method", "samples", "seq_len")
+    for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
+        rows = [
+            (
+                r["scheme"],
+                r["method"],
+                f"{r['samples']} x {r['seq_len']}",
+                str(r["layers"]),
+                number(r["source_bytes"], ".1f", 1e-9),
+                number(r["seconds"], ".0f"),
+                number(r["device_peak_bytes"], ".2f", 1e-9),
+                number(r["process_peak_bytes"], ".1f", 1e-9),
+            )
+            for r in group
+        ]
+        header = (
+            "scheme",
+            "method",
+            "calibration",
+            "blocks",
+            "source GB",
+            "seconds",
+            "device peak GB",
+            "process peak GB",
+        )
+        out.append(Table(f"{model}, random weights", header, tuple(rows), conditions(group)))
+    return out
+
+
 KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
+    "calibration": calibration_tables,
     "quality": quality_tables,
     "linear": linear_tables,
     "decode": decode_tables,
