@@ -413,7 +413,8 @@ def quantize_block(
         pack(name)
     if inputs and refining:
         learned = {name: result for name, result in results.items() if result.targets is not None}
-        results.update(refine(block, learned, originals, statistics, inputs))
+        if learned:
+            results.update(refine(block, learned, originals, statistics, inputs))
     return [replace(results[name], targets=None) for name in plans]
 
 
