@@ -55,7 +55,7 @@ def gptq_columns_kernel(
     c = tl.arange(0, BLOCK_C)
     inside = n < N
     tile = tl.load(
-        columns + c[:, None] * N.to(tl.int64) + n[None, :], (c < C)[:, None] & inside[None, :], other=0.0
+        columns + c.to(tl.int64)[:, None] * N + n[None, :], (c < C)[:, None] & inside[None, :], other=0.0
     )
     for j in range(C):
         w = tl.sum(tl.where(c[:, None] == j, tile, 0.0), 0)
@@ -82,8 +82,8 @@ def gptq_columns_kernel(
         row = tl.load(U + j * stride + c, c < C, other=0.0)
         error = (w - value) / tl.load(U + j * stride + j)
         tile -= row[:, None] * error[None, :]  # U is upper triangular: columns before j stay as they are
-        tl.store(codes + j * N.to(tl.int64) + n, code, inside)
-        tl.store(errors + j * N.to(tl.int64) + n, error, inside)
+        tl.store(codes + j.to(tl.int64) * N + n, code, inside)
+        tl.store(errors + j.to(tl.int64) * N + n, error, inside)
 
 
 def round_columns(

@@ -49,7 +49,11 @@ class Random:
         return (codes.abs().clamp(max=0x7E) | codes & -128).view(FP8)  # magnitude and sign bit
 
     def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (torch.rand(*shape, generator=self.generator) * 0.02 + 0.001).to(DEVICE, dtype)
+        """Those of 16 bits, which belong to 2 to 4 bits, have either sign."""
+        scales = torch.rand(*shape, generator=self.generator) * 0.02 + 0.001
+        if dtype != torch.float32:
+            scales *= torch.randint(0, 2, shape, generator=self.generator) * 2 - 1
+        return scales.to(DEVICE, dtype)
 
     def zeros(self, *shape: int, bits: int = 4) -> Tensor:
         return torch.randint(0, 2**bits, shape, generator=self.generator).to(DEVICE, torch.uint8)
