@@ -39,7 +39,7 @@ def _rates(monkeypatch):
         ("llama", Recipe("fp8-static", rules=(Rule("o_proj", "keep"), Rule("down_proj", "w4a16-g32")))),
         ("llama", Recipe("w4a16-g32", rules=(Rule("lm_head", "w4a16-g64"), Rule("layers.1", "w8a16")))),
         ("llama", Recipe("w4a16-g32", "rotate+gptaq+learn")),
-        ("qwen3_moe", Recipe("w8a8", quality="fast")),
+        ("qwen3_moe", Recipe("w8a8", "gptq")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.scheme,
 )

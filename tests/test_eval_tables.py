@@ -115,7 +115,7 @@ def test_the_terminal_gets_the_same_cells():
 
 @pytest.mark.parametrize("records", [[], [{"kind": "speed"}], [linear(), quality()]])
 def test_records_that_are_no_table_are_refused(records):
-    with pytest.raises(QuantKitError, match="a table is of one of quality, linear, decode"):
+    with pytest.raises(QuantKitError, match="a table is of one of calibration, quality, linear, decode"):
         tables(records)
 
 

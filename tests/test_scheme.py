@@ -40,6 +40,7 @@ def test_every_scheme_has_an_op():
         "w2a16": "wna16",
         "w4a8": "w4a8",
         "fp8": "w8a8",
+        "w8a8-static": "w8a8",
         "fp8-static": "w8a8",
         "fp8-block": "fp8_block",
         "fp8-w8a16": "w8a16",
@@ -49,7 +50,7 @@ def test_every_scheme_has_an_op():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w5a16", "unknown scheme 'w5a16'; known: w8a16, w8a8, w4a16"),
+        ("w5a16", "unknown scheme 'w5a16'; known: w8a16, w8a8, w8a8-static, w4a16"),
         ("w8a16-g64", "unknown scheme 'w8a16-g64'"),
         ("", "unknown scheme ''"),
         ("w4a16-g", "unknown part 'g'; parts are g32, g64, g128, channel, sym, asym"),
