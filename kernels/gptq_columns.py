@@ -82,8 +82,8 @@ def gptq_columns_kernel(
         row = tl.load(U + j * stride + c, c < C, other=0.0)
         error = (w - value) / tl.load(U + j * stride + j)
         tile -= row[:, None] * error[None, :]  # U is upper triangular: columns before j stay as they are
-        tl.store(codes + j.to(tl.int64) * N + n, code, inside)
-        tl.store(errors + j.to(tl.int64) * N + n, error, inside)
+        tl.store(codes + j * N + n, code, inside)
+        tl.store(errors + j * N + n, error, inside)
 
 
 def round_columns(
