@@ -302,7 +302,7 @@ def test_the_page_stands_alone_and_is_the_same_twice(full):
 def test_a_page_has_the_plots_that_there_are_figures_for(out):
     page = Page((out / HTML).read_text())
     labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
-    assert labels == ["Error of each linear", "KL by position", "Drift by block", "Ranges", "Bits", "Time"]
+    assert labels == ["Error of each linear", "KL by position", "Drift", "Ranges", "Bits", "Time"]
 
 
 def test_linears_outside_the_blocks_and_experts_have_their_place(full):
