@@ -4,9 +4,15 @@
 
     KL(g, c) = mean over tokens of sum over v of p[v] (log p[v] - log q[v]),  in nats                   (2)
 
-p are the model's next-token probabilities, q those of the model with the linears of group g alone rounded to
+p are the model's next-token probabilities, q those of the model with the linears of group g alone packed in
 scheme c. KL at the output as a layer's sensitivity is ZeroQ's (Cai et al. 2020, arXiv:2001.00281); that
 sensitivities add up, and that (1) then finds the mixture, is HAWQ-V3's (Yao et al. 2021, arXiv:2011.10680).
+
+The KL of one rounding of a few matrices depends on luck by some percent, as much as lies between a group size and
+the next, and (1) would pick the lucky. The mean squared error e of the group's outputs depends on it less, and to
+second order KL is in proportion to it. So schemes of one width share one factor:
+
+    KL(g, c) = e(g, c) * sum of KL / sum of e, over the schemes of g with codes as wide as c's             (3)
 
 (1) is a knapsack with one choice a group. At a price of L nats a bit its minimum falls apart into groups, each
 of which takes the corner of the lower convex hull of its points (bits, KL) where the slope passes -L. Lowering L
@@ -16,7 +22,7 @@ Shoham and Gersho 1988, IEEE Transactions on ASSP 36(9)). What the last whole st
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,22 +30,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.calibration.grid import search_clip
-from quantkit.calibration.rtn import rtn
+from quantkit.calibration.pipeline import quantize_linear
+from quantkit.calibration.statistics import InputStatistics, output_error
 from quantkit.errors import QuantKitError
 from quantkit.models import decoder_blocks
 from quantkit.recipe import ModulePlan
 
 CANDIDATES = ("w4a16-channel", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a16")
 WINDOWS, WINDOW = 8, 512  # calibration sequences, and tokens of each, that KL is measured on
+FITTED = 32  # calibration sequences that methods get statistics of
 WINDOWS_AT_ONCE = 4
 PROBE = 16  # tokens enough to see which linears are fed by one tensor
-AT_A_TIME = 1 << 22  # weights rounded at a time; the search holds several float32 copies of them
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One scheme for a group of linears: its label, its stored bits, and (2) in nats."""
+    """One scheme for a group of linears: its label, its stored bits, and (3) in nats."""
 
     scheme: str
     bits: int
@@ -134,6 +140,10 @@ class Skip(nn.Module):
         return self.__dict__["state"]["output"]
 
 
+class Stop(Exception):
+    """Spares the rest of the model."""
+
+
 @torch.no_grad()
 def measure(
     model: nn.Module,
@@ -141,15 +151,15 @@ def measure(
     tokens: torch.Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float]]:
-    """(2) of every group for each of its schemes.
+    """(3) of every group for each of its schemes, each packed by the method that is planned.
 
-    Weights are rounded to nearest: that costs little, and what counts is how groups and schemes rank. A group in
-    block i leaves the blocks before it as they are, so their output is kept and they are not run.
+    A group in block i leaves the blocks before it as they are, so their output is kept and they are not run.
 
     Args:
         model: a whole causal language model; the same again afterwards.
         groups: for each group, for each scheme to try, the plans of the group's linears; see `shared_inputs`.
-        tokens: int64 [samples, seq_len].
+        tokens: int64 [samples, seq_len]. KL is taken over the first `WINDOWS` samples, methods get the statistics
+            of as many as `FITTED` others, where there are any: on its own tokens GPTQ looks better than it is.
         progress: called with (decoder blocks run so far, in all) after each scheme.
 
     Raises:
@@ -157,7 +167,12 @@ def measure(
     """
     prefix, blocks = decoder_blocks(model)
     originals = list(blocks)
-    windows = tokens.to(model.device).split(WINDOWS_AT_ONCE)  # type: ignore[arg-type]
+    tokens = tokens[:, :WINDOW].to(model.device)  # type: ignore[arg-type]
+    judged, fitted = tokens[:WINDOWS], tokens[WINDOWS : WINDOWS + FITTED]
+    windows, others = (
+        judged.split(WINDOWS_AT_ONCE),
+        (fitted if len(fitted) else judged).split(WINDOWS_AT_ONCE),
+    )
     block_of = [int(tries[0][0].name.removeprefix(f"{prefix}.").split(".")[0]) for tries in groups]
     total = sum((len(blocks) - i) * len(tries) for i, tries in zip(block_of, groups, strict=True))
     done = 0
@@ -166,23 +181,32 @@ def measure(
     training = model.training
     model.eval()
     try:
-        log_p, outputs = run_original(model, blocks, windows)
+        log_p = [model(window, use_cache=False).logits.float().log_softmax(-1) for window in windows]
+        before: list[Any] = [None] * len(windows)  # outputs of the block before the one at work
+        before_others: list[Any] = [None] * len(others)
         for i, block in enumerate(originals):
-            for tries, found, its_block in zip(groups, kls, block_of, strict=True):
-                for plans in tries if its_block == i else ():
+            mine = [g for g, its_block in enumerate(block_of) if its_block == i]
+            fed = {groups[g][0][0].name: [plan.name for plan in groups[g][0]] for g in mine}
+            statistics, before_others = run_to(model, block, others, before_others, state, fed)
+            for g in mine:
+                errors = []
+                for plans in groups[g]:
                     nats = 0.0
-                    with rounded(model, plans):
+                    with packed(model, plans, statistics) as error:
                         for j, window in enumerate(windows):
-                            state["output"] = outputs[i - 1][j] if i else None
+                            state["output"] = before[j]
                             nats += divergence(log_p[j], model(window, use_cache=False).logits)
                     if not math.isfinite(nats):
                         raise QuantKitError(
                             f"{plans[0].name}: with {plans[0].scheme.label} the model's output is not finite; see whether "
                             "the original's is in its dtype, or name a scheme"
                         )
-                    found.append(nats / tokens.numel())
+                    kls[g].append(nats / judged.numel())
+                    errors.append(error)
                     done += len(blocks) - i
                     progress(done, total)
+                kls[g] = without_luck(kls[g], errors, [plans[0].scheme.bits for plans in groups[g]])
+            _, before = run_to(model, block, windows, before, state)
             blocks[i] = Skip(block, state)
     finally:
         model.train(training)
@@ -191,49 +215,90 @@ def measure(
     return kls
 
 
-def run_original(
-    model: nn.Module, blocks: nn.ModuleList, windows: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[Any]]]:
-    """Log-probabilities of each batch of windows, float32 [b, seq_len, V], and each block's outputs for it."""
-    outputs: list[list[Any]] = [[] for _ in blocks]
+def run_to(
+    model: nn.Module,
+    block: nn.Module,
+    windows: Sequence[torch.Tensor],
+    before: Sequence[Any],
+    state: dict[str, Any],
+    fed: dict[str, list[str]] | None = None,
+) -> tuple[dict[str, InputStatistics], list[Any]]:
+    """Takes windows through the first block that is not skipped.
 
-    def hook(kept: list[Any]) -> Any:
-        return lambda module, args, output: kept.append(output)
+    Args:
+        before: output of the block before it, for each batch of windows.
+        fed: linear -> linears that share its input, for which statistics are wanted.
 
-    handles = [block.register_forward_hook(hook(kept)) for block, kept in zip(blocks, outputs, strict=True)]
+    Returns:
+        Statistics by linear, those that share an input with one object; the block's output for each batch.
+    """
+    statistics: dict[str, InputStatistics] = {}
+    after: list[Any] = []
+
+    def note(names: list[str]) -> Any:
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if names[0] not in statistics:
+                statistics.update(dict.fromkeys(names, InputStatistics(x.shape[-1], x.device)))
+            statistics[names[0]].add(x)
+
+        return add
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        after.append(output)
+        raise Stop
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(note(names))
+        for name, names in (fed or {}).items()
+    ]
+    handles.append(block.register_forward_hook(stop))
     try:
-        log_p = [model(window, use_cache=False).logits.float().log_softmax(-1) for window in windows]
+        for window, output in zip(windows, before, strict=True):
+            state["output"] = output
+            with suppress(Stop):
+                model(window, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return log_p, outputs
+    return statistics, after
 
 
 @contextmanager
-def rounded(model: nn.Module, plans: Sequence[ModulePlan]) -> Iterator[None]:
-    """Within it the planned linears compute with their weights rounded to nearest."""
+def packed(
+    model: nn.Module, plans: Sequence[ModulePlan], statistics: dict[str, InputStatistics]
+) -> Iterator[float]:
+    """Within it the planned linears compute with what their packed weights stand for.
+
+    Yields:
+        Mean over tokens of the squared error of their outputs, summed over them; 0 where no token arrived.
+    """
     linears: list[Any] = [model.get_submodule(plan.name) for plan in plans]
     originals = [linear.weight.data for linear in linears]
+    squared_error = 0.0
     try:
         for plan, linear in zip(plans, linears, strict=True):
-            linear.weight.data = rounded_weight(linear.weight.data, plan)
-        yield
+            inputs = statistics.get(plan.name)
+            quantized = quantize_linear(linear.weight.data, plan, inputs).quantized
+            if inputs is not None:
+                squared_error += output_error(
+                    linear.weight.data.float() - quantized.dequantize(), inputs.hessian
+                )
+            linear.weight.data = quantized.dequantize(linear.weight.dtype)
+        yield squared_error
     finally:
         for linear, original in zip(linears, originals, strict=True):
             linear.weight.data = original
 
 
-def rounded_weight(weight: torch.Tensor, plan: ModulePlan) -> torch.Tensor:
-    """The weight [N, K] that its nearest codes stand for, in its dtype.
-
-    Where a better method is planned than rounding to nearest, the grid is first clipped to the least squared error:
-    without it whole rows, which have the most to gain from such a method, would look worse than they will be.
-    """
-    pieces = []
-    for piece in weight.split(max(1, AT_A_TIME // weight.shape[1])):
-        grid = None if plan.method == "rtn" else search_clip(piece, plan.scheme)
-        pieces.append(rtn(piece, plan.scheme, grid=grid).dequantize(weight.dtype))
-    return torch.cat(pieces)
+def without_luck(kls: list[float], errors: list[float], widths: list[int]) -> list[float]:
+    """(3) from (2), the squared errors of the outputs, and the bits of a code, of each scheme of one group."""
+    out = []
+    for kl, error, width in zip(kls, errors, widths, strict=True):
+        alike = [i for i, other in enumerate(widths) if other == width]
+        total = sum(errors[i] for i in alike)
+        out.append(error * sum(kls[i] for i in alike) / total if total else kl)
+    return out
 
 
 def divergence(log_p: torch.Tensor, logits: torch.Tensor) -> float:

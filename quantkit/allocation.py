@@ -154,18 +154,15 @@ def stored_bits(scheme: Scheme, N: int, K: int) -> int:
 def check_room(model: PreTrainedModel, tokens: torch.Tensor, device: torch.device) -> None:
     """Refuses, before it is loaded, a model that the device cannot hold whole; it may be on the meta device."""
     itemsize = 4 if device.type == "cpu" else model.dtype.itemsize  # on a CPU it is loaded in float32
-    vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[union-attr, misc]
-    of_a_token = 4 * vocabulary + itemsize * width * len(
-        decoder_blocks(model)[1]
-    )  # log p, and each block's output
-    needed = itemsize * model.num_parameters() + of_a_token * tokens[:WINDOWS, :WINDOW].numel()
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr, assignment]
+    needed = itemsize * model.num_parameters() + 4 * vocabulary * tokens[:WINDOWS, :WINDOW].numel()
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > room:
         raise QuantKitError(
-            f"target_bpw: measuring holds the whole model and its outputs, {needed / 1e9:.1f} GB, and {device} has "
+            f"target_bpw: measuring holds the whole model and its output, {needed / 1e9:.1f} GB, and {device} has "
             f"{room / 1e9:.1f} GB; measure on a device that holds it: the recipe in the config.json "
             "that this writes serves here too"
         )
@@ -181,7 +178,7 @@ def allocate(
 
     Args:
         model: the whole original model; the same again afterwards.
-        tokens: int64 [samples, seq_len]; the first `WINDOWS` x `WINDOW` of them are used.
+        tokens: int64 [samples, seq_len] to calibrate on.
         progress: called with (decoder blocks run so far, in all).
 
     Raises:
@@ -194,7 +191,6 @@ def allocate(
             raise QuantKitError(
                 f"{name}: {bad} of {parameter.numel()} values are NaN or infinite; mend the source checkpoint"
             )
-    tokens = tokens[:WINDOWS, :WINDOW]
     groups = shared_inputs(model, list(budget.candidates), tokens)
     tries = [list(zip(*(budget.candidates[name] for name in names), strict=True)) for names in groups]
     kls = measure(model, tries, tokens, progress)

@@ -13,6 +13,7 @@ import transformers
 from quantkit import QuantKitError, Recipe, Rule, quantize, quantize_checkpoint, streaming
 from quantkit import allocation as allocation_module
 from quantkit.allocation import allocate, check_room, read_budget, stored_bits
+from quantkit.calibration import allocate as allocate_module
 from quantkit.calibration.allocate import (
     CANDIDATES,
     Choice,
@@ -21,9 +22,11 @@ from quantkit.calibration.allocate import (
     shared_inputs,
     slope,
     spend,
+    without_luck,
 )
-from quantkit.calibration.grid import fit_grid, search_clip
+from quantkit.calibration.gptq import factorize, gptq
 from quantkit.calibration.rtn import rtn
+from quantkit.calibration.statistics import InputStatistics
 from quantkit.models import decoder_blocks, linears
 from quantkit.quantize import Progress
 from quantkit.recipe import ModulePlan, read_recipe
@@ -111,15 +114,25 @@ def test_the_hull_is_convex_and_below_every_choice(seed):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kl_is_that_of_the_model_with_the_group_alone_rounded(architecture, tiny, tokens):
-    model, tokens = tiny(architecture, torch.float32), tokens[:5]
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("windows", [4, 8], ids=["statistics of others", "of the same"])
+def test_kl_is_that_of_the_model_with_the_group_alone_packed(
+    windows, method, architecture, tiny, tokens, monkeypatch
+):
+    monkeypatch.setattr(allocate_module, "WINDOWS", windows)
+    monkeypatch.setattr(allocate_module, "WINDOWS_AT_ONCE", 3)
+    judged, fitted = tokens[:windows].split(3), (tokens[windows:] if windows == 4 else tokens).split(3)
+    model = tiny(architecture, torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prefix, blocks = decoder_blocks(model)
     blocks_before = list(blocks)
     names = list(linears(blocks, f"{prefix}."))
-    tries = (("w4a16-channel", "gptq"), ("w4a16-channel", "rtn"), ("w8a16", "rtn"))
+    tries = ("w4a16-channel", "w4a16-g32", "w8a16")
     groups = [
-        [[ModulePlan(name, parse_scheme(label), method) for name in group] for label, method in tries]
+        [
+            [ModulePlan(name, parse_scheme(label), method if label != "w8a16" else "rtn") for name in group]
+            for label in tries
+        ]
         for group in shared_inputs(model, names, tokens)
     ]
     seen: list[tuple[int, int]] = []
@@ -130,27 +143,54 @@ def test_kl_is_that_of_the_model_with_the_group_alone_rounded(architecture, tiny
     assert len(seen) == 3 * len(groups)
     assert seen[-1][0] == seen[-1][1]
 
+    @torch.no_grad()
     def log_probabilities() -> torch.Tensor:
-        with torch.no_grad():
-            return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+        return torch.cat([model(batch, use_cache=False).logits for batch in judged]).double().log_softmax(-1)
 
+    statistics = {name: InputStatistics(model.get_submodule(name).in_features, "cpu") for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: statistics[name].add(args[0])
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for batch in fitted:
+            model(batch)
+    for handle in handles:
+        handle.remove()
     p = log_probabilities()
     for plans_tried, kls in zip(groups, found, strict=True):
-        for plans, kl in zip(plans_tried, kls, strict=True):
+        exact, errors = [], []
+        for plans in plans_tried:
+            errors.append(0.0)
             for plan in plans:
-                original = before[f"{plan.name}.weight"]
-                grid = (fit_grid if plan.method == "rtn" else search_clip)(original, plan.scheme)
-                model.get_submodule(plan.name).weight.data = grid.dequantize(grid.round(original))
+                original, scheme = before[f"{plan.name}.weight"], plan.scheme
+                hessian = statistics[plan.name].hessian
+                made = rtn(original, scheme)
+                if plan.method == "gptq":
+                    made = gptq(original, factorize(hessian), scheme).quantized
+                model.get_submodule(plan.name).weight.data = made.dequantize()
+                e = (original - made.dequantize()).double()
+                errors[-1] += (e @ hessian.double() @ e.T).trace().item()
             q = log_probabilities()
-            expected = (p.exp() * (p - q)).sum(-1).mean().item()
+            exact.append((p.exp() * (p - q)).sum(-1).mean().item())
             for plan in plans:
                 model.get_submodule(plan.name).weight.data = before[f"{plan.name}.weight"]
-            # batches of another size may round the logits of a few hundred float32 sums otherwise
-            rounding = 2**-24 * float(p.abs().max()) * 64
+        factor = (exact[0] + exact[1]) / (errors[0] + errors[1])
+        for kl, expected in zip(kls, (errors[0] * factor, errors[1] * factor, exact[2]), strict=True):
+            # the softmaxes round each log-probability once in float32, and so does the Hessian's product its sums
             assert kl > 0
-            assert abs(kl - expected) <= rounding + 1e-4 * expected
-    # fewer bits lose more
-    assert all(clipped > eight and covered > eight for clipped, covered, eight in found)
+            assert abs(kl - expected) <= 2**-23 * float(p.abs().max()) + 1e-4 * expected
+        assert kls[0] > kls[2]
+        assert kls[1] > kls[2]
+
+
+def test_schemes_of_one_width_share_one_factor_of_kl_to_error():
+    kls, errors = [5.0, 3.0, 0.5, 7.0], [4.0, 2.0, 0.25, 0.0]
+    found = without_luck(kls, errors, [4, 4, 8, 3])
+    assert found == pytest.approx([8 * 4 / 6, 8 * 2 / 6, 0.5, 7.0])
+    assert sum(found) == pytest.approx(sum(kls))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -346,15 +386,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     monkeypatch.setattr(streaming, "whole_model", None)
     with pytest.raises(
-        QuantKitError, match=r"holds the whole model and its outputs, .* GB, and cpu has 0\.0 GB"
+        QuantKitError, match=r"holds the whole model and its output, .* GB, and cpu has 0\.0 GB"
     ):
         run(source(), tmp_path / "out", recipe, tokens)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_room_needed_is_weights_log_probabilities_and_hidden_states(tiny, tokens, monkeypatch):
+def test_the_room_needed_is_weights_and_log_probabilities(tiny, tokens, monkeypatch):
     model = tiny()  # bfloat16, widened on a CPU
-    needed = 4 * (sum(p.numel() for p in model.parameters()) + (128 + 2 * 64) * tokens.numel())
+    needed = 4 * (sum(p.numel() for p in model.parameters()) + 128 * tokens.numel())
     monkeypatch.setattr(allocation_module.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.get)
     check_room(model, tokens, torch.device("cpu"))
     monkeypatch.setattr(allocation_module.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}.get)
