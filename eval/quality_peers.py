@@ -121,8 +121,10 @@ TOOLS = {
                 "logbar==0.4.15",
                 "maturin==1.16.0",
                 "ninja==1.13.2",
+                "pillow==13.0.0",
                 "protobuf==7.36.2",
                 "pypcre==0.6.4",
+                "requests==2.34.2",
                 "threadpoolctl==3.8.0",
                 "tokenicer==0.0.14",
                 "torchao==0.18.0",
@@ -374,7 +376,7 @@ def installed(tool: Tool, folder: Path, say: Callable[[str], None]) -> Path:
     for wanted in ([TORCH], tool.beside, [*tool.options, package]):
         if not wanted:
             continue
-        command = [str(python), "-m", "pip", "install", *wanted]
+        command = [str(python), "-I", "-m", "pip", "install", *wanted]
         if reason := failure(command, log, os.environ):
             raise Failed(f"pip cannot install {package}: {reason}")
     finished.touch()
@@ -424,7 +426,9 @@ def failure(command: Sequence[str], log: Path, variables: "os._Environ[str] | di
         return None
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()]
-    return FOLDERS.sub("", (telling or lines or [f"exit code {code}"])[-1])
+    if code < 0 or not telling:  # a signal leaves no message
+        telling = [f"exit code {code}, its last line: {lines[-1] if lines else ''}"]
+    return FOLDERS.sub("", telling[-1])
 
 
 def calibration(model: Path, spec: CalibrationSpec) -> Tensor:

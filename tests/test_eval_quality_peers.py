@@ -219,7 +219,7 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     commands = [
         line for line in (python.parents[1] / "install.log").read_text().splitlines() if "ERROR" not in line
     ]
-    assert [line.removeprefix("-m pip install ") for line in commands] == [
+    assert [line.removeprefix("-I -m pip install ") for line in commands] == [
         quality_peers.TORCH,
         "before==2",
         "--no-deps fake==1.0",
