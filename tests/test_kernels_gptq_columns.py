@@ -23,7 +23,7 @@ KINDS = [
     ("int8", False),
     ("fp8", False),
 ]
-SHAPES = [(128, 37), (128, 1), (72, 64), (1, 5), (17, 33)]  # columns and rows
+SHAPES = [(128, 37), (72, 30), (17, 1), (1, 5)]  # columns and rows
 UNIT = 2.0**-24
 
 
@@ -133,7 +133,7 @@ def test_ties_go_to_even_and_values_past_the_ends_to_the_ends(kind, given):
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("name", ["w4a16-g32", "fp8-block", "w8a8"])
+@pytest.mark.parametrize("name", ["w4a16-g32", "fp8-block"])
 def test_gptq_with_the_kernel_is_gptq(name, monkeypatch):
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(40, 200, generator=g), torch.randn(500, 200, generator=g) * torch.linspace(0.1, 3, 200)
