@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.calibration.pipeline import quantize_linear
+from quantkit.calibration.pipeline import Stop, quantize_linear
 from quantkit.calibration.statistics import InputStatistics, output_error
 from quantkit.errors import QuantKitError
 from quantkit.models import decoder_blocks
@@ -138,10 +138,6 @@ class Skip(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["state"]["output"]
-
-
-class Stop(Exception):
-    """Spares the rest of the model."""
 
 
 @torch.no_grad()
