@@ -555,13 +555,13 @@ def test_a_dry_run_shows_what_a_run_would_do_and_does_nothing(run, model, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"model", "dry.json"}
     assert tree(model) == before
     lines = [line.split() for line in out.splitlines()]
-    assert ["model.layers.1.mlp.down_proj", "64", "96", "w4a16-g32", "awq+gptq", "4.50", "3,456"] in lines
+    assert ["model.layers.1.mlp.down_proj", "64", "96", "w4a16-g32", "gptq", "4.50", "3,456"] in lines
     content = json.loads(file.read_text())
     assert len(content["modules"]) == 2 * 7
     assert f"14 linears, 4.500 bits a weight; weights 0.2 MB -> {content['packed_bytes'] / 1e6:.1f} MB" in out
     assert f"memory: about {content['peak_host'] / 1e6:.1f} MB on the host, beside Python and PyTorch" in out
     assert f"time: about {content['seconds']:.0f} s at " in out
-    assert {"sampling", "awq", "gptq"} <= {work["what"] for work in content["work"]}
+    assert {"sampling", "gptq"} <= {work["what"] for work in content["work"]}
     assert run("quantize", model, tmp_path / "out", *GPTQ)[0] == 0
     stored = read_header(tmp_path / "out" / WEIGHTS).values()
     assert content["packed_bytes"] == sum(tensor.stop - tensor.start for tensor in stored)
