@@ -1,11 +1,11 @@
-"""Learned rounding: starts at GPTQ's codes, goes down, and is the same at every call."""
+"""Learned rounding: starts at GPTQ's codes, never ends above them, and is the same at every call."""
 
 import pytest
 import torch
 
 from quantkit.calibration.gptq import factorize, gptq
-from quantkit.calibration.grid import Grid, fit_grid
-from quantkit.calibration.learn import LARGEST_MOVE, learn_rounding
+from quantkit.calibration.grid import Grid
+from quantkit.calibration.learn import learn_rounding
 from quantkit.quantize import quantize
 from quantkit.recipe import Recipe
 from quantkit.scheme import parse_scheme
@@ -14,18 +14,10 @@ SCHEMES = ["w4a16-g32", "w3a16-g32-asym", "w2a16-channel-asym", "w8a16"]
 H, F = 48, 80
 
 
-def block_weights():
-    g = torch.Generator().manual_seed(1)
-    return {
-        "up": torch.randn(F, H, generator=g) / H**0.5,
-        "down": torch.randn(H, F, generator=g) / F**0.5,
-    }
-
-
 def problem(name):
     """A block down(silu(up(x))), its inputs and outputs in two batches, and what GPTQ makes of its weights."""
     g = torch.Generator().manual_seed(0)
-    up, down = block_weights().values()
+    up, down = torch.randn(F, H, generator=g) / H**0.5, torch.randn(H, F, generator=g) / F**0.5
     mix = torch.randn(H, H, generator=g) / H**0.5
     hidden = [torch.randn(4, 30, H, generator=g) @ mix for _ in range(2)]
 
@@ -69,38 +61,35 @@ def test_no_steps_give_gptqs_codes(name):
         assert torch.equal(grid.pack(codes).codes, quantized.codes)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_steps_from_the_nearest_codes_lower_the_error_of_the_blocks_output(name):
-    """The setting of the paper. From GPTQ's codes there is less to gain, and not on every problem."""
-    run, hidden, outputs, _ = problem(name)
-    weights = block_weights()
-    grids = {n: fit_grid(w, parse_scheme(name)) for n, w in weights.items()}
-    losses = []
-    for steps in (0, 100):
-        end = learn_rounding(run, weights, grids, hidden, outputs, steps=steps)
-        losses.append(loss(name, {n: grid.dequantize(codes) for n, (codes, grid) in end.items()}))
-    assert losses[1] < 0.75 * losses[0]
-
-
-def test_steps_from_gptqs_codes_lower_the_error_where_it_is_large():
-    name = "w2a16-channel-asym"
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("w4a16-g32", 0.95), ("w3a16-g32-asym", 0.95), ("w2a16-channel-asym", 0.85), ("w8a16", 1.0)],
+)
+def test_steps_from_gptqs_codes_lower_the_error_of_the_blocks_output(name, share):
+    """What is stored is measured, so bfloat16 scales lose part of it, and 8 bits may have nothing to gain."""
     before, after = (
         loss(name, {n: grid.dequantize(codes) for n, (codes, grid) in learned(name, steps).items()})
         for steps in (0, 100)
     )
-    assert after < 0.95 * before
+    assert after <= share * before
 
 
-def test_codes_move_by_one_at_most_where_ranges_stay():
+def test_a_descent_that_loses_is_not_kept():
+    run, hidden, outputs, results = problem("w4a16-g32")
+    grids = {n: grid_of(r.quantized) for n, r in results.items()}
+    targets = {n: r.targets for n, r in results.items()}
+    for n, (codes, grid) in learn_rounding(run, targets, grids, hidden, outputs, steps=2, rate=10.0).items():
+        assert torch.equal(grid.pack(codes).codes, results[n].quantized.codes)
+        assert torch.equal(grid.scales, results[n].quantized.scales)
+
+
+def test_codes_move_by_one_at_most():
     name = "w4a16-g32"
     start, end = learned(name, 0), learned(name, 40)
-    targets = {n: r.targets for n, r in problem(name)[3].items()}
-    for n, (codes, grid) in end.items():
-        scale, zero = grid.expand(torch.float32)
-        exact = (targets[n] / scale + zero).clamp(0, 15)
-        # rounding moves half a step, and learning half a step more; bfloat16 rounds the learned scale of 15 steps
-        assert ((codes.float() - exact).abs() <= 0.5 + LARGEST_MOVE + 16 * 2**-8).all()
-        assert (codes != start[n][0]).any()
+    distances = [(codes.int() - start[n][0].int()).abs() for n, (codes, _) in end.items()]
+    assert all(distance.max() == 1 for distance in distances)
+    # rate times the steps, falling to 0, is a fiftieth: as many codes can cross, and GPTQ's are spread evenly
+    assert sum(d.sum() for d in distances) < 0.05 * sum(d.numel() for d in distances)
 
 
 def test_the_same_seed_gives_the_same_codes():
