@@ -36,6 +36,7 @@ from quantkit.method import parse_method
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
 from quantkit.recipe import ModulePlan
+from quantkit.report import DIGITS
 from quantkit.scheme import BLOCK, Scheme
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
@@ -92,12 +93,12 @@ class ModuleResult:
         entry: dict[str, Any] = {
             "scheme": self.plan.scheme.label,
             "method": self.method,
-            "error": float(f"{self.error:.4g}"),
+            "error": float(f"{self.error:.{DIGITS}g}"),
             "error_of": self.error_of,
         }
         for name in ("error_rtn", "damp_percent", "clip", "weight_min", "weight_max", "input_absmax"):
             if (value := getattr(self, name)) is not None:
-                entry[name] = float(f"{value:.4g}")
+                entry[name] = float(f"{value:.{DIGITS}g}")
         if self.tokens is not None:
             entry["tokens"] = self.tokens
         if self.quantized.channel_scales is not None:
@@ -289,20 +290,24 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of the planned linears, in the order in which the block calls them.
 
-    Linears fed by one tensor share one object. Experts get other tokens in the original model, so that no drift
+    Linears that multiply one tensor, rounded alike, share one object. Experts get other tokens in the original model, so that no drift
     can be noted for them.
 
     Args:
         rounded: what the linears multiply: x rounded, where a scheme rounds it; else x as it comes.
         original: the block that is not quantized, whose inputs are compared.
     """
-    first_fed: dict[int, str] = {}  # id of an input tensor -> the first linear that it reached
+    first_fed: dict[Any, str] = {}  # id of an input tensor and its rounding -> the first linear that it reached
     alive: list[torch.Tensor] = []  # keeps those ids from being used again
     leader: dict[str, str] = {}
     statistics: dict[str, InputStatistics] = {}
     exact: dict[str, torch.Tensor] = {}  # inputs of one batch in the original model
     routed = {name for name, plan in plans.items() if is_expert(plan)}
     fired: set[str] = set()
+
+    def rounding(name: str) -> Any:
+        scheme = plans[name].scheme
+        return (scheme.activation, scheme.activation_scale, scheme.block_size) if rounded else None
 
     def stop_after(name: str, wanted: set[str]) -> None:
         """Spares the rest of the block once all wanted linears were called; experts may never be."""
@@ -321,7 +326,7 @@ def collect(
         def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
             if name not in leader:
-                leader[name] = first_fed.setdefault(id(x), name)
+                leader[name] = first_fed.setdefault((id(x), rounding(name)), name)
                 alive.append(x)
             if leader[name] == name:
                 if name not in statistics:
@@ -438,10 +443,8 @@ def quantize_block(
             del statistics[name]
     for name in list(weights):  # those that no token reached
         pack(name)
-    if inputs and refining:
-        learned = {name: result for name, result in results.items() if result.targets is not None}
-        if learned:
-            results.update(refine(block, learned, originals, statistics, inputs))
+    if inputs and originals:
+        results.update(refine(block, results, originals, statistics, inputs))
     return [replace(results[name], targets=None) for name in plans]
 
 
@@ -741,14 +744,17 @@ def refine(
     statistics: dict[str, InputStatistics],
     inputs: BlockInputs,
 ) -> dict[str, ModuleResult]:
-    """Learned rounding of the linears of a block that have targets; leaves their new weights in the block."""
+    """Learned rounding of the linears of a block that have targets; leaves their new weights in the block.
+
+    Args:
+        results: of all linears of the block, whose inputs are rounded meanwhile.
+        originals: weights [N, K] of those that have targets.
+    """
     activations = inputs.activations
-    grids = {
-        name: Grid(r.plan.scheme, r.quantized.shape, r.quantized.scales, r.quantized.zeros)
-        for name, r in results.items()
-    }
     targets = {name: r.targets for name, r in results.items() if r.targets is not None}
-    dtypes = {name: linear_in(block, name).weight.dtype for name in results}
+    packed = {name: results[name].quantized for name in targets}
+    grids = {name: Grid(q.scheme, q.shape, q.scales, q.zeros) for name, q in packed.items()}
+    dtypes = {name: linear_in(block, name).weight.dtype for name in targets}
     args, kwargs = activations.arguments[inputs.index]
 
     def run(weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -763,8 +769,7 @@ def refine(
     took = (time.monotonic() - began) / len(learned)
     better = {}
     for name, (codes, grid) in learned.items():
-        result = results[name]
-        before = result.quantized
+        result, before = results[name], packed[name]
         quantized = replace(
             grid.pack(codes), input_scale=before.input_scale, channel_scales=before.channel_scales
         )

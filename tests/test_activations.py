@@ -9,6 +9,8 @@ from torch import nn
 from quantkit import QuantLinear
 from quantkit.calibration.activations import round_activations, rounded_inputs
 from quantkit.calibration.rtn import rtn
+from quantkit.quantize import quantize
+from quantkit.recipe import Recipe, Rule
 from quantkit.scheme import PRESETS, parse_scheme
 
 ROUNDED = [
@@ -98,3 +100,15 @@ def test_gradients_pass_unchanged():
     )
     y.sum().backward()
     assert torch.allclose(x.grad, block[0].weight.sum(0).expand(7, K))
+
+
+def test_linears_that_share_an_input_and_round_it_otherwise_are_calibrated_apart(tiny, tokens):
+    """q of w8a8 comes first; k, of w4a16, gets the codes that it gets where nothing is rounded."""
+    rules = (Rule(match="q_proj", scheme="w8a8"),)
+    alone, mixed = (
+        quantize(tiny(num_hidden_layers=1), Recipe("w4a16-g32", "gptq", rules=r), tokens=tokens).state_dict()
+        for r in ((), rules)
+    )
+    key = "model.layers.0.self_attn.k_proj.codes"
+    assert torch.equal(alone[key], mixed[key])
+    assert mixed["model.layers.0.self_attn.q_proj.codes"].dtype == torch.int8
