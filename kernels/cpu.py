@@ -20,7 +20,7 @@ from torch import Tensor
 from quantkit.kernels.int4tiles import unpack_tiles
 
 FP8 = torch.float8_e4m3fn
-TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest code
+TOP = {torch.int8: 127.0, FP8: torch.finfo(FP8).max}  # the largest code; 448 for e4m3
 SCALE_FLOOR = 2.0**-100  # a row of zeros gets this scale, so that 0 / scale is 0 and not NaN
 BLOCK = 128
 CODES_PER_WORD = 8  # of 4 bits

@@ -3,9 +3,11 @@
     w[n, k] = (q[n, k] - zeros[n, k // G]) * scales[n, k // G]                                       (1)
     y[m, n] = sum over groups g of scales[n, g] * (sum over k in g of x[m, k] (q - zero)) + bias[n]  (2)
 
-This file has the definition and what the two kernels share: `w4a16_decode.py` for a few rows of x, bound by the bytes
-of the weight, and `w4a16_wide.py` for more, bound by the tensor cores. Both read the tiles of `int4tiles.py` and
-multiply transposed, w x^T, since the weight must be the operand that comes from registers.
+This file has the definition and what the kernels share. `dispatch.py` takes `w4a16_decode.py` for up to 16 rows of x,
+bound by the bytes of the weight; for more `w4a16_hopper.py` on sm_90, which hands what TMA cannot move to
+`w4a16_wide.py`; that one on other GPUs up to 256 rows, and past them `dequantize.py`. A table (`tuned.py`) may choose
+otherwise. All read the tiles of `int4tiles.py`, and the first three multiply transposed, w x^T, since the weight must be
+the operand that comes from registers.
 
 Instructions for eight weights on NVIDIA: 3 shifts, 4 LOP3 that mask a pair and set the exponent, 4 packed FMA that
 subtract the zero: 1.4 a weight. With the bits of 128 (bfloat16) or 1024 (float16) above it a code q reads as 128 + q or

@@ -177,11 +177,12 @@ def low_bits_jobs(target: str):
 def gptq_jobs():
     """What GPTQ's inner loop launches for a block of 128 columns: as `jobs`."""
     from quantkit.kernels import gptq_columns
+    from quantkit.scheme import LARGEST_CODE
 
     for kind, has_zeros in (("int4", True), ("int8", False), ("fp8", False)):
         types = {name: "*fp32" for name in ("columns", "U", "scales", "zeros", "errors")}
         types |= {"groups": "*i64", "codes": "*u8", "N": "i32", "C": "i32", "stride": "i32", "zero": "fp32"}
-        types |= {"HAS_ZEROS": has_zeros, "KIND": kind, "TOP": gptq_columns.TOPS[kind]}
+        types |= {"HAS_ZEROS": has_zeros, "KIND": kind, "TOP": float(LARGEST_CODE[kind])}
         types |= {"BLOCK_C": 128, "BLOCK_N": gptq_columns.BLOCK_N}
         yield f"gptq_columns {kind}", gptq_columns.gptq_columns_kernel, types, {"num_warps": 4}
     for one in ("N", "C"):  # the launcher compiles a 1 in
