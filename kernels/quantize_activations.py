@@ -37,9 +37,11 @@ def round_e4m3(v):
     Adding and subtracting a power of two 20 binades up leaves three bits of mantissa, as does the smallest normal
     exponent, -6, for all smaller values.
     """
-    exponent = tl.maximum((v.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
+    bits = v.to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) & 0xFF, 127 - 6)
     magic = ((tl.minimum(exponent, 127 + 8) + 20) << 23).to(tl.float32, bitcast=True)
-    return (tl.minimum(tl.abs(v), E4M3_TOP) + magic) - magic
+    magnitude = tl.minimum(tl.abs(v), E4M3_TOP)
+    return (magnitude + magic) - magic
 
 
 @triton.jit
@@ -48,9 +50,10 @@ def encode_e4m3(v):
 
     The rounded magnitude / 256 is a float16 whose bits 7 to 14 are the code.
     """
+    bits = v.to(tl.int32, bitcast=True)
     half = (round_e4m3(v) * (1.0 / 256)).to(tl.float16).to(tl.int16, bitcast=True)
-    sign = (v.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (tl.where(v == v, half >> 7, 0x7F) | sign.to(tl.int16)).to(tl.uint8)
+    code = tl.where(v == v, half >> 7, 0x7F) | ((bits >> 24) & 0x80).to(tl.int16)
+    return code.to(tl.uint8)
 
 
 @triton.jit
