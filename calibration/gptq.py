@@ -25,7 +25,6 @@ from quantkit.scheme import Scheme
 DAMP_PERCENT = 0.01  # of mean(diag H), section 3.3 step 3
 LEAST_RAISE = 1e-3  # the damping tried after 0 has failed
 MOST_DAMP = 1.0  # the largest tried; a Hessian that needs more holds no information
-TOPS = {"int2": 3, "int3": 7, "int4": 15, "int8": 127, "fp8": 448}  # largest codes
 BLOCK_SIZE = 128  # columns whose errors reach the rest of the row in one product; it changes speed only
 
 
@@ -174,6 +173,7 @@ def gptq(
             group_of[picked],
             done,
             scheme.weight,
+            scheme.largest_code,
         )
         columns[stop:].addmm_(U[start:stop, stop:].T, done, alpha=-1)
     quantized = grid.pack(grid.from_bytes(codes.T))
@@ -202,6 +202,7 @@ def round_columns(
     groups: torch.Tensor,
     errors: torch.Tensor,
     kind: str,
+    top: int,
 ) -> torch.Tensor:
     """Rounds C columns of a weight, given transposed, one after the other: the paper's inner loop.
 
@@ -213,11 +214,12 @@ def round_columns(
         errors: [C, N], of the same dtype; filled with what the columns after these have to make up
             for: (w - value) / U_jj.
         kind: what a code is: int2, int3, int4, int8 or fp8.
+        top: the largest code.
 
     Returns:
         codes uint8 [C, N]; int8 and e4m3 ones as their bits.
     """
-    top, codes = TOPS[kind], torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     diagonal = U.diagonal().tolist()
     for j, group in enumerate(groups.tolist()):
         w, scale = columns[j], scales[group]

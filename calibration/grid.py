@@ -22,7 +22,6 @@ from quantkit.errors import QuantKitError
 from quantkit.packing import QuantizedTensor, expand_groups, pack_codes
 from quantkit.scheme import Scheme
 
-LARGEST = {"int8": 127.0, "fp8": 448.0}  # what max|w| / scale becomes
 SCALE_DTYPES = (torch.bfloat16, torch.float16)  # of 2 to 4 bits; the other schemes store float32
 SHRINKS = tuple(1 - i / 32 for i in range(13))  # 1 ... 0.625, tried by `search_clip`
 SHRINKS_8 = tuple(1 - i / 64 for i in range(7))  # of int8, whose steps are so fine that clipping rarely pays
@@ -77,9 +76,8 @@ class Grid:
     @property
     def code_range(self) -> tuple[float, float]:
         """Smallest and largest code, as numbers."""
-        if self.scheme.bits < 8:
-            return 0, self.scheme.largest_code
-        return -LARGEST[self.scheme.weight], LARGEST[self.scheme.weight]
+        largest = self.scheme.largest_code
+        return 0 if self.scheme.bits < 8 else -largest, largest
 
     def from_float(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [N, K] that are whole numbers in a floating dtype -> the dtype that `round` gives."""
@@ -97,8 +95,7 @@ class Grid:
         if self.scheme.bits < 8:
             return (w / scale + zero).round_().clamp_(0, self.scheme.largest_code).to(torch.uint8)
         # a scale at the smallest float32 can leave w / scale above the largest code
-        largest = LARGEST[self.scheme.weight]
-        q = (w / scale).clamp_(-largest, largest)
+        q = (w / scale).clamp_(*self.code_range)
         return q.round_().to(torch.int8) if self.scheme.weight == "int8" else q.to(torch.float8_e4m3fn)
 
     def dequantize(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -191,7 +188,7 @@ def range_grid(
     """The grid of a weight whose ranges are known; see `fit_grid`."""
     largest, zeros = torch.maximum(-low, high), None
     if scheme.bits == 8:
-        scales = storable(largest * shrink / LARGEST[scheme.weight], torch.float32)
+        scales = storable(largest * shrink / scheme.largest_code, torch.float32)
     elif scheme.symmetric:
         scales = storable(largest * shrink / (scheme.largest_code / 2), scale_dtype)
     else:

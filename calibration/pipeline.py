@@ -37,10 +37,9 @@ from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
 from quantkit.recipe import ModulePlan
 from quantkit.report import DIGITS
-from quantkit.scheme import BLOCK, Scheme
+from quantkit.scheme import BLOCK, LARGEST_CODE, Scheme
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
-LARGEST_INPUT = {"int8": 127.0, "fp8": 448.0}  # codes of activations
 FEW_TOKENS = (
     0.25  # of the input channels: a Hessian from fewer tokens has most of its directions from damping
 )
@@ -720,7 +719,7 @@ def static_scale(inputs: InputStatistics, scheme: Scheme) -> torch.Tensor:
     """The one activation scale [1] that takes the largest |x| seen to the largest code."""
     assert scheme.activation is not None
     largest = inputs.max_abs.max().clamp(min=torch.finfo(torch.float32).tiny)
-    return largest.view(1) / LARGEST_INPUT[scheme.activation]
+    return largest.view(1) / LARGEST_CODE[scheme.activation]
 
 
 def lend_ranges(statistics: dict[str, InputStatistics], plans: dict[str, ModulePlan]) -> None:

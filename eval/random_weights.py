@@ -7,7 +7,7 @@ import torch
 
 from quantkit.linear import tensor_specs
 from quantkit.packing import QuantizedTensor, pack_codes
-from quantkit.scheme import Scheme
+from quantkit.scheme import LARGEST_CODE, Scheme
 
 STD = 0.02  # of the weights that the codes stand for: transformers' initializer_range
 CODE_STD = {"int2": 1.1, "int3": 2.3, "int4": 4.6, "int8": 73.6, "fp8": 100.0}  # integers uniform, fp8 normal
@@ -45,7 +45,7 @@ def random_quantized(
         )
     else:
         normal = torch.randn(codes.shape, generator=generator, device=device, dtype=torch.bfloat16)
-        codes.copy_((normal * CODE_STD["fp8"]).clamp_(-448, 448))
+        codes.copy_((normal * CODE_STD["fp8"]).clamp_(-scheme.largest_code, scheme.largest_code))
     spread = torch.rand(scales.shape, generator=generator, device=device) + 0.5
     scales.copy_(spread * (STD / CODE_STD[scheme.weight]))
     if "zeros" in tensors:
@@ -56,5 +56,6 @@ def random_quantized(
             )
         )
     if "input_scale" in tensors:
-        tensors["input_scale"].fill_(INPUT_MAX / (127 if scheme.activation == "int8" else 448))
+        assert scheme.activation is not None
+        tensors["input_scale"].fill_(INPUT_MAX / LARGEST_CODE[scheme.activation])
     return QuantizedTensor(scheme, (N, K), **tensors)

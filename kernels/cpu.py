@@ -20,7 +20,7 @@ from torch import Tensor
 from quantkit.kernels.int4tiles import unpack_tiles
 
 FP8 = torch.float8_e4m3fn
-TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest code
+TOP = {torch.int8: 127.0, FP8: torch.finfo(FP8).max}  # the largest code; 448 for e4m3
 SCALE_FLOOR = 2.0**-100  # a row of zeros gets this scale, so that 0 / scale is 0 and not NaN
 BLOCK = 128
 CODES_PER_WORD = 8  # of 4 bits
@@ -116,21 +116,16 @@ def int4_values(codes: Tensor) -> Tensor:
     return _lookup(_bytes(codes), _int4_table(SYMMETRIC_ZERO))
 
 
-def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int) -> Tensor:
-    """(q - zero) * scale as float32 [N, K], from the neutral layout: see `ops.w4a16`."""
-    q = _lookup(_bytes(codes), _int4_table(SYMMETRIC_ZERO if zeros is None else 0))
-    return _scale_groups(q, scales, zeros, group_size or K, K)
-
-
-def dequantize_wna16(
+def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, K: int, bits: int
 ) -> Tensor:
-    """The same for codes of 2 or 3 bits: see `ops.wna16`."""
-    fours = _bytes(codes)  # four codes each
-    if bits == 3:
-        low, middle, high = fours.unflatten(1, (-1, 3)).unbind(2)
-        fours = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], 2).flatten(1)
-    q = _lookup(fours, _fours_table(bits, 2 ** (bits - 1) if zeros is None else 0))
+    """(q - zero) * scale as float32 [N, K], from the neutral layout of 2 to 4 bits: see `ops.w4a16` and `ops.wna16`."""
+    zero = 2 ** (bits - 1) if zeros is None else 0
+    indices = _bytes(codes)
+    if bits == 3:  # 12 bits each
+        low, middle, high = indices.unflatten(1, (-1, 3)).unbind(2)
+        indices = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], 2).flatten(1)
+    q = _lookup(indices, _int4_table(zero) if bits == 4 else _fours_table(bits, zero))
     return _scale_groups(q, scales, zeros, group_size or K, K)
 
 
@@ -160,13 +155,8 @@ def linear(
 def w4a16_dequantize(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """y = x @ dequantize(codes)^T + bias; the weight is rounded once to x.dtype."""
-
-    def weight(rows: slice) -> Tensor:
-        part = None if zeros is None else zeros[rows]
-        return dequantize_int4(codes[rows], scales[rows], part, group_size, x.shape[1])
-
-    return linear(x, len(codes), bias, weight)
+    """As `wna16_dequantize`, for codes of 4 bits."""
+    return wna16_dequantize(x, codes, scales, zeros, bias, group_size, 4)
 
 
 def wna16_dequantize(
@@ -182,7 +172,7 @@ def wna16_dequantize(
 
     def weight(rows: slice) -> Tensor:
         part = None if zeros is None else zeros[rows]
-        return dequantize_wna16(codes[rows], scales[rows], part, group_size, x.shape[1], bits)
+        return dequantize(codes[rows], scales[rows], part, group_size, x.shape[1], bits)
 
     return linear(x, len(codes), bias, weight)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.w4a16 import as_words, fragments, halves, ptx_level
+from quantkit.kernels.w4a16 import as_words, fragments, group_of, halves, ptx_level, two_bytes
 from quantkit.kernels.w8a16 import decode_e4m3
 
 BLOCK_N, BLOCK_K = 16, 256  # weights a program: enough bytes in flight, one scale a row and group
@@ -68,13 +68,12 @@ def dequantize_tiles_kernel(
     at += g[:, :, :, :, :, None] * 16 + c[:, :, :, :, :, None] * 4 + kt
     q = tl.load(tiles_ptr + at, mask=inside[:, :, :, :, :, None] & (tile >= 0), other=0)  # c g W R=1 C kt
     part = tl.arange(0, P)[None, None, None, None, :]
-    group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+    group = group_of(unit, part, G, C, P)
     row_at = (strip * groups + group) * 8 + g + 0 * c
     scales = halves(tl.load(scales_ptr + row_at, mask=inside, other=0), SCALE_DTYPE)
     zeros = None
     if zeros_ptr is not None:
-        pair = tl.load(zeros_ptr + row_at, mask=inside, other=0)
-        zeros = tl.join(pair & 0xFF, (pair >> 8) & 0xFF)
+        zeros = two_bytes(tl.load(zeros_ptr + row_at, mask=inside, other=0))
     w = fragments(q.reshape(4, 8, W, 1, P, S), zeros, scales, w_ptr.dtype.element_ty, ASM)
     w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(W * 16, C * 64)
     n = (tl.program_id(1) * (W * 16) + tl.arange(0, W * 16)).to(tl.int64)[:, None]

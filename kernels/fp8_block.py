@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.block import grid, rows_and_columns, store_block
 from quantkit.kernels.cpu import BLOCK, FP8, expand_blocks
 from quantkit.kernels.dispatch import native_fp8, target_of
 from quantkit.kernels.quantize_activations import quantize_activations
@@ -47,9 +48,7 @@ def fp8_block_kernel(
     M, N, K,
     NATIVE_FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
+    m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     blocks = tl.cdiv(K, TILE)
     tile_row = (tl.program_id(1) * BLOCK_N // TILE).to(tl.int64) * blocks
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -64,10 +63,7 @@ def fp8_block_kernel(
         else:
             part = tl.dot(decode_e4m3(x), tl.trans(decode_e4m3(w)))
         acc += part * (x_scale * tl.load(scales_ptr + tile_row + block))[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    store_block(acc, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
 def fp8_block_rounded(
@@ -96,9 +92,10 @@ def fp8_block_rounded(
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
     launch = config(M, N, K)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
     bits = codes.view(torch.uint8)
-    fp8_block_kernel[grid](x_codes, bits, x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch)
+    fp8_block_kernel[grid(M, N, launch)](
+        x_codes, bits, x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch
+    )
     return y
 
 

@@ -16,20 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.quantize_activations import E4M3_TOP, encode_e4m3, encode_int8
+from quantkit.kernels.quantize_activations import encode_e4m3, encode_int8, round_e4m3, round_whole
 
 BLOCK_N = 32
-TOPS = {"int2": 3.0, "int3": 7.0, "int4": 15.0, "int8": 127.0, "fp8": 448.0}
-
-
-@triton.jit
-def decode_e4m3(v):
-    """The float32 that the nearest e4m3 code of v stands for; see `encode_e4m3`, whose trick it is."""
-    bits = v.to(tl.int32, bitcast=True)
-    exponent = tl.maximum((bits >> 23) & 0xFF, 127 - 6)
-    magic = ((tl.minimum(exponent, 127 + 8) + 20) << 23).to(tl.float32, bitcast=True)
-    rounded = (tl.minimum(tl.abs(v), E4M3_TOP) + magic) - magic
-    return tl.where(v < 0, -rounded, rounded)
 
 
 @triton.jit
@@ -68,15 +57,14 @@ def gptq_columns_kernel(
         if KIND == "fp8":
             v = w / scale
             code = encode_e4m3(v)
-            value = decode_e4m3(v) * scale
+            magnitude = round_e4m3(v)
+            value = tl.where(v < 0, -magnitude, magnitude) * scale
         elif KIND == "int8":
             signed = encode_int8(w / scale)
             code = signed.to(tl.uint8, bitcast=True)
             value = signed.to(tl.float32) * scale
         else:
-            # adding and subtracting 1.5 * 2^23 rounds half to even
-            shifted = tl.minimum(tl.maximum(w / scale + z, 0.0), TOP)
-            q = (shifted + 12582912.0) - 12582912.0
+            q = round_whole(tl.minimum(tl.maximum(w / scale + z, 0.0), TOP))
             code = q.to(tl.uint8)
             value = (q - z) * scale
         row = tl.load(U + j * stride + c, c < C, other=0.0)
@@ -94,6 +82,7 @@ def round_columns(
     groups: Tensor,
     errors: Tensor,
     kind: str,
+    top: int,
 ) -> Tensor:
     """As `quantkit.calibration.gptq.round_columns`, the reference, on a GPU.
 
@@ -104,6 +93,7 @@ def round_columns(
         groups: int64 [C], each column's group.
         errors: float32 [C, N], contiguous; filled.
         kind: what a code is: int2, int3, int4, int8 or fp8.
+        top: the largest code.
 
     Returns:
         codes uint8 [C, N]; int8 and e4m3 ones as their bits.
@@ -129,7 +119,7 @@ def round_columns(
             0.0 if has_zeros else zeros,
             has_zeros,
             kind,
-            TOPS[kind],
+            float(top),
             triton.next_power_of_2(max(C, 16)),
             BLOCK_N,
             num_warps=4,

@@ -12,9 +12,14 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
     w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
 
-An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. The fake implementation
-makes the same checks, so a wrong shape is reported while torch.compile traces.
+An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. A check takes the op's
+arguments and returns the shape of y; the fake implementation is the check, so a wrong shape is reported while
+torch.compile traces. The kernels take the same arguments in the same order, x and residual as rows: they are described
+here alone.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,8 +94,10 @@ def _check_grouped(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
-    bits: int,
-) -> None:
+    bits: int = 4,
+) -> tuple[int, ...]:
+    if op == "wna16" and bits not in (2, 3):
+        raise ValueError(f"wna16: bits is {bits}, expected 2 or 3; w4a16 takes codes of 4 bits")
     N, K = _expect_x(op, x, codes)
     if group_size < 0:
         raise ValueError(f"{op}: group_size is {group_size}, expected 32, 64, 128, or 0 for one scale a row")
@@ -102,11 +109,12 @@ def _check_grouped(
         _expect(op, "zeros", zeros, (N, groups), (torch.uint8,), x)
     if bias is not None:
         _expect(op, "bias", bias, (N,), FLOATS, x)
+    return *x.shape[:-1], N
 
 
 def _check_8bit(
-    op: str, x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
-) -> None:
+    op: str, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, input_scale: Tensor | None = None
+) -> tuple[int, ...]:
     N, K = _expect_x(op, x, codes)
     block = op == "fp8_block"
     _expect(op, "codes", codes, (N, K), EIGHT_BIT[1:] if block else EIGHT_BIT, x)
@@ -118,14 +126,20 @@ def _check_8bit(
         _expect(op, "bias", bias, (N,), FLOATS, x)
     if op == "w8a8" and codes.dtype == torch.int8 and K > INT8_MAX_K:
         raise ValueError(f"{op}: K is {K}, expected at most {INT8_MAX_K} for int8 (int32 sums); use w8a16")
+    return *x.shape[:-1], N
 
 
 def _run(
-    op: str, x: Tensor, codes: Tensor, *rest: Tensor | int | None, N: int, outputs: int, group_size: int = 0
+    op: str,
+    y_shape: tuple[int, ...],
+    x: Tensor,
+    codes: Tensor,
+    *rest: Tensor | int | None,
+    N: int,
+    group_size: int = 0,
 ) -> Tensor:
-    """Choose the kernel and run it over the rows of x [..., K]: y [..., outputs]."""
+    """Choose the kernel and run it over the rows of x [..., K]."""
     K = x.shape[-1]
-    y_shape = (*x.shape[:-1], outputs)
     M = x.numel() // K
     if M == 0 or N == 0:
         return x.new_empty(y_shape)
@@ -156,9 +170,9 @@ def w4a16(
     Raises:
         ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
     """
-    _check_grouped("w4a16", x, codes, scales, zeros, bias, group_size, 4)
-    N = len(codes)
-    return _run("w4a16", x, codes, scales, zeros, bias, group_size, N=N, outputs=N, group_size=group_size)
+    y_shape = _check_grouped("w4a16", x, codes, scales, zeros, bias, group_size)
+    rest = (scales, zeros, bias, group_size)
+    return _run("w4a16", y_shape, x, codes, *rest, N=len(codes), group_size=group_size)
 
 
 def _check_w4a16_tiles(
@@ -171,8 +185,7 @@ def _check_w4a16_tiles(
     group_size: int,
     N: int,
     swiglu: bool,
-) -> int:
-    """Returns the columns of y."""
+) -> tuple[int, ...]:
     op = "w4a16_tiles"
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: x is {_names((x.dtype,))}, expected {_names(FLOATS)}; convert x")
@@ -193,10 +206,10 @@ def _check_w4a16_tiles(
         _expect(op, "zeros", zeros, (strips, groups, 8, 2), (torch.uint8,), x)
     if bias is not None:
         _expect(op, "bias", bias, (N,), FLOATS, x)
-    outputs = N // 2 if swiglu else N
+    y_shape = *x.shape[:-1], N // 2 if swiglu else N
     if residual is not None:
-        _expect(op, "residual", residual, (*x.shape[:-1], outputs), (x.dtype,), x)
-    return outputs
+        _expect(op, "residual", residual, y_shape, (x.dtype,), x)
+    return y_shape
 
 
 def w4a16_tiles(
@@ -228,10 +241,10 @@ def w4a16_tiles(
     Raises:
         ValueError: a shape, dtype or device does not fit, or no kernel supports the device.
     """
-    outputs = _check_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
-    flat = None if residual is None else residual.view(-1, outputs)
+    y_shape = _check_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
+    flat = None if residual is None else residual.view(-1, y_shape[-1])
     rest = (scales, zeros, bias, flat, group_size, N, swiglu)
-    return _run("w4a16_tiles", x, tiles, *rest, N=N, outputs=outputs, group_size=group_size)
+    return _run("w4a16_tiles", y_shape, x, tiles, *rest, N=N, group_size=group_size)
 
 
 def _check_w4a16_cpu(
@@ -241,7 +254,7 @@ def _check_w4a16_cpu(
     residual: Tensor | None,
     bias: Tensor | None,
     group_size: int,
-) -> None:
+) -> tuple[int, ...]:
     op = "w4a16_cpu"
     N, K = _expect_x(op, x, packed)
     if group_size not in GROUP_SIZES or K % group_size or N % 16:
@@ -255,6 +268,7 @@ def _check_w4a16_cpu(
         _expect(op, "residual", residual, (K // group_size, N), (torch.float32,), x)
     if bias is not None:
         _expect(op, "bias", bias, (N,), FLOATS, x)
+    return *x.shape[:-1], N
 
 
 def w4a16_cpu(
@@ -266,24 +280,9 @@ def w4a16_cpu(
     group_size: int,
 ) -> Tensor:
     """4-bit weights in the order of this CPU, as `int4pack.pack_cpu` returns them, times x [..., K]; see `w4a16`."""
-    _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
-    N = len(packed)
+    y_shape = _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
     rest = (scales_and_zeros, residual, bias, group_size)
-    return _run("w4a16_cpu", x, packed, *rest, N=N, outputs=N, group_size=group_size)
-
-
-def _check_wna16(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    bits: int,
-) -> None:
-    if bits not in (2, 3):
-        raise ValueError(f"wna16: bits is {bits}, expected 2 or 3; w4a16 takes codes of 4 bits")
-    _check_grouped("wna16", x, codes, scales, zeros, bias, group_size, bits)
+    return _run("w4a16_cpu", y_shape, x, packed, *rest, N=len(packed), group_size=group_size)
 
 
 def wna16(
@@ -305,24 +304,30 @@ def wna16(
 
     The rest as in `w4a16`.
     """
-    _check_wna16(x, codes, scales, zeros, bias, group_size, bits)
+    y_shape = _check_grouped("wna16", x, codes, scales, zeros, bias, group_size, bits)
     rest = (scales, zeros, bias, group_size, bits)
-    return _run("wna16", x, codes, *rest, N=len(codes), outputs=len(codes), group_size=group_size)
+    return _run("wna16", y_shape, x, codes, *rest, N=len(codes), group_size=group_size)
 
 
 def w4a8(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """4-bit weights times activations rounded to int8, one scale a row of x; arguments as in `w4a16`."""
-    _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size, 4)
-    N = len(codes)
-    return _run("w4a8", x, codes, scales, zeros, bias, group_size, N=N, outputs=N, group_size=group_size)
+    y_shape = _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size)
+    rest = (scales, zeros, bias, group_size)
+    return _run("w4a8", y_shape, x, codes, *rest, N=len(codes), group_size=group_size)
 
 
 def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """8-bit weights (int8 or float8_e4m3fn [N, K], scales float32 [N, 1]) times floating activations; see `w4a16`."""
-    _check_8bit("w8a16", x, codes, scales, None, bias)
-    return _run("w8a16", x, codes, scales, bias, N=len(codes), outputs=len(codes))
+    y_shape = _check_8bit("w8a16", x, codes, scales, bias)
+    return _run("w8a16", y_shape, x, codes, scales, bias, N=len(codes))
+
+
+def _check_w8a8(
+    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    return _check_8bit("w8a8", x, codes, scales, bias, input_scale)
 
 
 def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -337,8 +342,8 @@ def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, b
 
     Returns and raises as `w4a16`.
     """
-    _check_8bit("w8a8", x, codes, scales, input_scale, bias)
-    return _run("w8a8", x, codes, scales, input_scale, bias, N=len(codes), outputs=len(codes))
+    y_shape = _check_w8a8(x, codes, scales, input_scale, bias)
+    return _run("w8a8", y_shape, x, codes, scales, input_scale, bias, N=len(codes))
 
 
 def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -346,64 +351,24 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
 
     scales: float32 [ceil(N/128), ceil(K/128)]. The rest as in `w4a16`.
     """
-    _check_8bit("fp8_block", x, codes, scales, None, bias)
-    return _run("fp8_block", x, codes, scales, bias, N=len(codes), outputs=len(codes))
+    y_shape = _check_8bit("fp8_block", x, codes, scales, bias)
+    return _run("fp8_block", y_shape, x, codes, scales, bias, N=len(codes))
 
 
-def _result(x: Tensor, codes: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+def _fake(check: Callable[..., tuple[int, ...]]) -> Callable[..., Tensor]:
+    return lambda x, *rest: x.new_empty(check(x, *rest))
 
 
-def _fake_w4a16(x, codes, scales, zeros, bias, group_size):
-    _check_grouped("w4a16", x, codes, scales, zeros, bias, group_size, 4)
-    return _result(x, codes)
-
-
-def _fake_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu):
-    outputs = _check_w4a16_tiles(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
-    return x.new_empty((*x.shape[:-1], outputs))
-
-
-def _fake_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size):
-    _check_w4a16_cpu(x, packed, scales_and_zeros, residual, bias, group_size)
-    return _result(x, packed)
-
-
-def _fake_wna16(x, codes, scales, zeros, bias, group_size, bits):
-    _check_wna16(x, codes, scales, zeros, bias, group_size, bits)
-    return _result(x, codes)
-
-
-def _fake_w4a8(x, codes, scales, zeros, bias, group_size):
-    _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size, 4)
-    return _result(x, codes)
-
-
-def _fake_w8a16(x, codes, scales, bias):
-    _check_8bit("w8a16", x, codes, scales, None, bias)
-    return _result(x, codes)
-
-
-def _fake_w8a8(x, codes, scales, input_scale, bias):
-    _check_8bit("w8a8", x, codes, scales, input_scale, bias)
-    return _result(x, codes)
-
-
-def _fake_fp8_block(x, codes, scales, bias):
-    _check_8bit("fp8_block", x, codes, scales, None, bias)
-    return _result(x, codes)
-
-
-for _name, _implementation, _fake in (
-    ("w4a16", w4a16, _fake_w4a16),
-    ("w4a16_tiles", w4a16_tiles, _fake_w4a16_tiles),
-    ("w4a16_cpu", w4a16_cpu, _fake_w4a16_cpu),
-    ("wna16", wna16, _fake_wna16),
-    ("w4a8", w4a8, _fake_w4a8),
-    ("w8a16", w8a16, _fake_w8a16),
-    ("w8a8", w8a8, _fake_w8a8),
-    ("fp8_block", fp8_block, _fake_fp8_block),
+for _name, _implementation, _check in (
+    ("w4a16", w4a16, partial(_check_grouped, "w4a16")),
+    ("w4a16_tiles", w4a16_tiles, _check_w4a16_tiles),
+    ("w4a16_cpu", w4a16_cpu, _check_w4a16_cpu),
+    ("wna16", wna16, partial(_check_grouped, "wna16")),
+    ("w4a8", w4a8, partial(_check_grouped, "w4a8")),
+    ("w8a16", w8a16, partial(_check_8bit, "w8a16")),
+    ("w8a8", w8a8, _check_w8a8),
+    ("fp8_block", fp8_block, partial(_check_8bit, "fp8_block")),
 ):
     torch.library.define(f"quantkit::{_name}", SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"quantkit::{_name}", ("cpu", "cuda"), _implementation)
-    torch.library.register_fake(f"quantkit::{_name}", _fake)
+    torch.library.register_fake(f"quantkit::{_name}", _fake(_check))

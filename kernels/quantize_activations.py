@@ -31,27 +31,41 @@ def config(K: int, group_size: int) -> dict[str, int]:
 
 
 @triton.jit
-def encode_e4m3(v):
-    """float32 -> e4m3 bits as uint8, rounded half to even and saturating at 448; NaN stays NaN.
+def round_e4m3(v):
+    """float32 -> the float32 of e4m3 that is nearest to |v|, half to even and at most 448.
 
     Adding and subtracting a power of two 20 binades up leaves three bits of mantissa, as does the smallest normal
-    exponent, -6, for all smaller values. The rounded value / 256 is a float16 whose bits 7 to 14 are the code.
+    exponent, -6, for all smaller values.
     """
     bits = v.to(tl.int32, bitcast=True)
     exponent = tl.maximum((bits >> 23) & 0xFF, 127 - 6)
     magic = ((tl.minimum(exponent, 127 + 8) + 20) << 23).to(tl.float32, bitcast=True)
     magnitude = tl.minimum(tl.abs(v), E4M3_TOP)
-    rounded = (magnitude + magic) - magic
-    half = (rounded * (1.0 / 256)).to(tl.float16).to(tl.int16, bitcast=True)
+    return (magnitude + magic) - magic
+
+
+@triton.jit
+def encode_e4m3(v):
+    """float32 -> e4m3 bits as uint8, rounded half to even and saturating at 448; NaN stays NaN.
+
+    The rounded magnitude / 256 is a float16 whose bits 7 to 14 are the code.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    half = (round_e4m3(v) * (1.0 / 256)).to(tl.float16).to(tl.int16, bitcast=True)
     code = tl.where(v == v, half >> 7, 0x7F) | ((bits >> 24) & 0x80).to(tl.int16)
     return code.to(tl.uint8)
 
 
 @triton.jit
+def round_whole(v):
+    """float32 -> the nearest whole number, half to even, for |v| up to 2^22: adding 1.5 * 2^23 leaves no bits after the point."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def encode_int8(v):
-    """float32 -> int8, rounded half to even within +-127. Adding 1.5 * 2^23 leaves no bits after the point."""
-    v = tl.minimum(tl.maximum(v, -INT8_TOP), INT8_TOP)
-    return ((v + 12582912.0) - 12582912.0).to(tl.int8)
+    """float32 -> int8, rounded half to even within +-127."""
+    return round_whole(tl.minimum(tl.maximum(v, -INT8_TOP), INT8_TOP)).to(tl.int8)
 
 
 @triton.jit

@@ -3,9 +3,11 @@
     w[n, k] = (q[n, k] - zeros[n, k // G]) * scales[n, k // G]                                       (1)
     y[m, n] = sum over groups g of scales[n, g] * (sum over k in g of x[m, k] (q - zero)) + bias[n]  (2)
 
-This file has the definition and what the two kernels share: `w4a16_decode.py` for a few rows of x, bound by the bytes
-of the weight, and `w4a16_wide.py` for more, bound by the tensor cores. Both read the tiles of `int4tiles.py` and
-multiply transposed, w x^T, since the weight must be the operand that comes from registers.
+This file has the definition and what the kernels share. `dispatch.py` takes `w4a16_decode.py` for up to 16 rows of x,
+bound by the bytes of the weight; for more `w4a16_hopper.py` on sm_90, which hands what TMA cannot move to
+`w4a16_wide.py`; that one on other GPUs up to 256 rows, and past them `dequantize.py`. A table (`tuned.py`) may choose
+otherwise. All read the tiles of `int4tiles.py`, and the first three multiply transposed, w x^T, since the weight must be
+the operand that comes from registers.
 
 Instructions for eight weights on NVIDIA: 3 shifts, 4 LOP3 that mask a pair and set the exponent, 4 packed FMA that
 subtract the zero: 1.4 a weight. With the bits of 128 (bfloat16) or 1024 (float16) above it a code q reads as 128 + q or
@@ -106,6 +108,18 @@ def halves(word, dtype: tl.constexpr):
 
 
 @triton.jit
+def two_bytes(word):
+    """The two bytes of an int16 word, low first, of the zeros of two rows: [..., 2]."""
+    return tl.join(word & 0xFF, (word >> 8) & 0xFF)
+
+
+@triton.jit
+def group_of(unit, part, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """The group of a part of a unit, C tiles along K that have P parts; 0 where a row has one scale."""
+    return (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+
+
+@triton.jit
 def _twice(bits):
     return bits | (bits << 16)
 
@@ -120,40 +134,29 @@ def fragments(q, zeros, scales, dtype: tl.constexpr, ASM: tl.constexpr):
     Returns dtype [c, g, W, R, P, S, h, c8, e].
     """
     if ASM:
-        if dtype == tl.bfloat16:
-            o = tl.inline_asm_elementwise(
-                UNPACK_BF16, "=r,=r,=r,=r,r", [q], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-            )
-        else:
-            o = tl.inline_asm_elementwise(
-                UNPACK_F16, "=r,=r,=r,=r,r", [q], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-            )
+        BF16: tl.constexpr = dtype == tl.bfloat16
+        UNPACK: tl.constexpr = UNPACK_BF16 if BF16 else UNPACK_F16
+        ADD: tl.constexpr = (ADD_BF16 if ASM >= 90 else ADD_BF16_FMA) if BF16 else ADD_F16
+        MUL: tl.constexpr = (MUL_BF16 if ASM >= 90 else MUL_BF16_FMA) if BF16 else MUL_F16
+        SIGN_AND_MAGIC: tl.constexpr = 0xC300 if BF16 else 0xE400
+        o = tl.inline_asm_elementwise(
+            UNPACK, "=r,=r,=r,=r,r", [q], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
         w = tl.join(tl.join(o[0], o[2]), tl.join(o[1], o[3]))  # [..., h, c8], a pair (e) each
-        SIGN_AND_MAGIC: tl.constexpr = 0xC300 if dtype == tl.bfloat16 else 0xE400
         if zeros is None:
             minus = tl.full((1, 1, 1, 1, 1, 1, 1, 1), SIGN_AND_MAGIC + 8, tl.int32)
         else:
             minus = (zeros.to(tl.int32) | SIGN_AND_MAGIC)[:, :, :, :, :, None, :, None]
         minus = tl.broadcast_to(_twice(minus), w.shape)
-        if dtype == tl.bfloat16 and ASM >= 90:
-            w = tl.inline_asm_elementwise(ADD_BF16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
-        elif dtype == tl.bfloat16:
-            w = tl.inline_asm_elementwise(ADD_BF16_FMA, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
-        else:
-            w = tl.inline_asm_elementwise(ADD_F16, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
+        w = tl.inline_asm_elementwise(ADD, "=r,r,r", [w, minus], tl.int32, is_pure=True, pack=1)
         if scales is not None:
             bits = scales.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
             by = tl.broadcast_to(_twice(bits)[:, :, :, :, :, None, :, None], w.shape)
-            if dtype == tl.bfloat16 and ASM >= 90:
-                w = tl.inline_asm_elementwise(MUL_BF16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
-            elif dtype == tl.bfloat16:
-                w = tl.inline_asm_elementwise(MUL_BF16_FMA, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
-            else:
-                w = tl.inline_asm_elementwise(MUL_F16, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
-        pair = tl.join(w & 0xFFFF, (w >> 16) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+            w = tl.inline_asm_elementwise(MUL, "=r,r,r", [w, by], tl.int32, is_pure=True, pack=1)
+        pair = halves(w, dtype)
         # No instruction. Marked impure, it ends Triton's search for where the operand comes from: past a tl.join it
         # would take the codes for narrow data and choose an operand layout with four columns side by side.
-        if dtype == tl.bfloat16:
+        if BF16:  # Triton takes no constexpr for a dtype here
             return tl.inline_asm_elementwise(MOVE, "=r,r", [pair], tl.bfloat16, is_pure=False, pack=2)
         else:
             return tl.inline_asm_elementwise(MOVE, "=r,r", [pair], tl.float16, is_pure=False, pack=2)

@@ -24,13 +24,16 @@ from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import (
     LAST_FIRST,
+    MOVE,
     as_words,
     fragments,
+    group_of,
     halves,
     load_rows,
     load_tiles,
     ptx_level,
     store_outputs,
+    two_bytes,
 )
 
 if hasattr(tl.extra, "cuda"):
@@ -222,17 +225,13 @@ def w4a16_decode_kernel(
         row_at = (strip[None, None, :, None, None] * groups) * 8 + g[None, :, None, None, None]
         row_at += 0 * c[:, None, None, None, None] + tl.arange(0, R)[None, None, None, :, None] * (groups * 8)
         if ASM:  # hides that lanes read neighbours, or Triton would give a lane several rows, not its own
-            row_at = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1
-            )
+            row_at = tl.inline_asm_elementwise(MOVE, "=r,r", [row_at], tl.int32, is_pure=True, pack=1)
         part = tl.arange(0, P)[None, None, None, None, :]
         exists = strip[None, None, :, None, None] + tl.arange(0, R)[None, None, None, :, None] < strips
         qs, ss, zs = (), (), ()
         for d in tl.static_range(D):
             ahead = unit + d * WK
-            group = (
-                (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
-            )
+            group = group_of(ahead[None, None, :, None, None], part, G, C, P)
             inside = (ahead < end)[None, None, :, None, None]
             if not EVEN_N:
                 inside = inside & exists
@@ -250,11 +249,7 @@ def w4a16_decode_kernel(
                 else:
                     x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
                 ahead = unit + D * WK
-                group = (
-                    (ahead[None, None, :, None, None] * P + part) // (G * P // (C * 64))
-                    if G > 0
-                    else 0 * part
-                )
+                group = group_of(ahead[None, None, :, None, None], part, G, C, P)
                 inside = (ahead < end)[None, None, :, None, None]
                 if not EVEN_N:
                     inside = inside & exists
@@ -262,8 +257,7 @@ def w4a16_decode_kernel(
                 s = load_rows(scales_ptr + row_at + group * 8, inside)
                 zeros = None
                 if zeros_ptr is not None:
-                    z = zs[0]
-                    zeros = tl.join(z & 0xFF, (z >> 8) & 0xFF)
+                    zeros = two_bytes(zs[0])
                     zs = zs[1:] + (load_rows(zeros_ptr + row_at + group * 8, inside),)
                 # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
                 a = fragments(qs[0].reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)

@@ -84,6 +84,11 @@ def shared_bytes(launch: Config, group_size: int) -> int:
     return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, launch["block_m"]) * rows * 2
 
 
+def rows_of_block(M: int) -> int:
+    """Rows of x of a tile of y: the fewest that hold all M, or the most there are."""
+    return next((size for size in BLOCKS_M if size >= M), BLOCKS_M[-1])
+
+
 def groups_of_step(group_size: int) -> int:
     """Groups in the columns of a slot, or 1 where they are a part of one."""
     return STEP // group_size if 0 < group_size < STEP else 1
@@ -120,7 +125,7 @@ def worth(tiles: int, multiprocessors: int) -> float:
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100; `quantkit tune` finds better ones for a shape."""
-    block_m = next(size for size in BLOCKS_M if size >= min(M, BLOCKS_M[-1]))
+    block_m = rows_of_block(M)
 
     def launch(block_m: int, warps: int, stages: int) -> Config:
         return dict(block_m=block_m, rows=1, warps=warps, stages=stages, programs=0)
@@ -146,7 +151,7 @@ def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
     """Launches worth timing, `config`'s first."""
     found = [config(M, N, K, group_size, multiprocessors)]
-    largest = next(size for size in BLOCKS_M if size >= min(M, BLOCKS_M[-1]))
+    largest = rows_of_block(M)
     for block_m in (largest, largest // 2):
         for rows, warps in ((1, 4), (1, 8), (2, 8)):
             if block_m not in BLOCKS_M or rows * block_m // 2 > MAX_SUMS:

@@ -21,11 +21,13 @@ from quantkit.kernels.w4a16 import (
     MOVE,
     as_words,
     fragments,
+    group_of,
     halves,
     load_rows,
     load_tiles,
     ptx_level,
     store_outputs,
+    two_bytes,
 )
 
 if hasattr(tl.extra, "cuda"):
@@ -82,7 +84,7 @@ def load_weights(
     at = unit[:, :, :, :, :, None] * (C * 128) + r * (W * stride_strip) + tile * 128
     q = load_tiles(q_ptr + at, inside[:, :, :, :, :, None] & (tile >= 0), "")
     part = tl.arange(0, P)[None, None, None, None, :]
-    group = (unit * P + part) // (G * P // (C * 64)) if G > 0 else 0 * part
+    group = group_of(unit, part, G, C, P)
     s = load_rows(scales_ptr + row_at + group * 8, inside)
     if zeros_ptr is None:
         return q, s
@@ -121,9 +123,7 @@ def w4a16_wide_kernel(
     q_ptr = tiles_ptr + (strip[:, :, :, :, :, None].to(tl.int64) * stride_strip + lane_word)
     row_at = (strip + r * W) * (groups * 8) + g[None, :, None, None, None] + 0 * c[:, None, None, None, None]
     if ASM:  # as in w4a16_decode.py
-        row_at = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [row_at], tl.int32, is_pure=True, pack=1
-        )
+        row_at = tl.inline_asm_elementwise(MOVE, "=r,r", [row_at], tl.int32, is_pure=True, pack=1)
     held = load_weights(
         q_ptr, scales_ptr, zeros_ptr, row_at, exists, 0, units, stride_strip, G, SCALE_DTYPE, W, R, C, P
     )
@@ -144,7 +144,7 @@ def w4a16_wide_kernel(
         )  # fmt: skip
         zeros = None
         if zeros_ptr is not None:
-            zeros = tl.join(held[2] & 0xFF, (held[2] >> 8) & 0xFF)
+            zeros = two_bytes(held[2])
         w = fragments(held[0].reshape(4, 8, W, R, P, S), zeros, halves(held[1], SCALE_DTYPE), x.dtype, ASM)
         w = w.permute(3, 2, 6, 1, 4, 5, 7, 0, 8).reshape(BLOCK_N, C * 64)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels import w4a16
+from quantkit.kernels.block import grid, rows_and_columns, store_block
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.wna16 import centre, load_codes, words_of
 
@@ -50,9 +51,7 @@ def w4a8_kernel(
     M, N, K,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
+    m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     words = words_of(K, 4)
     groups = tl.cdiv(K, G) if G > 0 else 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -66,10 +65,7 @@ def w4a8_kernel(
         scale = tl.load(scales_ptr + at, mask=in_n, other=0.0).to(tl.float32)
         acc += tl.dot(x, tl.trans(w), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
     y = acc * tl.load(x_scales_ptr + m, mask=in_m, other=0.0)[:, None]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_block(y, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
 def w4a8_rounded(
@@ -96,8 +92,9 @@ def w4a8_rounded(
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
     launch = config(M, group_size)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
-    w4a8_kernel[grid](x_codes, codes, x_scales, scales, zeros, bias, y, M, N, K, G=group_size, **launch)
+    w4a8_kernel[grid(M, N, launch)](
+        x_codes, codes, x_scales, scales, zeros, bias, y, M, N, K, G=group_size, **launch
+    )
     return y
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.block import grid, rows_and_columns, store_block
+
 
 def reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """Equation (1) in float64 on any device."""
@@ -48,9 +50,7 @@ def w8a16_kernel(
     M, N, K, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
+    m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -60,10 +60,7 @@ def w8a16_kernel(
         w = q if codes_ptr.dtype.element_ty == tl.int8 else decode_e4m3(q)
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
     acc *= tl.load(scales_ptr + n, mask=in_n, other=0.0)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    store_block(acc, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
 def w8a16_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +72,6 @@ def w8a16_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) 
     (M, K), N = x.shape, codes.shape[0]
     y = x.new_empty(M, N)
     launch = config(M, N, K, x.dtype)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
     bits = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
-    w8a16_kernel[grid](x, bits, scales, bias, y, M, N, K, x.stride(0), **launch)
+    w8a16_kernel[grid(M, N, launch)](x, bits, scales, bias, y, M, N, K, x.stride(0), **launch)
     return y

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.block import grid, rows_and_columns, store_block
 from quantkit.kernels.dispatch import native_fp8, target_of
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.w8a16 import decode_e4m3
@@ -44,9 +45,7 @@ def w8a8_kernel(
     M, N, K, stride_sm,
     NATIVE_FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
+    m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     is_int8: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if is_int8 else tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -64,10 +63,7 @@ def w8a8_kernel(
     x_scale = tl.load(x_scales_ptr + m * stride_sm, mask=in_m, other=0.0)
     scale = tl.load(scales_ptr + n, mask=in_n, other=0.0)
     y = acc.to(tl.float32) * x_scale[:, None] * scale[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_block(y, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
 def w8a8_rounded(
@@ -97,10 +93,9 @@ def w8a8_rounded(
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
     launch = config(M, N, K)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
     bits = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
     stride_sm = 1 if len(x_scales) == M else 0
-    w8a8_kernel[grid](
+    w8a8_kernel[grid(M, N, launch)](
         x_codes, bits, x_scales, scales, bias, y, M, N, K, stride_sm, NATIVE_FP8=native, **launch
     )
     return y

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.block import grid, rows_and_columns, store_block
+
 MIN_BLOCK_K = 32  # a block of columns has one scale: group sizes are multiples of this
 
 
@@ -98,9 +100,7 @@ def wna16_kernel(
     G: tl.constexpr, BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_m, in_n = m < M, n < N
+    m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     words = words_of(K, BITS)
     groups = tl.cdiv(K, G) if G > 0 else 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -115,10 +115,7 @@ def wna16_kernel(
         w = centre(q, zeros_ptr, at, in_n, BITS).to(x.dtype)
         scale = tl.load(scales_ptr + at, mask=in_n, other=0.0).to(tl.float32)
         acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scale[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = in_m[:, None] & in_n[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    store_block(acc, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
 def wna16_triton(
@@ -138,8 +135,7 @@ def wna16_triton(
     (M, K), N = x.shape, codes.shape[0]
     y = x.new_empty(M, N)
     launch = config(M, group_size, x.dtype)
-    grid = (triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"]))
-    wna16_kernel[grid](
+    wna16_kernel[grid(M, N, launch)](
         x, codes, scales, zeros, bias, y, M, N, K, x.stride(0), G=group_size, BITS=bits, **launch
     )
     return y

@@ -7,6 +7,7 @@ from quantkit.errors import QuantKitError
 
 GROUP_SIZES = (32, 64, 128)
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
+LARGEST_CODE = {"int2": 3, "int3": 7, "int4": 15, "int8": 127, "fp8": 448}  # as a number
 BLOCK = 128  # rows and columns of one fp8-block tile, as DeepSeek-V3's checkpoints have it
 
 
@@ -52,8 +53,8 @@ class Scheme:
 
     @property
     def largest_code(self) -> int:
-        """Of codes of fewer than 8 bits, which begin at 0."""
-        return 2**self.bits - 1
+        """Of the weight. Codes of fewer than 8 bits begin at 0, the others at minus the largest."""
+        return LARGEST_CODE[self.weight]
 
     @property
     def symmetric_zero(self) -> int:

@@ -17,64 +17,81 @@ import pytest
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # of the compiler, not arguments
+# The first of a family: NVIDIA without and with dependent launches, and AMD. For these every branch of every kernel is
+# compiled, on Hopper in every launch; for the others, which take the same branches, every kernel.
+FIRST = ("sm_80", "sm_90", "gfx942")
 ROWS = (1, 33, 512)  # one in each launch configuration
 
 
-W4A16_ROWS = (1, 16, 32, 64, 256)  # two launch configurations of the decode kernel, three of the wide one
-W4A16_SHAPES = ((4096, 4096), (28672, 4096))  # N, K: few strips, shared among programs, and many
+W4A16_ROWS = (1, 16, 32, 64)  # two launch configurations of the decode kernel, two of the wide one
+FEW, MANY = (4096, 4096), (28672, 4096)  # N, K: few strips, shared among programs, and many
+# x, group size, zeros or not
+PLAIN, ZEROS, HALF = ("bf16", 128, False), ("bf16", 32, True), ("fp16", 128, False)
+
+
+def w4a16_products(target: str) -> list[tuple[tuple[str, int, bool], int, tuple[int, int]]]:
+    """What is multiplied by W4A16 kernels: scheme, M, and N and K."""
+    if target == "sm_90":
+        products = list(itertools.product((PLAIN, ZEROS), W4A16_ROWS, (FEW, MANY)))
+    elif target in FIRST:
+        products = [(PLAIN, 1, MANY), (PLAIN, 16, FEW), (PLAIN, 32, FEW)]
+        products += [(ZEROS, 1, MANY), (ZEROS, 16, FEW), (ZEROS, 64, FEW)]
+    else:
+        return [(PLAIN, 1, MANY), (ZEROS, 16, FEW), (ZEROS, 64, FEW)]
+    return [*products, (HALF, 1, FEW)]
+
+
+def w4a16_types(x: str, group_size: int, zeros: bool) -> dict:
+    """Arguments that are a scheme's."""
+    import triton.language as tl
+
+    types = {"tiles_ptr": "*i32", "scales_ptr": "*i32", "zeros_ptr": "*i16" if zeros else None}
+    return types | {"G": group_size, "SCALE_DTYPE": tl.bfloat16 if x == "bf16" else tl.float16}
 
 
 def w4a16_jobs(target: str):
     """What the wrappers of the two W4A16 kernels, and of the pass before the vendor's GEMM, launch: as `jobs`."""
-    import triton.language as tl
-
     from quantkit.kernels import dequantize, w4a16_decode, w4a16_wide
 
     nvidia = target.startswith("sm_")
     ptx = {"ASM": int(target[3:]) if nvidia else 0, "PDL": nvidia and int(target[3:]) >= 90}
     seen = []
-    for group_size, asymmetric, x in ((128, False, "bf16"), (32, True, "bf16"), (128, False, "fp16")):
-        scheme = {"G": group_size, "SCALE_DTYPE": tl.bfloat16 if x == "bf16" else tl.float16}
-        weights = {"tiles_ptr": "*i32", "scales_ptr": "*i32", "zeros_ptr": "*i16" if asymmetric else None}
-        called = f"{x} g{group_size}"
-        for M in W4A16_ROWS:
-            for N, K in W4A16_SHAPES:
-                if x == "fp16" and (M, N) != (1, 4096):
-                    continue
-                # a 1 is compiled in by the launcher
-                sizes = {"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
-                tensors = weights | {
-                    "x_ptr": f"*{x}",
-                    "y_ptr": f"*{x}",
-                    "bias_ptr": None,
-                    "residual_ptr": None,
-                }
-                common = tensors | sizes | scheme | ptx | {"SWIGLU": False, "EVEN_K": True}
-                if M <= w4a16_decode.MAX_M:
-                    name, fn = "w4a16_decode", w4a16_decode.w4a16_decode_kernel
-                    chosen = w4a16_decode.config(M, N, K, group_size, target)
-                    specific, options = decode_launch(chosen, M, group_size, nvidia)
-                else:
-                    name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
-                    chosen = w4a16_wide.config(M, N, K, group_size, target)
-                    specific = {"BLOCK_M": chosen["block_m"], "C": chosen["tiles"], "R": chosen["rows"]}
-                    specific |= {"W": chosen["warps"], "STAGES": chosen["stages"], "EVEN_N": True}
-                    options = {"num_warps": chosen["warps"], "num_stages": 1}
-                if ptx["PDL"]:
-                    options["launch_pdl"] = True
-                if (fn, common | specific, options) not in seen:
-                    seen.append((fn, common | specific, options))
-                    yield f"{name} {called} M={M} N={N}", fn, common | specific, options
-        if x == "bf16":
-            types = weights | {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": ptx["ASM"], **scheme}
-            types |= {"W": dequantize.TILE_WARPS, "C": dequantize.TILES}
-            fn = dequantize.dequantize_tiles_kernel
-            yield (
-                f"dequantize_tiles {called}",
-                fn,
-                types,
-                {"num_warps": dequantize.TILE_WARPS, "num_stages": 1},
-            )
+    for scheme, M, (N, K) in w4a16_products(target):
+        x, group_size, _ = scheme
+        # a 1 is compiled in by the launcher
+        sizes = {"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+        tensors = {"x_ptr": f"*{x}", "y_ptr": f"*{x}", "bias_ptr": None, "residual_ptr": None}
+        common = w4a16_types(*scheme) | tensors | sizes | ptx | {"SWIGLU": False, "EVEN_K": True}
+        if M <= w4a16_decode.MAX_M:
+            name, fn = "w4a16_decode", w4a16_decode.w4a16_decode_kernel
+            chosen = w4a16_decode.config(M, N, K, group_size, target)
+            specific, options = decode_launch(chosen, M, group_size, nvidia)
+        else:
+            name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
+            chosen = w4a16_wide.config(M, N, K, group_size, target)
+            specific = {"BLOCK_M": chosen["block_m"], "C": chosen["tiles"], "R": chosen["rows"]}
+            specific |= {"W": chosen["warps"], "STAGES": chosen["stages"], "EVEN_N": True}
+            options = {"num_warps": chosen["warps"], "num_stages": 1}
+        if ptx["PDL"]:
+            options["launch_pdl"] = True
+        if (fn, common | specific, options) not in seen:
+            seen.append((fn, common | specific, options))
+            yield f"{name} {x} g{group_size} M={M} N={N}", fn, common | specific, options
+    for scheme in (PLAIN, ZEROS) if target in FIRST else (ZEROS,):
+        x, group_size, _ = scheme
+        types = {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": ptx["ASM"]}
+        types |= w4a16_types(*scheme) | {"W": dequantize.TILE_WARPS, "C": dequantize.TILES}
+        options = {"num_warps": dequantize.TILE_WARPS, "num_stages": 1}
+        yield f"dequantize_tiles {x} g{group_size}", dequantize.dequantize_tiles_kernel, types, options
+
+
+# x, group size, zeros and an epilogue or not, and M, N and K: the whole of what `config` launches for the first
+HOPPER = (
+    ("bf16", 128, False, tuple(itertools.product((17, 64, 128, 2048), (FEW, MANY)))),
+    ("bf16", 32, True, ((17, FEW), (64, MANY), (128, FEW), (2048, FEW))),
+    ("fp16", 0, False, ((17, MANY), (128, FEW))),
+    ("bf16", 256, True, ((17, FEW),)),
+)
 
 
 def hopper_jobs():
@@ -85,13 +102,8 @@ def hopper_jobs():
     from quantkit.kernels.int4tiles import STRIP
 
     seen = []
-    for x, group_size, following in (
-        ("bf16", 128, False),
-        ("bf16", 32, True),
-        ("fp16", 0, False),
-        ("bf16", 256, True),
-    ):
-        for (N, K), M in itertools.product(W4A16_SHAPES, (17, 64, 128, 2048)):
+    for x, group_size, following, products in HOPPER:
+        for M, (N, K) in products:
             chosen = w4a16_hopper.config(M, N, K, group_size)
             block_m, strips = chosen["block_m"], chosen["rows"] * chosen["warps"]
             of_group = [strips, 8 * w4a16_hopper.groups_of_step(group_size)]
@@ -160,10 +172,10 @@ def low_bits_jobs(target: str):
 
     from quantkit.kernels import w4a8, wna16
 
-    rows = ROWS if target in ("sm_80", "sm_90", "gfx942") else ROWS[-1:]
+    rows = ROWS if target in FIRST else ROWS[-1:]
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
     for M in rows:
-        for group_size, bits in ((128, 3), (32, 2)):
+        for group_size, bits in ((128, 3), (32, 2)) if M == ROWS[-1] else ((128, 3),):
             zeros = "*u8" if group_size == 32 else None
             types = {"x_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*bf16", "zeros_ptr": zeros}
             types |= {"bias_ptr": None, "y_ptr": "*bf16", **sizes, "G": group_size}
@@ -177,11 +189,12 @@ def low_bits_jobs(target: str):
 def gptq_jobs():
     """What GPTQ's inner loop launches for a block of 128 columns: as `jobs`."""
     from quantkit.kernels import gptq_columns
+    from quantkit.scheme import LARGEST_CODE
 
     for kind, has_zeros in (("int4", True), ("int8", False), ("fp8", False)):
         types = {name: "*fp32" for name in ("columns", "U", "scales", "zeros", "errors")}
         types |= {"groups": "*i64", "codes": "*u8", "N": "i32", "C": "i32", "stride": "i32", "zero": "fp32"}
-        types |= {"HAS_ZEROS": has_zeros, "KIND": kind, "TOP": gptq_columns.TOPS[kind]}
+        types |= {"HAS_ZEROS": has_zeros, "KIND": kind, "TOP": float(LARGEST_CODE[kind])}
         types |= {"BLOCK_C": 128, "BLOCK_N": gptq_columns.BLOCK_N}
         yield f"gptq_columns {kind}", gptq_columns.gptq_columns_kernel, types, {"num_warps": 4}
     for one in ("N", "C"):  # the launcher compiles a 1 in
@@ -204,7 +217,7 @@ def jobs(target: str):
     yield from low_bits_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()
-    N, K, full = 4096, 4096, target in ("sm_80", "sm_90", "gfx942")
+    N, K, full = 4096, 4096, target in FIRST
     native = native_fp8(target)
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
     for M in ROWS:
@@ -416,7 +429,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 52, "sm_89": 24, "sm_90": 80, "sm_100": 24, "sm_120": 24, "gfx942": 46, "gfx950": 18}
+KERNELS = {"sm_80": 42, "sm_89": 13, "sm_90": 62, "sm_100": 13, "sm_120": 13, "gfx942": 42, "gfx950": 13}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.calibration import gptq as gptq_module
-from quantkit.calibration.gptq import TOPS, factorize, gptq, inverse_cholesky, round_columns
+from quantkit.calibration.gptq import factorize, gptq, inverse_cholesky, round_columns
 from quantkit.calibration.grid import search_clip
 from quantkit.kernels import gptq_columns
-from quantkit.scheme import parse_scheme
+from quantkit.scheme import LARGEST_CODE, parse_scheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [
@@ -41,7 +41,7 @@ def problem(kind, has_zeros, C, N, seed=0):
     mix = torch.randn(3 * C + 8, C, generator=g) @ torch.randn(C, C, generator=g) / C**0.5
     U = torch.zeros(C, C + 5)[:, 3 : C + 3]  # part of a larger matrix
     U.copy_(inverse_cholesky(mix.T @ mix / len(mix), 0.01)[0])
-    top = TOPS[kind]
+    top = LARGEST_CODE[kind]
     reach = 2 * 3.0 / top if kind in ("int2", "int3", "int4") else 3.0 / top
     scales = reach * (0.5 + torch.rand(int(groups[-1]) + 1, N, generator=g))
     zeros = float((top + 1) // 2) if kind in ("int2", "int3", "int4") else 0.0
@@ -58,7 +58,7 @@ def run(function, problem):
         a.clone() if isinstance(a, torch.Tensor) and i == 0 else a for i, a in enumerate(arguments)
     )
     errors = torch.full_like(columns, torch.nan)
-    return function(columns, *rest, errors, kind), errors
+    return function(columns, *rest, errors, kind, LARGEST_CODE[kind]), errors
 
 
 def check_replay(problem, codes, errors):
@@ -70,7 +70,7 @@ def check_replay(problem, codes, errors):
     (columns, U, scales, zeros, groups), kind = problem
     w, U, scales = columns.double().cpu(), U.double().cpu(), scales.double().cpu()
     zeros = zeros.double().cpu() if isinstance(zeros, torch.Tensor) else torch.full_like(scales, zeros)
-    codes, errors, top = codes.cpu(), errors.double().cpu(), TOPS[kind]
+    codes, errors, top = codes.cpu(), errors.double().cpu(), LARGEST_CODE[kind]
     lost = torch.zeros_like(w)
     for j, group in enumerate(groups.tolist()):
         scale, zero = scales[group], zeros[group]

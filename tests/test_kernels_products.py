@@ -151,7 +151,7 @@ def test_the_references_read_the_neutral_layout(random: Random, label):
     if bits == 4:
         assert torch.equal(w4a16.dequantize(*grouped), weight.dequantize(torch.float64))
     if not GPU:
-        w = cpu.dequantize_int4(*grouped) if bits == 4 else cpu.dequantize_wna16(*grouped, bits)
+        w = cpu.dequantize(*grouped, bits)
         assert torch.equal(w, weight.dequantize())
 
 
