@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
-from quantkit.block_loader import BlockLoader, release_memory
+from quantkit.block_loader import BlockLoader
 from quantkit.calibration.pipeline import ModuleResult, config_entry
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
@@ -36,7 +36,6 @@ from quantkit.eval.report_html import report_html
 from quantkit.hf import linear_called, packed_twin
 from quantkit.judge import judge
 from quantkit.linear import replace_module
-from quantkit.load import load_model
 from quantkit.names import model_names
 from quantkit.packing import PARTS
 from quantkit.quantize import (
@@ -58,7 +57,6 @@ from quantkit.report import (
     HeldOut,
     ModuleReport,
     Report,
-    Sample,
     Timings,
     Verdict,
     report_json,
@@ -121,6 +119,7 @@ class Run:
     Attributes:
         recipe: as it was asked for; that of the job has the schemes which a `target_bpw` led to.
         tokens: int64 [samples, seq_len] to calibrate on, if there are any; `calibration` describes them.
+        held_whole: the whole model was in memory, for its calibration tokens to be sampled.
         reported, timed, seconds: of the linears packed so far, the blocks, the linears again, for the report.
         packed_bytes: of the tensors stored so far. Of the linears among them the bytes of codes, scales and zeros are
             `code_bytes`, for `weights` weights.
@@ -168,6 +167,7 @@ class Run:
         self.weights = self.code_bytes = self.packed_bytes = 0
 
     def quantize(self, tokens: torch.Tensor | None) -> Summary:
+        """The whole run, from the given tokens, if any, to OUT."""
         self.find_tokens(tokens)
         with memory_named(self.out), CheckpointWriter(self.out, self.identity(), self.size) as self.writer:
             self.choose_schemes()
@@ -343,7 +343,9 @@ class Run:
 
     def judged(self, packed: Path) -> Report:
         """The report on the run, with its verdict; `packed` can be loaded already."""
-        written, skipped = try_out(self.folder, packed, self.device, self.source_bytes, self.held_whole)
+        written, skipped = sampling.try_out(
+            self.folder, packed, self.device, self.source_bytes, self.held_whole
+        )
         order = {name: i for i, name in enumerate(self.job.plans)}
         on_hub = self.folder != Path(self.source)
         report = Report(
@@ -401,26 +403,6 @@ def write_report(folder: Path, report: Report, timings: Timings) -> None:
     write_text(folder / TIMINGS, report_json(timings))
     write_text(folder / CARD, model_card(report))
     write_text(folder / HTML, report_html(report, timings))
-
-
-def try_out(
-    source: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
-) -> tuple[tuple[Sample, ...], str]:
-    """What both models write, or why they were not asked to."""
-    if skipped := sampling.why_not(source_bytes, held_whole, device):
-        return (), skipped
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        tokenizer = load_tokenizer(source)
-        return sampling.samples(
-            lambda: whole_model(source, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
-        ), ""
-    except (
-        Exception
-    ) as error:  # the checkpoint is made: whatever `generate` makes of an odd model costs the sample alone
-        return (), first_line(error)
-    finally:
-        release_memory()
 
 
 def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def test_kl_is_that_of_the_model_with_the_group_alone_packed(
     monkeypatch.setattr(allocate_module, "WINDOWS", windows)
     monkeypatch.setattr(allocate_module, "WINDOWS_AT_ONCE", 3)
     judged, fitted = tokens[:windows].split(3), (tokens[windows:] if windows == 4 else tokens).split(3)
-    model = tiny(architecture, torch.float32)
+    model = tiny(architecture, torch.float32).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prefix, blocks = decoder_blocks(model)
     blocks_before = list(blocks)
@@ -140,6 +140,7 @@ def test_kl_is_that_of_the_model_with_the_group_alone_packed(
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(blocks) == blocks_before
+    assert all(module.training for module in model.modules())
     assert len(seen) == 3 * len(groups)
     assert seen[-1][0] == seen[-1][1]
 
