@@ -37,7 +37,15 @@ from quantkit.models import decoder_blocks
 from quantkit.recipe import ModulePlan
 from quantkit.stand_in import StandIn, standing_in
 
-CANDIDATES = ("w4a16-channel", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a16")
+CANDIDATES = (
+    "w2a16-g128",
+    "w3a16-g128",
+    "w4a16-channel",
+    "w4a16-g128",
+    "w4a16-g64",
+    "w4a16-g32",
+    "w8a16",
+)
 WINDOWS, WINDOW = 8, 512  # calibration sequences, and tokens of each, that KL is measured on
 FITTED = 32  # calibration sequences that methods get statistics of
 WINDOWS_AT_ONCE = 4

@@ -38,9 +38,7 @@ class BlockLoader:
                     "tensors; set tie_word_embeddings to false"
                 )
         unknown = {n for n in reader.tensors if n.startswith(f"{job.prefix}.")} - set(self.names)
-        unknown = {
-            name for name in unknown if not name.endswith("rotary_emb.inv_freq")
-        }  # of old Llama exports
+        unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # of old Llama exports
         if unknown:
             raise QuantKitError(
                 f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
@@ -55,9 +53,8 @@ class BlockLoader:
                 )
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
         self.reading = ThreadPoolExecutor(1)
-        self.ahead: tuple[list[str], Future[dict[str, torch.Tensor]]] | None = (
-            None  # names and what becomes of them
-        )
+        # names, and what becomes of them
+        self.ahead: tuple[list[str], Future[dict[str, torch.Tensor]]] | None = None
 
     def find(self, name: str) -> StoredTensor:
         """Where a tensor's values lie: its own, or those of the tensor that it was tied to."""
