@@ -35,8 +35,17 @@ from quantkit.calibration.statistics import InputStatistics, output_error
 from quantkit.errors import QuantKitError
 from quantkit.models import decoder_blocks
 from quantkit.recipe import ModulePlan
+from quantkit.stand_in import StandIn, standing_in
 
-CANDIDATES = ("w4a16-channel", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a16")
+CANDIDATES = (
+    "w2a16-g128",
+    "w3a16-g128",
+    "w4a16-channel",
+    "w4a16-g128",
+    "w4a16-g64",
+    "w4a16-g32",
+    "w8a16",
+)
 WINDOWS, WINDOW = 8, 512  # calibration sequences, and tokens of each, that KL is measured on
 FITTED = 32  # calibration sequences that methods get statistics of
 WINDOWS_AT_ONCE = 4
@@ -126,18 +135,15 @@ def shared_inputs(model: nn.Module, names: Sequence[str], tokens: torch.Tensor) 
     return [tuple(group) for group in groups.values()]
 
 
-class Skip(nn.Module):
-    """Stands for a decoder block that is not to run: gives `state["output"]`, in whatever form blocks give theirs."""
+class Skip(StandIn):
+    """Gives `state["output"]`, in whatever form blocks give theirs."""
 
     def __init__(self, block: nn.Module, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.__dict__.update(block=block, state=state)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models ask a block for its attention type
+        super().__init__(block)
+        self.state = state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["state"]["output"]
+        return self.state["output"]
 
 
 @torch.no_grad()
@@ -162,7 +168,6 @@ def measure(
         QuantKitError: what the model gives is not finite.
     """
     prefix, blocks = decoder_blocks(model)
-    originals = list(blocks)
     tokens = tokens[:, :WINDOW].to(model.device)  # type: ignore[arg-type]
     judged, fitted = tokens[:WINDOWS], tokens[WINDOWS : WINDOWS + FITTED]
     windows, others = (
@@ -174,13 +179,11 @@ def measure(
     done = 0
     state: dict[str, Any] = {}
     kls: list[list[float]] = [[] for _ in groups]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model), standing_in(blocks):
         log_p = [model(window, use_cache=False).logits.float().log_softmax(-1) for window in windows]
         before: list[Any] = [None] * len(windows)  # outputs of the block before the one at work
         before_others: list[Any] = [None] * len(others)
-        for i, block in enumerate(originals):
+        for i, block in enumerate(list(blocks)):
             mine = [g for g, its_block in enumerate(block_of) if its_block == i]
             fed = {groups[g][0][0].name: [plan.name for plan in groups[g][0]] for g in mine}
             statistics, before_others = run_to(model, block, others, before_others, state, fed)
@@ -204,11 +207,18 @@ def measure(
                 kls[g] = without_luck(kls[g], errors, [plans[0].scheme.bits for plans in groups[g]])
             _, before = run_to(model, block, windows, before, state)
             blocks[i] = Skip(block, state)
+    return kls
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, so that nothing in it is random."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-        for i, block in enumerate(originals):
-            blocks[i] = block
-    return kls
 
 
 def run_to(

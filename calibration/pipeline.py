@@ -38,6 +38,7 @@ from quantkit.packing import QuantizedTensor
 from quantkit.recipe import ModulePlan
 from quantkit.report import DIGITS
 from quantkit.scheme import BLOCK, LARGEST_CODE, Scheme
+from quantkit.stand_in import StandIn, standing_in
 
 TOKENS_PER_BATCH = 4096  # calibration tokens that go through a block at a time
 FEW_TOKENS = (
@@ -115,17 +116,13 @@ def config_entry(note: dict[str, Any]) -> dict[str, Any]:
     return {key: note[key] for key in IN_CONFIG if key in note}
 
 
-class Recorder(nn.Module):
-    """Stands for a decoder block: notes the arguments of a call and hands the hidden states on unchanged."""
+class Recorder(StandIn):
+    """Notes the arguments of a call and hands the hidden states on unchanged."""
 
     def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its weights may not be loaded
+        super().__init__(block)
         self.hidden: list[torch.Tensor] = []
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models ask a block for its attention type
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.hidden.append(hidden)
@@ -169,16 +166,14 @@ def capture(
     Args:
         tokens: int64 [samples, seq_len].
     """
-    originals = list(blocks)
-    recorders = [Recorder(block) for block in originals]
-    for i, recorder in enumerate(recorders):
-        blocks[i] = recorder
+    recorders = [Recorder(block) for block in blocks]
     try:
-        for batch in batches(tokens):
-            model(batch.to(device), use_cache=False, logits_to_keep=1)
-            for recorder in recorders[1:]:
-                recorder.hidden.clear()
-            recorders[0].hidden[-1] = recorders[0].hidden[-1].cpu()
+        with standing_in(blocks, recorders):
+            for batch in batches(tokens):
+                model(batch.to(device), use_cache=False, logits_to_keep=1)
+                for recorder in recorders[1:]:
+                    recorder.hidden.clear()
+                recorders[0].hidden[-1] = recorders[0].hidden[-1].cpu()
     except QuantKitError:
         raise
     except Exception as error:  # whatever a model does with a block's output that is not what Llama does
@@ -188,9 +183,6 @@ def capture(
             f"{type(model).__name__}: cannot be calibrated, since its blocks pass something else than hidden states "
             f"({type(error).__name__}); use --method rtn"
         ) from error
-    finally:
-        for i, block in enumerate(originals):
-            blocks[i] = block
     return Activations(recorders[0].hidden, [r.arguments for r in recorders if r.arguments is not None])
 
 

@@ -18,6 +18,7 @@ from quantkit.calibration.data import encode, evaluation_text
 from quantkit.eval.divergence import position_divergence
 from quantkit.eval.perplexity import chunks
 from quantkit.report import HeldOut
+from quantkit.stand_in import StandIn, standing_in
 
 DEFAULT_TEXT = f"pydoc_data.topics of Python {sys.version_info.major}.{sys.version_info.minor}"
 RUN = 16  # tokens: a window that shares so many in a row with the calibration was calibrated on
@@ -87,16 +88,12 @@ def run_hashes(tokens: torch.Tensor) -> torch.Tensor:
     return hashes
 
 
-class Given(nn.Module):
-    """Stands for a decoder block that gives `hidden`, whatever it gets."""
+class Given(StandIn):
+    """Gives `hidden`, whatever it gets; what it gets where that is None."""
 
     def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its weights may not be loaded
+        super().__init__(block)
         self.hidden: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models ask a block for its attention type
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden if self.hidden is None else self.hidden
@@ -111,17 +108,11 @@ def head_of(model: nn.Module, blocks: nn.ModuleList) -> Head:
 
     @torch.no_grad()
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        originals = list(blocks)
-        given = [Given(block) for block in originals]
+        given = [Given(block) for block in blocks]
         given[-1].hidden = hidden[None]
-        try:
-            for i, stand_in in enumerate(given):
-                blocks[i] = stand_in
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        with standing_in(blocks, given):
             return model(ids, use_cache=False).logits[0]
-        finally:
-            for i, block in enumerate(originals):
-                blocks[i] = block
 
     return head
 

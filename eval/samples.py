@@ -8,13 +8,40 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quantkit.block_loader import release_memory
+from quantkit.load import load_model
 from quantkit.report import Sample
+from quantkit.source import first_line, load_tokenizer, whole_model
 
 PROMPTS = ("The history of the city begins", "In the morning she opened the door and")
 NEW_TOKENS = 40
 SMALL = (
     10**9
 )  # bytes of weights: a model that may be loaded whole though the run itself never held more than a block
+
+
+def try_out(
+    source: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
+) -> tuple[tuple[Sample, ...], str]:
+    """What both models write, and why they did not.
+
+    Args:
+        source, packed: the folders of the original and the quantized model.
+        source_bytes, held_whole: as for `why_not`.
+    """
+    if skipped := why_not(source_bytes, held_whole, device):
+        return (), skipped
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        tokenizer = load_tokenizer(source)
+        return samples(
+            lambda: whole_model(source, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
+        ), ""
+    except Exception as error:
+        # the checkpoint is made: whatever `generate` makes of an odd model costs the sample alone
+        return (), first_line(error)
+    finally:
+        release_memory()
 
 
 def samples(

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from quantkit.allocation import read_budget
+from quantkit.block_loader import BlockLoader, packed_weight_bytes
 from quantkit.calibration import hqq, learn, smooth
 from quantkit.calibration.allocate import CANDIDATES, WINDOW, WINDOWS
 from quantkit.calibration.awq import RATIOS
@@ -33,6 +34,7 @@ from quantkit.calibration.grid import SHRINKS, SHRINKS_8, fit_grid
 from quantkit.calibration.pipeline import AT_A_TIME, batches, is_expert, needs_activations, needs_original
 from quantkit.calibration.statistics import SAMPLED, tensor_cores
 from quantkit.checkpoint import CheckpointReader, check_out, space
+from quantkit.hf import linear_called
 from quantkit.method import LEARN, ROTATE, parse_method
 from quantkit.models import linears
 from quantkit.names import model_names
@@ -40,7 +42,6 @@ from quantkit.quantize import Job, check_context, default_device
 from quantkit.recipe import ModulePlan, Recipe
 from quantkit.scheme import Scheme, parse_scheme
 from quantkit.source import empty_model, read_config, resolve
-from quantkit.streaming import BlockLoader, linear_called, packed_weight_bytes
 
 RATE_SECONDS, TRIALS = 0.2, 10
 FLOAT32, FLOAT64 = 4, 8  # bytes
@@ -191,7 +192,7 @@ COSTS: dict[str, Callable[[Weight], Cost]] = {
     LEARN: learned,
 }
 LEARNED_COPIES = (
-    9  # float32 ones of all weights of a block: targets, moves, gradients, and what the graph keeps
+    11  # float32 ones of all weights of a block: targets, moves, gradients, Adam's moments, what the graph keeps
 )
 
 
@@ -506,7 +507,8 @@ class Sizes:
                 add("tokens through the blocks", self.through(shapes, plans, times))
                 if any(parse_method(plan.method).learn for plan in plans.values()):
                     batches = 3 * learn.STEPS  # a step's is taken forward and, at twice the cost, backward
-                    add(LEARN, self.through(shapes, plans, batches * self.batch / self.tokens))
+                    times = batches * self.batch / self.tokens + 2  # and all tokens before and after
+                    add(LEARN, self.through(shapes, plans, times))
                 for names in fed.values():
                     K, tokens = shapes[names[0]][1], self.tokens_at(names[0], plans)
                     add("Hessians", Cost(2 * collected * tokens * K * K, 6 * collected * tokens * K))

@@ -92,7 +92,7 @@ def default_method(scheme: Scheme, quality: Level = "balanced") -> str:
     """What `--quality` chooses for a scheme.
 
     fast: no calibration text where the scheme can do without. balanced: the best that takes minutes for a model of
-    8B parameters on a GPU. best: several times as long.
+    8B parameters on a GPU. best: several times as long, and at few bits several copies of a block in memory.
     """
     int8_inputs = scheme.activation == "int8"
     if quality == "fast":
@@ -100,6 +100,8 @@ def default_method(scheme: Scheme, quality: Level = "balanced") -> str:
             return "smooth"
         return "equalize" if scheme.bits < 8 else "rtn"
     rounding = "gptq" if quality == "balanced" else "gptaq"
+    if quality == "best" and scheme.bits < 8:
+        rounding += f"+{LEARN}"
     if int8_inputs:
         return f"smooth+{rounding}"
     if scheme.bits < 8:

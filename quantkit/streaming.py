@@ -1,16 +1,13 @@
 """Quantizing from directory to directory with one decoder block in memory at a time."""
 
-import ctypes
 import json
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +18,26 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
-from quantkit.calibration.channels import ScaleInput, scale_input
-from quantkit.calibration.data import text_source
-from quantkit.calibration.pipeline import ModuleResult, config_entry, not_finite
+from quantkit.block_loader import BlockLoader
+from quantkit.calibration.pipeline import ModuleResult, config_entry
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
     INDEX,
     CheckpointReader,
     CheckpointWriter,
-    StoredTensor,
     check_out,
     check_space,
-    sha256,
     staging_folder,
     write_text,
 )
-from quantkit.errors import MachineError, QuantKitError, out_of_memory
+from quantkit.errors import MachineError, out_of_memory
 from quantkit.eval import samples as sampling
 from quantkit.eval.report_html import report_html
 from quantkit.hf import linear_called, packed_twin
 from quantkit.judge import judge
-from quantkit.linear import replace_module, tensor_specs
-from quantkit.load import load_model
+from quantkit.linear import replace_module
 from quantkit.names import model_names
-from quantkit.packing import PARTS, QuantizedTensor
+from quantkit.packing import PARTS
 from quantkit.quantize import (
     Job,
     Progress,
@@ -61,20 +54,18 @@ from quantkit.report import (
     REPORT,
     TIMINGS,
     BlockTiming,
+    HeldOut,
     ModuleReport,
     Report,
-    Sample,
     Timings,
     Verdict,
     report_json,
 )
-from quantkit.scheme import Scheme
 from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
-from quantkit.witness import WINDOW, Witness, unseen_text
+from quantkit.witness import Witness, call_witness
 
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
-GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
 
 
 @dataclass(frozen=True)
@@ -118,181 +109,270 @@ def quantize_checkpoint(
         QuantKitError: the model or the recipe is at fault, or `out` exists.
         MachineError: disk or memory are used up; `out`.partial keeps the finished blocks.
     """
-    started = time.monotonic()
-    progress = progress or Progress()
     device = torch.device(device) if device is not None else default_device()
-    out = Path(out)
-    check_out(out)
-    folder = resolve(source)
-    config = read_config(folder)
-    reader = CheckpointReader(folder)
-    model = empty_model(config)
-    job = Job(model, recipe, device)
-    reader.tensors = model_names(reader.tensors, model)
-    loader = BlockLoader(job, reader, device)
-    size = loader.packed_bytes()
-    check_space(out, size)
+    return Run(source, Path(out), recipe, device, progress or Progress(), report).quantize(tokens)
 
-    calibration = allocation = None
-    held_whole = job.needs_tokens and tokens is None and recipe.calibration.source == "self"
-    if recipe.target_bpw is not None:
-        read_budget(model, recipe)
-    if job.needs_tokens:
-        if tokens is None:
-            check_context(recipe.calibration.seq_len, config)
-            tokenizer = load_tokenizer(folder) if recipe.calibration.source != "self" else None
-            tokens = calibration_tokens(
-                recipe.calibration, tokenizer, lambda: whole_model(folder, device), progress
-            )
-        check_tokens(tokens, model)
-        calibration = describe_calibration(recipe.calibration, tokens)
-    files = [folder / "config.json", *reader.files]
-    fingerprint = {
-        "quantkit": __version__,
-        "torch": torch.__version__,
-        "device": device.type,
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "recipe": recipe.to_dict(),
-        "calibration": calibration,
-    }
-    packed_weights = packed_code_bytes = packed_bytes = 0
-    reported: list[ModuleReport] = []
-    timed: list[BlockTiming] = []
-    module_seconds: dict[str, float] = {}
-    verdict = None
 
-    with memory_named(out), CheckpointWriter(out, fingerprint, size) as writer:
-        if recipe.target_bpw is not None and tokens is not None:
-            allocation = saved_allocation(writer)
-            if allocation is None:
-                check_room(model, tokens, device)
-                allocation = allocate(whole_model(folder, device), recipe, tokens, progress.measure)
-                with writer.writing(writer.staging / ALLOCATION):
-                    write_text(writer.staging / ALLOCATION, json.dumps(allocation.to_dict()))
-            progress.allocation(allocation)
-            job.follow(allocation.recipe(recipe))
+class Run:
+    """One model on its way from its folder to OUT; `quantize` has the order of things.
 
-        def write(
-            name: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
-        ) -> dict[str, torch.Tensor]:
-            nonlocal packed_weights, packed_code_bytes, packed_bytes
-            stored = writer.read_part(name)
-            if stored is None:
-                stored = loader.pack(module, prefix, results())
-                writer.write_part(name, *stored)
-            if job.runs_on:
-                # from the stored tensors, roundings and all, so that a continued run goes on as this one does
-                loader.restore(module, prefix, stored[0])
-            tensors, notes = stored
-            packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            for note in notes:
-                module_name = note.pop("name")
-                if (took := note.pop("seconds", None)) is not None:
-                    module_seconds[module_name] = took
-                job.modules[module_name] = config_entry(note)
-                N, K = tensors[f"{module_name}.weight"].tolist()
-                code_bytes = sum(
-                    tensors[key].nbytes for suffix in PARTS if (key := f"{module_name}.{suffix}") in tensors
+    Attributes:
+        recipe: as it was asked for; that of the job has the schemes which a `target_bpw` led to.
+        tokens: int64 [samples, seq_len] to calibrate on, if there are any; `calibration` describes them.
+        held_whole: the whole model was in memory, for its calibration tokens to be sampled.
+        reported, timed, seconds: of the linears packed so far, the blocks, the linears again, for the report.
+        packed_bytes: of the tensors stored so far. Of the linears among them the bytes of codes, scales and zeros are
+            `code_bytes`, for `weights` weights.
+    """
+
+    writer: CheckpointWriter
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        recipe: Recipe,
+        device: torch.device,
+        progress: Progress,
+        report: bool,
+    ) -> None:
+        """Refuses what can be refused before the work."""
+        self.started = time.monotonic()
+        self.source, self.out, self.recipe, self.device = source, out, recipe, device
+        self.progress, self.report = progress, report
+        check_out(out)
+        self.folder = resolve(source)
+        config = read_config(self.folder)
+        self.reader = CheckpointReader(self.folder)
+        self.model = empty_model(config)
+        self.job = Job(self.model, recipe, device)
+        self.reader.tensors = model_names(self.reader.tensors, self.model)
+        self.source_bytes = sum(tensor.stop - tensor.start for tensor in self.reader.tensors.values())
+        self.loader = BlockLoader(self.job, self.reader, device)
+        self.size = self.loader.packed_bytes()
+        check_space(out, self.size)
+        if recipe.target_bpw is not None:
+            read_budget(self.model, recipe)
+
+        self.tokens: torch.Tensor | None = None
+        self.calibration: dict[str, Any] | None = None
+        self.held_whole = False
+        self.allocation: Allocation | None = None
+        self.witness: Witness | None = None
+        self.held_out: HeldOut | None = None
+        self.verdict: Verdict | None = None
+        self.reported: list[ModuleReport] = []
+        self.timed: list[BlockTiming] = []
+        self.seconds: dict[str, float] = {}
+        self.weights = self.code_bytes = self.packed_bytes = 0
+
+    def quantize(self, tokens: torch.Tensor | None) -> Summary:
+        """The whole run, from the given tokens, if any, to OUT."""
+        self.find_tokens(tokens)
+        with memory_named(self.out), CheckpointWriter(self.out, self.identity(), self.size) as self.writer:
+            self.choose_schemes()
+            self.progress.start(len(self.job.blocks) + 1)
+            self.quantize_outer()
+            for index in range(len(self.job.blocks)):
+                self.quantize_block(index)
+            self.hear_witness()
+            self.finish()
+        return Summary(
+            self.job.modules,
+            self.calibration,
+            self.weights,
+            8 * self.code_bytes / self.weights,
+            self.source_bytes,
+            self.packed_bytes,
+            time.monotonic() - self.started,
+            self.verdict,
+            self.allocation,
+        )
+
+    def find_tokens(self, tokens: torch.Tensor | None) -> None:
+        """The tokens to calibrate on, given or by the recipe."""
+        if self.job.needs_tokens:
+            spec = self.recipe.calibration
+            if tokens is None:
+                check_context(spec.seq_len, self.model.config)
+                self.held_whole = spec.source == "self"
+                tokenizer = None if self.held_whole else load_tokenizer(self.folder)
+                tokens = calibration_tokens(
+                    spec, tokenizer, lambda: whole_model(self.folder, self.device), self.progress
                 )
-                packed_weights += N * K
-                packed_code_bytes += code_bytes
-                scales = tensors[f"{module_name}.scales"].float()
-                bad = int((~(scales.isfinite() & (scales != 0))).sum())
-                bits = 8 * code_bytes / (N * K)
-                reported.append(ModuleReport(module_name, N, K, bits=bits, bad_scales=bad, **note))
-                progress.module({"name": module_name, **note})
-            progress.step()
-            return tensors
+            check_tokens(tokens, self.model)
+            self.calibration = describe_calibration(spec, tokens)
+        self.tokens = tokens
 
-        progress.start(len(job.blocks) + 1)
-        loader.load_outer()
-        job.rotate_outer()
-        if tokens is not None and job.needs_tokens:
-            job.capture(tokens)
-        witness = call_witness(job, folder, tokens) if report else None
-        write(OUTER, model, "", job.quantize_outer)
-        loader.unload_outer()
-        for index, block in enumerate(job.blocks):
-            begun, new = time.monotonic(), not writer.part(f"block-{index:05d}").exists()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            with loader.loaded(index) as prefix:
-                job.begin(index)
-                if witness:
-                    witness.begin(index)
-                stored = write(f"block-{index:05d}", block, prefix, partial(job.quantize_block, index))
-                job.advance(index, input_scales(stored, prefix))
-                if witness:
-                    witness.advance(index, input_scales(stored, prefix))
-            if new:
-                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-                timed.append(BlockTiming(index, time.monotonic() - begun, peak))
+    def identity(self) -> dict[str, Any]:
+        """What makes the bytes of OUT, by which a run knows what a killed one left of the same job."""
+        files = [self.folder / "config.json", *self.reader.files]
+        return {
+            "quantkit": __version__,
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "recipe": self.recipe.to_dict(),
+            "calibration": self.calibration,
+        }
 
-        held_out = None
-        if witness:
-            loader.load_outer()
-            job.rotate_outer()
-            held_out = witness.testify()
-            loader.unload_outer()
-
-        def add_report(folder_out: Path) -> None:
-            nonlocal verdict
-            source_bytes = sum(t.stop - t.start for t in reader.tensors.values())
-            written, skipped = try_out(folder, folder_out, device, source_bytes, held_whole)
-            order = {name: i for i, name in enumerate(job.plans)}
-            found = Report(
-                model=str(source) if folder != Path(source) else folder.resolve().name,
-                on_hub=folder != Path(source),
-                architecture=type(model).__name__,
-                schemes={plan.scheme.label: plan.scheme.to_dict() for plan in job.plans.values()},
-                recipe=recipe.to_dict(),
-                calibration=calibration,
-                versions={
-                    "quantkit": __version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                source_bytes=source_bytes,
-                packed_bytes=packed_bytes,
-                modules=tuple(sorted(reported, key=lambda module: order[module.name])),
-                license=license_of(folder),
-                blocks=tuple(witness.blocks) if witness else (),
-                held_out=held_out,
-                samples=written,
-                samples_skipped=skipped,
+    def choose_schemes(self) -> None:
+        """Measures the model where there is a `target_bpw`, unless a killed run did, and plans anew."""
+        if self.recipe.target_bpw is None or self.tokens is None:
+            return
+        saved = self.writer.staging / ALLOCATION
+        self.allocation = read_allocation(saved)
+        if self.allocation is None:
+            check_room(self.model, self.tokens, self.device)
+            self.allocation = allocate(
+                whole_model(self.folder, self.device), self.recipe, self.tokens, self.progress.measure
             )
-            verdict = judge(found)
+            with self.writer.writing(saved):
+                write_text(saved, json.dumps(self.allocation.to_dict()))
+        self.progress.allocation(self.allocation)
+        self.job.follow(self.allocation.recipe(self.recipe))
+
+    @contextmanager
+    def outer_loaded(self) -> Iterator[None]:
+        """What lies outside the decoder blocks with its weights, while it lasts."""
+        self.loader.load_outer()
+        self.job.rotate_outer()
+        yield
+        self.loader.unload_outer()
+
+    def quantize_outer(self) -> None:
+        """Also takes what is read on the way, calibration and held-out text, up to the first block."""
+        with self.outer_loaded():
+            if self.tokens is not None and self.job.needs_tokens:
+                self.job.capture(self.tokens)
+            if self.report:
+                self.witness = call_witness(self.job, self.folder, self.tokens)
+            self.store(OUTER, self.model, "", self.job.quantize_outer)
+
+    def quantize_block(self, index: int) -> None:
+        block, part = self.job.blocks[index], f"block-{index:05d}"
+        with self.timing(index, part), self.loader.loaded(index) as prefix:
+            self.job.begin(index)
+            if self.witness:
+                self.witness.begin(index)
+            tensors = self.store(part, block, prefix, partial(self.job.quantize_block, index))
+            self.job.advance(index, input_scales(tensors, prefix))
+            if self.witness:
+                self.witness.advance(index, input_scales(tensors, prefix))
+
+    @contextmanager
+    def timing(self, index: int, part: str) -> Iterator[None]:
+        """Notes what a block takes, unless a killed run packed it."""
+        begun, new = time.monotonic(), not self.writer.part(part).exists()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        if new:
+            peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+            self.timed.append(BlockTiming(index, time.monotonic() - begun, peak))
+
+    def store(
+        self, part: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
+    ) -> dict[str, torch.Tensor]:
+        """Packs and stores a loaded part, or takes what a killed run stored; the tensors in its file."""
+        stored = self.writer.read_part(part)
+        if stored is None:
+            stored = self.loader.pack(module, prefix, results())
+            self.writer.write_part(part, *stored)
+        tensors, notes = stored
+        if self.job.runs_on:
+            # from the stored tensors, roundings and all, so that a continued run goes on as this one does
+            self.loader.restore(module, prefix, tensors)
+        self.packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        for note in notes:
+            self.enter(note, tensors)
+        self.progress.step()
+        return tensors
+
+    def enter(self, note: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Enters a packed linear in the figures, from what is stored of it."""
+        name = note.pop("name")
+        if (took := note.pop("seconds", None)) is not None:
+            self.seconds[name] = took
+        self.job.modules[name] = config_entry(note)
+        N, K = tensors[f"{name}.weight"].tolist()
+        code_bytes = sum(tensors[key].nbytes for suffix in PARTS if (key := f"{name}.{suffix}") in tensors)
+        self.weights += N * K
+        self.code_bytes += code_bytes
+        scales = tensors[f"{name}.scales"].float()
+        bad = int((~(scales.isfinite() & (scales != 0))).sum())
+        bits = 8 * code_bytes / (N * K)
+        self.reported.append(ModuleReport(name, N, K, bits=bits, bad_scales=bad, **note))
+        self.progress.module({"name": name, **note})
+
+    def hear_witness(self) -> None:
+        if self.witness:
+            with self.outer_loaded():
+                self.held_out = self.witness.testify()
+
+    def finish(self) -> None:
+        """Turns the empty model into the one that will be loaded, for the order of its tensors, and shows OUT."""
+        model, job = self.model, self.job
+        for name, plan in job.plans.items():
+            scaled = job.modules[name].get("channel_scales", False)
+            replace_module(
+                model, name, packed_twin(linear_called(model, name), plan.scheme, channel_scales=scaled)
+            )
+        tied = getattr(model, "all_tied_weights_keys", {})
+        state = model.state_dict()
+        order = {name: state[name] for name in sorted(state, key=natural_key) if name not in tied}
+        model.config.quantization_config = job.config(self.calibration)
+        model.config.architectures = [type(model).__name__]
+        self.writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), self.add_files)
+
+    def add_files(self, out: Path) -> None:
+        """Puts what belongs beside the tensors into the folder that will be OUT."""
+        self.model.config.save_pretrained(out)
+        save_generation_config(self.model, self.folder, out)
+        for pattern in COPIED:
+            for file in sorted(self.folder.glob(pattern)):
+                if file.is_file() and file.name != INDEX:
+                    shutil.copyfile(file, out / file.name)
+        if self.report:
+            report = self.judged(out)
+            self.verdict = report.verdict
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            timings = Timings(time.monotonic() - started, peak, tuple(timed), module_seconds)
-            write_report(folder_out, replace(found, verdict=verdict), timings)
+            timings = Timings(time.monotonic() - self.started, peak, tuple(self.timed), self.seconds)
+            write_report(out, report, timings)
 
-        finish(writer, job, folder, calibration, add_report if report else None)
-    return Summary(
-        job.modules,
-        calibration,
-        packed_weights,
-        8 * packed_code_bytes / packed_weights,
-        sum(t.stop - t.start for t in reader.tensors.values()),
-        packed_bytes,
-        time.monotonic() - started,
-        verdict,
-        allocation,
-    )
-
-
-def call_witness(job: Job, folder: Path, calibration: torch.Tensor | None) -> Witness | None:
-    """Text to judge the run by; None if the model has no tokenizer."""
-    source = job.recipe.calibration.source if calibration is not None else "self"
-    context = getattr(job.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
-    try:
-        tokenizer = load_tokenizer(folder)
-        text = None if source == "self" else text_source(source)
-        found = Witness(job, *unseen_text(tokenizer, source, text, calibration, context))
-    except QuantKitError:
-        return None
-    job.watched = True
-    return found
+    def judged(self, packed: Path) -> Report:
+        """The report on the run, with its verdict; `packed` can be loaded already."""
+        written, skipped = sampling.try_out(
+            self.folder, packed, self.device, self.source_bytes, self.held_whole
+        )
+        order = {name: i for i, name in enumerate(self.job.plans)}
+        on_hub = self.folder != Path(self.source)
+        report = Report(
+            model=str(self.source) if on_hub else self.folder.resolve().name,
+            on_hub=on_hub,
+            architecture=type(self.model).__name__,
+            schemes={plan.scheme.label: plan.scheme.to_dict() for plan in self.job.plans.values()},
+            recipe=self.recipe.to_dict(),
+            calibration=self.calibration,
+            versions={
+                "quantkit": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            device=torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else self.device.type,
+            source_bytes=self.source_bytes,
+            packed_bytes=self.packed_bytes,
+            modules=tuple(sorted(self.reported, key=lambda module: order[module.name])),
+            license=license_of(self.folder),
+            blocks=tuple(self.witness.blocks) if self.witness else (),
+            held_out=self.held_out,
+            samples=written,
+            samples_skipped=skipped,
+        )
+        return replace(report, verdict=judge(report))
 
 
 @contextmanager
@@ -309,10 +389,10 @@ def memory_named(out: Path) -> Iterator[None]:
         ) from error
 
 
-def saved_allocation(writer: CheckpointWriter) -> Allocation | None:
+def read_allocation(file: Path) -> Allocation | None:
     """What a killed run of the same job chose; None if it did not come so far."""
     try:
-        return Allocation.from_dict(json.loads((writer.staging / ALLOCATION).read_text()))
+        return Allocation.from_dict(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -325,32 +405,6 @@ def write_report(folder: Path, report: Report, timings: Timings) -> None:
     write_text(folder / HTML, report_html(report, timings))
 
 
-def try_out(
-    source: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
-) -> tuple[tuple[Sample, ...], str]:
-    """What both models write, or why they were not asked to."""
-    if skipped := sampling.why_not(source_bytes, held_whole, device):
-        return (), skipped
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        tokenizer = load_tokenizer(source)
-        return sampling.samples(
-            lambda: whole_model(source, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
-        ), ""
-    except (
-        Exception
-    ) as error:  # the checkpoint is made: whatever `generate` makes of an odd model costs the sample alone
-        return (), first_line(error)
-    finally:
-        release_memory()
-
-
-def packed_weight_bytes(scheme: Scheme, N: int, K: int, channel_scales: bool = False) -> int:
-    """Bytes of codes, scales and zeros of a packed weight [N, K]."""
-    specs = tensor_specs(scheme, N, K, channel_scales=channel_scales)
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-
-
 def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The static activation scales among a part's tensors, by the names of their linears inside the block."""
     suffix = ".input_scale"
@@ -359,205 +413,6 @@ def input_scales(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, tor
         for name, tensor in tensors.items()
         if name.endswith(suffix)
     }
-
-
-class BlockLoader:
-    """Brings parts of an empty model to life from a checkpoint, and back to nothing."""
-
-    def __init__(self, job: Job, reader: CheckpointReader, device: torch.device) -> None:
-        self.job, self.reader, self.device = job, reader, device
-        tied = getattr(job.model, "all_tied_weights_keys", {})
-        self.names = [name for name in job.model.state_dict() if name not in tied]
-        for target, origin in (tied | job.untied).items():
-            both = target in reader.tensors and origin in reader.tensors
-            if both and sha256(reader.tensors[target]) != sha256(reader.tensors[origin]):
-                raise QuantKitError(
-                    f"{reader.folder / 'config.json'}: ties {target} to {origin}, but the files hold two different "
-                    "tensors; set tie_word_embeddings to false"
-                )
-        unknown = {n for n in reader.tensors if n.startswith(f"{job.prefix}.")} - set(self.names)
-        unknown = {
-            name for name in unknown if not name.endswith("rotary_emb.inv_freq")
-        }  # of old Llama exports
-        if unknown:
-            raise QuantKitError(
-                f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
-                "have; they belong to different models"
-            )
-        for name, parameter in job.model.state_dict().items():
-            stored = self.find(name) if name not in tied else None
-            if stored is not None and stored.shape != parameter.shape:
-                raise QuantKitError(
-                    f"{stored.file}: {name} is {list(stored.shape)}, config.json makes it {list(parameter.shape)}; "
-                    "they belong to different models"
-                )
-        self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
-        self.reading = ThreadPoolExecutor(1)
-        self.ahead: tuple[list[str], Future[dict[str, torch.Tensor]]] | None = (
-            None  # names and what becomes of them
-        )
-
-    def find(self, name: str) -> StoredTensor:
-        """Where a tensor's values lie: its own, or those of the tensor that it was tied to."""
-        return self.reader.find(self.job.untied.get(name, name))
-
-    def packed_bytes(self) -> int:
-        """Bytes of all tensors that `pack` will give to store."""
-        planned = {f"{name}.weight" for name in self.job.plans}
-        kept = (self.find(name) for name in self.names if name not in planned)
-        packed = 0
-        for plan in self.job.all_plans():
-            linear = linear_called(self.job.model, plan.name)
-            N, K = linear.out_features, linear.in_features
-            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, N, K, plan.channel_scales)
-        return packed + sum(tensor.stop - tensor.start for tensor in kept)
-
-    def load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        tensors = self.ahead[1].result() if self.ahead and self.ahead[0] == names else self.read(names)
-        self.ahead = None
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        # half precision is slow on a CPU, and adds its own rounding to the statistics
-        upcast = self.device.type == "cpu" and self.job.needs_tokens
-        ready = {
-            name.removeprefix(prefix): tensor.to(
-                self.device, torch.float32 if upcast and tensor.is_floating_point() else None
-            )
-            for name, tensor in tensors.items()
-        }
-        module.load_state_dict(ready, strict=False, assign=True)
-
-    def load_outer(self) -> None:
-        """What lies outside the decoder blocks: embeddings, last norm, LM head."""
-        self.outer = [name for name in self.names if not name.startswith(f"{self.job.prefix}.")]
-        self.load(self.job.model, "", self.outer)
-        self.job.model.tie_weights()
-        for module in self.job.model.modules():  # rotary frequencies and the like
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
-
-    def unload_outer(self) -> None:
-        for module in self.job.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and not parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        self.job.model.tie_weights()
-
-    def block_names(self, index: int) -> list[str]:
-        return [name for name in self.names if name.startswith(f"{self.job.prefix}.{index}.")]
-
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors as they are stored, and found to be finite."""
-        origins = {name: self.job.untied.get(name, name) for name in names}
-        stored = self.reader.load(dict.fromkeys(origins.values()))
-        for name, tensor in stored.items():
-            if bad := not_finite(tensor):
-                raise QuantKitError(
-                    f"{self.reader.tensors[name].file}: {name}: {bad} of {tensor.numel()} values are NaN or "
-                    "infinite; mend the source checkpoint"
-                )
-        return {name: stored[origin] for name, origin in origins.items()}
-
-    @contextmanager
-    def loaded(self, index: int) -> Iterator[str]:
-        """A block with its weights, while it lasts; on a GPU the next one's are read meanwhile."""
-        prefix = f"{self.job.prefix}.{index}."
-        block = self.job.blocks[index]
-        self.load(block, prefix, self.block_names(index))
-        if self.device.type == "cuda":
-            self.ahead = (
-                self.block_names(index + 1),
-                self.reading.submit(self.read, self.block_names(index + 1)),
-            )
-        try:
-            yield prefix
-        finally:
-            block.to("meta")
-            release_memory()
-
-    def pack(
-        self, module: nn.Module, prefix: str, results: list[ModuleResult]
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """The tensors to store for a loaded part: packed weights in the place of the planned ones."""
-        state = module.state_dict()
-        packed = {f"{result.plan.name}.weight" for result in results}
-        tensors = {
-            name: state[name.removeprefix(prefix)].to("cpu", dtype)
-            for name, dtype in self.dtypes.items()
-            if name not in packed
-        }
-        for result in results:
-            name = result.plan.name
-            tensors[f"{name}.weight"] = torch.tensor(result.quantized.shape)
-            for suffix, tensor in result.quantized.tensors().items():
-                tensors[f"{name}.{suffix}"] = tensor.cpu()
-        return tensors, [{"name": result.plan.name, **result.to_dict()} for result in results]
-
-    def restore(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Makes a loaded part what it was after `pack`, from the stored tensors."""
-        state = module.state_dict()
-        for name, current in state.items():
-            full = prefix + name
-            if full not in tensors:
-                continue
-            plan = self.job.plans.get(full.removesuffix(".weight"))
-            if plan is not None and full.endswith(".weight"):
-                stem = full.removesuffix(".weight")
-                parts = {
-                    suffix: tensor.to(current.device)
-                    for suffix in PARTS
-                    if (tensor := tensors.get(f"{stem}.{suffix}")) is not None
-                }
-                quantized = QuantizedTensor(plan.scheme, tuple(tensors[full].tolist()), **parts)
-                current.copy_(quantized.dequantize(current.dtype))
-                c = quantized.channel_scales
-                linear = linear_called(module, stem.removeprefix(prefix))
-                scale_input(linear, None if c is None else ScaleInput(c))
-            else:
-                current.copy_(tensors[full])
-
-
-def release_memory() -> None:
-    """Gives freed memory back to the system.
-
-    glibc keeps allocations below 32 MB for later ones, in pieces that the next block does not quite fit: a
-    process then grows by tens of MB a block.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def finish(
-    writer: CheckpointWriter,
-    job: Job,
-    folder: Path,
-    calibration: dict[str, Any] | None,
-    add_report: Callable[[Path], None] | None,
-) -> None:
-    """Turns the empty model into the one that will be loaded, for the order of its tensors, and closes the run."""
-    model = job.model
-    for name, plan in job.plans.items():
-        scaled = job.modules[name].get("channel_scales", False)
-        replace_module(
-            model, name, packed_twin(linear_called(model, name), plan.scheme, channel_scales=scaled)
-        )
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = model.state_dict()
-    order = {name: state[name] for name in sorted(state, key=natural_key) if name not in tied}
-    model.config.quantization_config = job.config(calibration)
-    model.config.architectures = [type(model).__name__]
-
-    def add_files(out: Path) -> None:
-        model.config.save_pretrained(out)
-        save_generation_config(model, folder, out)
-        for pattern in COPIED:
-            for file in sorted(folder.glob(pattern)):
-                if file.is_file() and file.name != INDEX:
-                    shutil.copyfile(file, out / file.name)
-        if add_report is not None:
-            add_report(out)
-
-    writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), add_files)
 
 
 def natural_key(name: str) -> list[tuple[int, str, int]]:

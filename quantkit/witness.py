@@ -4,15 +4,18 @@ They cost little, because they are few, and no whole model is ever needed to say
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from quantkit.calibration.data import text_source
 from quantkit.calibration.pipeline import Activations, advance, capture, run_original
 from quantkit.errors import QuantKitError
 from quantkit.eval.held_out import DEFAULT_TEXT, drift, final_divergence, head_of, held_out_windows
 from quantkit.quantize import Job
 from quantkit.report import BlockReport, HeldOut
+from quantkit.source import load_tokenizer
 
 WINDOWS, WINDOW = 8, 512
 
@@ -81,6 +84,26 @@ class Witness:
             vocabulary=embedding.shape[0],
             device=self.job.device,
         )
+
+
+def call_witness(job: Job, folder: Path, calibration: torch.Tensor | None) -> Witness | None:
+    """A witness for a job whose model, with its tokenizer, lies in the folder; None if it has no tokenizer.
+
+    What lies outside the blocks must be loaded.
+
+    Args:
+        calibration: int64 [samples, seq_len]; None without one.
+    """
+    source = job.recipe.calibration.source if calibration is not None else "self"
+    context = getattr(job.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    try:
+        tokenizer = load_tokenizer(folder)
+        text = None if source == "self" else text_source(source)
+        found = Witness(job, *unseen_text(tokenizer, source, text, calibration, context))
+    except QuantKitError:
+        return None
+    job.watched = True
+    return found
 
 
 def unseen_text(

@@ -29,7 +29,7 @@ from quantkit.calibration.rtn import rtn
 from quantkit.calibration.statistics import InputStatistics
 from quantkit.models import decoder_blocks, linears
 from quantkit.quantize import Progress
-from quantkit.recipe import ModulePlan, read_recipe
+from quantkit.recipe import ModulePlan, fit_scheme, read_recipe
 from quantkit.scheme import parse_scheme
 
 ARCHITECTURES = ("llama", "gemma2", "qwen3", "phi3")
@@ -122,7 +122,7 @@ def test_kl_is_that_of_the_model_with_the_group_alone_packed(
     monkeypatch.setattr(allocate_module, "WINDOWS", windows)
     monkeypatch.setattr(allocate_module, "WINDOWS_AT_ONCE", 3)
     judged, fitted = tokens[:windows].split(3), (tokens[windows:] if windows == 4 else tokens).split(3)
-    model = tiny(architecture, torch.float32)
+    model = tiny(architecture, torch.float32).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prefix, blocks = decoder_blocks(model)
     blocks_before = list(blocks)
@@ -140,6 +140,7 @@ def test_kl_is_that_of_the_model_with_the_group_alone_packed(
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(blocks) == blocks_before
+    assert all(module.training for module in model.modules())
     assert len(seen) == 3 * len(groups)
     assert seen[-1][0] == seen[-1][1]
 
@@ -259,6 +260,12 @@ def test_a_run_keeps_the_target_and_merges_stay_possible(source, recipe, tokens,
     assert {entry["method"] for entry in summary.modules.values()} >= {"gptq"}
 
 
+def test_a_target_below_four_bits_is_kept_too(source, tokens, tmp_path):
+    summary = run(source(), tmp_path / "out", Recipe("w4a16-g128", "rtn", target_bpw=3.0), tokens)
+    assert 2.7 < summary.bits_per_weight <= 3.0
+    assert {parse_scheme(entry["scheme"]).bits for entry in summary.modules.values()} >= {2, 3}
+
+
 def test_its_recipe_gives_the_same_checkpoint_without_measuring(
     source, recipe, tokens, tmp_path, monkeypatch
 ):
@@ -349,7 +356,8 @@ def test_rtn_alone_runs_without_activations(source, tokens, tmp_path):
 def limits(model) -> tuple[float, float]:
     shapes = [tuple(linear.weight.shape) for linear in linears(decoder_blocks(model)[1]).values()]
     weights = sum(N * K for N, K in shapes)
-    least = sum(min(stored_bits(parse_scheme(label), *s) for label in CANDIDATES) for s in shapes)
+    schemes = [parse_scheme(label) for label in CANDIDATES]
+    least = sum(min(stored_bits(fit_scheme(scheme, K)[0], N, K) for scheme in schemes) for N, K in shapes)
     most = sum(stored_bits(parse_scheme("w8a16"), *s) for s in shapes)
     return math.ceil(1000 * least / weights) / 1000, math.floor(1000 * most / weights) / 1000
 
@@ -358,7 +366,7 @@ def test_a_target_out_of_reach_names_both_ends(tiny, tokens):
     model = tiny()
     least, most = limits(model)
     for target in (least - 0.001, most + 0.001, 0.0, float("nan"), float("inf")):
-        with pytest.raises(QuantKitError, match=r"w4a16-channel.* throughout") as error:
+        with pytest.raises(QuantKitError, match=r"w2a16.* throughout") as error:
             read_budget(model, Recipe("w4a16-g128", target_bpw=target))
         for word in (f"{least:g} bits a weight", f"{most:g} (w8a16)"):
             assert word in str(error.value)

@@ -463,11 +463,11 @@ def test_a_tied_lm_head_in_a_recipe_is_refused(refused, source, tmp_path):
         (("--target-bpw", "4.5", "--group-size", "64"), ("--target-bpw chooses the groups",)),
         (
             ("--target-bpw", "2"),
-            ("target_bpw 2: this model takes from 4.", "w4a16-channel", "to 8.", "w8a16"),
+            ("target_bpw 2: this model takes from 2.", "w2a16-g", "to 8.", "w8a16"),
         ),
         (
             ("--target-bpw", "16"),
-            ("target_bpw 16: this model takes from 4.", "w4a16-channel", "to 8.", "w8a16"),
+            ("target_bpw 16: this model takes from 2.", "w2a16-g", "to 8.", "w8a16"),
         ),
         (("--target-bpw", "many"), ("number", "--target-bpw")),
         (("--scheme", "w8a16", "--samples", "none"), ("--samples", "integer")),

@@ -184,8 +184,8 @@ def test_a_target_is_measured_first_and_refused_where_it_cannot_be_met(source, t
     found = dry_run(source(), tmp_path / "out", recipe, "cpu")
     assert "measuring" in {work.what for work in found.work}
     assert bytes_of(found, "measuring")["whole model", "host"] > 0
-    with pytest.raises(QuantKitError, match="target_bpw 3: this model takes from"):
-        dry_run(source(), tmp_path / "out", replace(recipe, target_bpw=3.0), "cpu")
+    with pytest.raises(QuantKitError, match="target_bpw 2: this model takes from"):
+        dry_run(source(), tmp_path / "out", replace(recipe, target_bpw=2.0), "cpu")
 
 
 def test_the_whole_model_is_in_memory_while_it_samples(source, tmp_path):
