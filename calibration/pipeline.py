@@ -288,7 +288,9 @@ def collect(
         rounded: what the linears multiply: x rounded, where a scheme rounds it; else x as it comes.
         original: the block that is not quantized, whose inputs are compared.
     """
-    first_fed: dict[Any, str] = {}  # id of an input tensor and its rounding -> the first linear that it reached
+    first_fed: dict[
+        Any, str
+    ] = {}  # id of an input tensor and its rounding -> the first linear that it reached
     alive: list[torch.Tensor] = []  # keeps those ids from being used again
     leader: dict[str, str] = {}
     statistics: dict[str, InputStatistics] = {}

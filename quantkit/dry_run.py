@@ -191,9 +191,7 @@ COSTS: dict[str, Callable[[Weight], Cost]] = {
     "gptaq": gptaq,
     LEARN: learned,
 }
-LEARNED_COPIES = (
-    11  # float32 ones of all weights of a block: targets, moves, gradients, Adam's moments, what the graph keeps
-)
+LEARNED_COPIES = 11  # float32 ones of all weights of a block: targets, moves, gradients, Adam's moments, what the graph keeps
 
 
 def steps_of(plan: ModulePlan, w: Weight) -> dict[str, Cost]:
