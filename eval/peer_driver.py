@@ -61,7 +61,9 @@ def load(folder: str) -> nn.Module:
     """The model in float32: half precision is many times slower on a CPU, and rounds the statistics too."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return (
+        AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    )  # `dtype=` has another name in transformers 4
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
