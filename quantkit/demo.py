@@ -19,22 +19,23 @@ from quantkit.source import load_tokenizer
 from quantkit.streaming import quantize_checkpoint
 
 EXAMPLE = Path(__file__).parent / "examples" / "lm-7m"
-ROWS = (  # scheme, method
+ROWS = (  # scheme, method: the default one, and what it is better than
     ("w8a16", "rtn"),
-    ("w8a8", "rtn"),
-    ("fp8", "rtn"),
-    ("fp8-static", "rtn"),
-    ("fp8-block", "rtn"),
-    ("fp8-w8a16", "rtn"),
+    ("w8a8", "smooth+gptq"),
+    ("fp8", "gptq"),
+    ("fp8-static", "gptq"),
+    ("fp8-block", "gptq"),
+    ("fp8-w8a16", "gptq"),
     ("w4a16-g128", "rtn"),
     ("w4a16-g128", "awq"),
     ("w4a16-g128", "gptq"),
-    ("w4a16-g32", "gptq"),
-    ("w4a16-g128-asym", "gptq"),
-    ("w4a16-channel", "gptq"),
-    ("w4a8-g128", "gptq"),
-    ("w3a16-g128", "gptq"),
-    ("w2a16-g32", "gptq"),
+    ("w4a16-g128", "awq+gptq"),
+    ("w4a16-g32", "awq+gptq"),
+    ("w4a16-g128-asym", "awq+gptq"),
+    ("w4a16-channel", "awq+gptq"),
+    ("w4a8-g128", "smooth+gptq"),
+    ("w3a16-g128", "awq+gptq"),
+    ("w2a16-g32", "awq+gptq"),
 )
 PROMPT, NEW_TOKENS = 32, 16  # of the speed figure
 
