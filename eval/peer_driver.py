@@ -61,9 +61,8 @@ def load(folder: str) -> nn.Module:
     """The model in float32: half precision is many times slower on a CPU, and rounds the statistics too."""
     from transformers import AutoModelForCausalLM
 
-    return (
-        AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    )  # `dtype=` has another name in transformers 4
+    # not from_pretrained(dtype=...), which has another name in transformers 4
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
