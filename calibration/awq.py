@@ -11,6 +11,9 @@ because it is folded into the norm or the linear that produces x.
 
 The last line is the 'duo' form of the authors' code. H stands for the token sample, so a search costs
 matrix products of the weight's size, whatever the amount of calibration text.
+
+Where GPTQ rounds afterwards, its columns' costs 1 / U_jj^2 (see gptq.py) stand in the place of H: an error that
+the later columns make up for should not count. That is the better choice of s, and needs no products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +44,8 @@ def search_scales(
 
     Args:
         weights: of the linears that share the input x, any floating dtype, [N_i, K] each.
-        hessian: mean (or sum) over tokens of x x^T [K, K]; float32 or float64, and so is s.
+        hessian: mean (or sum) over tokens of x x^T [K, K], or the columns' costs [K]; float32 or float64, and
+            so is s.
         mean_abs: mean of |x| over tokens [K].
         scheme: any.
         head_dim, repeats: for the output projection under grouped-query attention, where each value head

@@ -502,10 +502,16 @@ def fold_scale(
         return
     elif scaling == "awq":
         s = search_scales(
-            matrices, inputs.hessian, inputs.mean_abs, scheme, head_dim=head_dim, repeats=repeats
+            matrices,
+            hessian_or_costs(plan, inputs),
+            inputs.mean_abs,
+            scheme,
+            head_dim=head_dim,
+            repeats=repeats,
         )
     else:
-        s = smooth_scales(matrices, inputs, scheme, partial(tie, head_dim=head_dim, repeats=repeats))
+        shared = partial(tie, head_dim=head_dim, repeats=repeats)
+        s = smooth_scales(matrices, inputs, scheme, shared, column_costs(plan, inputs))
     if fold.source in weights:  # kept in float32 besides, where it is to be packed itself
         rows = untie(s, head_dim, repeats) if head_dim is not None else s
         weights[fold.source], _ = fold_into_linear(weights[fold.source], None, rows)
@@ -519,6 +525,20 @@ def fold_scale(
             weights[name] = wide * s
         if name in statistics and after is not None:
             statistics[name] = after
+
+
+def column_costs(plan: ModulePlan, inputs: InputStatistics) -> torch.Tensor | None:
+    """What an error in each input channel costs [K] where GPTQ makes up for it; None where it does not, or cannot."""
+    if parse_method(plan.method).rounding not in ("gptq", "gptaq"):
+        return None
+    with suppress(HessianError):
+        return factorize(inputs.hessian).costs
+    return None
+
+
+def hessian_or_costs(plan: ModulePlan, inputs: InputStatistics) -> torch.Tensor:
+    costs = column_costs(plan, inputs)
+    return inputs.hessian if costs is None else costs
 
 
 def keep_scales(
@@ -541,9 +561,9 @@ def keep_scales(
         plan, inputs = plans[names[0]], statistics[names[0]]
         matrices = [weights[name] for name in names]
         if parse_method(plan.method).scaling == "awq":
-            s = search_scales(matrices, inputs.hessian, inputs.mean_abs, plan.scheme)
+            s = search_scales(matrices, hessian_or_costs(plan, inputs), inputs.mean_abs, plan.scheme)
         else:
-            s = smooth_scales(matrices, inputs, plan.scheme, tie)
+            s = smooth_scales(matrices, inputs, plan.scheme, tie, column_costs(plan, inputs))
         if (c := channel_scales(s)) is None:
             continue
         after, hook = inputs.scaled(c.float()), ScaleInput(c)

@@ -6,6 +6,10 @@ x is divided by s, column k of the weight multiplied by s_k. The paper takes one
 each place gets the a of least output error over a sample of tokens, with x and W both rounded:
 
     a* = argmin || X W^T - Q_x(X / s) Q_w(W s)^T ||^2
+
+Where GPTQ rounds the weight, what rounding x costs and what is left of the weight's rounding are added up:
+
+    a* = argmin || (X - s Q_x(X / s)) W^T ||^2 / tokens + sum_nj (W - Q_w(W s) / s)_nj^2 costs_j
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +19,7 @@ import torch
 from quantkit.calibration.activations import round_activations
 from quantkit.calibration.awq import some_rows
 from quantkit.calibration.grid import fit_grid
-from quantkit.calibration.statistics import InputStatistics, tensor_cores
+from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
 from quantkit.scheme import Scheme
 
 EXPONENTS = tuple(i / 20 for i in range(20))
@@ -26,6 +30,7 @@ def smooth_scales(
     inputs: InputStatistics,
     scheme: Scheme,
     shared: Callable[[torch.Tensor], torch.Tensor],
+    costs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scales s [K] of the input channels that a group of linears shares, sqrt(max s * min s) = 1.
 
@@ -34,6 +39,7 @@ def smooth_scales(
         inputs: with `rows`, a sample of tokens.
         scheme: what weight and x are rounded to.
         shared: which channels must get the same s.
+        costs: of GPTQ's columns [K], if that rounds the weight.
 
     Returns:
         never worse than s = 1 on the sample; 1 for channels that were never active.
@@ -48,12 +54,12 @@ def smooth_scales(
         return best
     with tensor_cores():
         exact = [x @ w.T for w in weights]
-        least = rounded_error(x, weights, exact, best, scheme)
+        least = rounded_error(x, weights, exact, best, scheme, costs)
         for a in EXPONENTS:
             s = x_max**a / w_max ** (1 - a)
             low, high = s[active].aminmax()
             s = torch.where(active, s / (low * high).sqrt(), 1.0)
-            loss = rounded_error(x, weights, exact, s, scheme)
+            loss = rounded_error(x, weights, exact, s, scheme, costs)
             if loss < least:
                 best, least = s, loss
     return best
@@ -65,12 +71,17 @@ def rounded_error(
     exact: Sequence[torch.Tensor],
     s: torch.Tensor,
     scheme: Scheme,
+    costs: torch.Tensor | None = None,
 ) -> float:
-    """Squared error of the outputs when x / s and W s are rounded."""
+    """Squared error of the outputs, mean over the tokens, when x / s and W s are rounded; see `smooth_scales`."""
     rounded = round_activations(x / s, scheme)
     total = 0.0
     for w, y in zip(weights, exact, strict=True):
         scaled = w * s
         grid = fit_grid(scaled, scheme)
-        total += (y - rounded @ grid.dequantize(grid.round(scaled)).T).square().sum().item()
+        approximate = grid.dequantize(grid.round(scaled))
+        if costs is not None:
+            total += output_error((scaled - approximate) / s, costs)
+        y_rounded = rounded @ (approximate if costs is None else scaled).T
+        total += (y - y_rounded).square().sum().item() / len(x)
     return total

@@ -20,6 +20,16 @@ def tensor_cores() -> Iterator[None]:
 SAMPLED = 16  # rows kept of each batch, for searches over real inputs
 
 
+def spread(count: int) -> torch.Tensor:
+    """Which of `count` rows are kept: int64 [min(count, SAMPLED)], from all places of a sequence.
+
+    A batch holds sequences of one length. With equal steps, which that length divides, the rows would come from
+    one or two of its places, the first token's above all, whose activations are like no other's.
+    """
+    n = min(count, SAMPLED)
+    return torch.arange(n) * (count + count // n) // n % count
+
+
 class InputStatistics:
     """Running statistics of the rows x of a linear's input, over all tokens added so far.
 
@@ -61,14 +71,14 @@ class InputStatistics:
                 self.drift = torch.zeros_like(self.hessian)
             with tensor_cores() if half else nullcontext():
                 self.drift.addmm_((original.reshape(x.shape).to(x) - x).T, x, **weights)
-        self.sampled.append(x[:: -(-len(x) // SAMPLED)].clone())
+        self.sampled.append(x[spread(len(x)).to(x.device)])
         x = x.abs()
         self.mean_abs.lerp_(x.mean(0), len(x) / total)
         torch.maximum(self.max_abs, x.amax(0), out=self.max_abs)
         self.tokens = total
 
     def rows(self) -> torch.Tensor:
-        """A sample of the rows added, evenly spaced in each batch, float32 [n, K]."""
+        """A sample of the rows added, spread over each batch, float32 [n, K]."""
         return torch.cat(self.sampled)
 
     def scaled(self, factors: torch.Tensor) -> "InputStatistics":
@@ -83,6 +93,10 @@ class InputStatistics:
 
 
 def output_error(error: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(E H E^T) for a weight error E [N, K]: the mean over tokens of the squared error of the output."""
+    """tr(E H E^T) for a weight error E [N, K]: the mean over tokens of the squared error of the output.
+
+    Args:
+        hessian: H [K, K]; or a cost of each column [K], which stands for diag(cost).
+    """
     e = error.to(hessian.dtype)
-    return ((e @ hessian) * e).sum().item()
+    return ((e * hessian if hessian.dim() == 1 else e @ hessian) * e).sum().item()

@@ -15,7 +15,7 @@ A method is the sum of its steps (`quantkit.method`); what each does to one weig
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -89,6 +89,7 @@ class Weight:
         batches: of calibration tokens.
         hidden: the width of the residual stream.
         device: 'cpu' or 'cuda'.
+        compensated: GPTQ rounds it, and its columns' costs rank the scales of input channels.
     """
 
     N: int
@@ -99,6 +100,7 @@ class Weight:
     batches: int = 0
     hidden: int = 0
     device: str = "cpu"
+    compensated: bool = False
 
     @property
     def size(self) -> int:
@@ -136,10 +138,14 @@ def half_quadratic(w: Weight) -> Cost:
     return searched(w) + Cost(passes=hqq.STEPS * HALF_QUADRATIC * w.size, held=w.copies(8))
 
 
+def factorized(w: Weight) -> Cost:
+    """A Cholesky factor of a Hessian, and the inverse of one triangle."""
+    return Cost(FACTORING * 4 / 3 * w.K**3 / w.shared, held=5 * FLOAT32 * w.K**2)
+
+
 def gptq(w: Weight) -> Cost:
-    factors = FACTORING * 4 / 3 * w.K**3 / w.shared  # a Cholesky factor, and the inverse of one triangle
-    loop = Cost(w.N * w.K**2 + factors, COLUMN_LOOP[w.device] * w.size, COLUMN_CALLS[w.device] * w.K)
-    return searched(w) + loop + Cost(held=w.copies(4) + 5 * FLOAT32 * w.K**2)
+    loop = Cost(w.N * w.K**2, COLUMN_LOOP[w.device] * w.size, COLUMN_CALLS[w.device] * w.K)
+    return searched(w) + factorized(w) + loop + Cost(held=w.copies(4) + 5 * FLOAT32 * w.K**2)
 
 
 def gptaq(w: Weight) -> Cost:
@@ -150,12 +156,14 @@ def gptaq(w: Weight) -> Cost:
 
 def awq(w: Weight) -> Cost:
     tried = 2 * RATIOS
-    return Cost(2 * tried * w.N * w.K**2, tried * SCALED * w.size, held=w.copies(5))
+    ranked = factorized(w) if w.compensated else Cost(2 * tried * w.N * w.K**2)
+    return ranked + Cost(passes=tried * SCALED * w.size, held=w.copies(5))
 
 
 def smoothed(w: Weight) -> Cost:
     tried, rows = len(smooth.EXPONENTS) + 1, SAMPLED * w.batches
-    return Cost(2 * tried * rows * w.size, tried * SCALED * w.size, held=w.copies(5))
+    ranked = factorized(w) if w.compensated else Cost()
+    return ranked + Cost(2 * tried * rows * w.size, tried * SCALED * w.size, held=w.copies(5))
 
 
 def equalized(w: Weight) -> Cost:
@@ -197,6 +205,7 @@ LEARNED_COPIES = 11  # float32 ones of all weights of a block: targets, moves, g
 def steps_of(plan: ModulePlan, w: Weight) -> dict[str, Cost]:
     """What is done with one weight, by step, and the report of its error."""
     method = parse_method(plan.method)
+    w = replace(w, compensated=method.rounding in ("gptq", "gptaq"))
     steps = (ROTATE * method.rotate, method.scaling, method.rounding, LEARN * method.learn)
     costs = {step: COSTS[step](w) for step in steps if step}
     if w.measured or method.rounding != "rtn":

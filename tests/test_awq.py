@@ -3,6 +3,7 @@ import torch
 
 from quantkit.calibration.awq import awq, candidates, scaled_error, search_scales
 from quantkit.calibration.folds import fold_into_linear, untie
+from quantkit.calibration.gptq import factorize
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.statistics import output_error
 from quantkit.scheme import parse_scheme
@@ -41,6 +42,17 @@ def test_scaled_error_is_the_error_of_the_outputs():
         for w in weights
     )
     assert scaled_error(weights, H, s, scheme) == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_with_costs_of_columns_the_loss_is_what_gptq_pays_for_them(name):
+    _, (w, _), H, mean_abs = problem()
+    scheme, factor = parse_scheme(name), factorize(H)
+    s = search_scales([w], factor.costs, mean_abs, scheme)
+    e = w - rtn(w * s, scheme).dequantize(torch.float64) / s
+    paid = (e[:, factor.order] / factor.U.diagonal()).square().sum().item()
+    assert scaled_error([w], factor.costs, s, scheme) == pytest.approx(paid, rel=1e-10)
+    assert paid < 0.9 * scaled_error([w], factor.costs, torch.ones_like(s), scheme)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

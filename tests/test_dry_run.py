@@ -13,7 +13,7 @@ from quantkit import dry_run as dry_run_module
 from quantkit.calibration import awq, grid
 from quantkit.checkpoint import CheckpointReader
 from quantkit.demo import EXAMPLE
-from quantkit.dry_run import COSTS, LEARNED_COPIES, Cost, Rates, Weight, dry_run, steps_of
+from quantkit.dry_run import COSTS, FACTORING, LEARNED_COPIES, Cost, Rates, Weight, dry_run, steps_of
 from quantkit.method import QUALITIES, STEPS
 from quantkit.packing import PARTS
 from quantkit.recipe import ModulePlan
@@ -122,7 +122,7 @@ def test_the_original_model_and_learning_are_in_memory(source, tmp_path):
 
 def test_every_step_has_a_cost_and_steps_are_summed():
     assert COSTS.keys() == STEPS.keys()
-    weight = Weight(64, 96, parse_scheme("w4a16-g32"), True, batches=2, hidden=64)
+    weight = Weight(64, 96, parse_scheme("w4a16-g32"), True, batches=2, hidden=64, compensated=True)
     steps = steps_of(ModulePlan("linear", weight.scheme, "rotate+awq+gptaq+learn"), weight)
     assert list(steps) == ["rotate", "awq", "gptaq", "learn", "errors reported"]
     for step in STEPS:
@@ -148,6 +148,9 @@ def test_awqs_candidates_are_counted_as_the_code_makes_them(monkeypatch):
     awq.search_scales([torch.randn(8, 64)], torch.eye(64), torch.rand(64) + 0.1, parse_scheme("w4a16-g32"))
     weight = Weight(8, 64, parse_scheme("w4a16-g32"), True)
     assert COSTS["awq"](weight).products == len(calls) * 2 * 8 * 64**2
+    by_costs = steps_of(ModulePlan("linear", weight.scheme, "awq+gptq"), weight)["awq"]
+    assert by_costs.products < 64**3 * FACTORING * 2
+    assert by_costs.passes == COSTS["awq"](weight).passes
 
 
 def test_more_work_takes_longer(source, tmp_path):

@@ -7,7 +7,7 @@ from test_activations import rounded_float64
 from quantkit.calibration.folds import tie
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import EXPONENTS, rounded_error, smooth_scales
-from quantkit.calibration.statistics import InputStatistics
+from quantkit.calibration.statistics import SAMPLED, InputStatistics
 from quantkit.scheme import parse_scheme
 
 K = 160
@@ -63,10 +63,29 @@ def test_what_it_minimises_is_the_error_of_the_rounded_product(name):
     exact = [rows @ w.T for w in weights]
     found = rounded_error(rows, weights, exact, s, scheme)
     # the difference of two products of K terms that float32 rounds
-    magnitude = sum((rows.abs() @ w.abs().T).double().square().sum().item() for w in weights)
-    expected = error(weights, rows, s, scheme)
+    magnitude = sum((rows.abs() @ w.abs().T).double().square().sum().item() for w in weights) / len(rows)
+    expected = error(weights, rows, s, scheme) / len(rows)
     lost = 2 * K * 2**-24 * magnitude**0.5
     assert abs(found**0.5 - expected**0.5) <= lost
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8"])
+def test_before_gptq_the_error_of_x_and_the_columns_costs_add_up(name):
+    weights, statistics = problem()
+    scheme, rows = parse_scheme(name), statistics.rows()
+    costs = torch.rand(K, generator=torch.Generator().manual_seed(1))
+    s = rows.abs().amax(0).sqrt()
+    x, rounded = rows.double(), rounded_float64(rows / s, scheme)
+    of_x = sum(((x - rounded * s) @ w.double().T).square().sum().item() for w in weights) / len(rows)
+    of_w = sum(
+        ((w - rtn(w * s, scheme).dequantize(torch.float64) / s).square() * costs).sum().item()
+        for w in weights
+    )
+    exact = [rows @ w.T for w in weights]
+    found = rounded_error(rows, weights, exact, s, scheme, costs)
+    magnitude = sum((rows.abs() @ w.abs().T).double().square().sum().item() for w in weights) / len(rows)
+    lost = 2 * K * 2**-24 * magnitude**0.5
+    assert abs(found**0.5 - (of_x + of_w) ** 0.5) <= lost
 
 
 def test_it_is_equation_4_with_the_best_exponent():
@@ -102,3 +121,13 @@ def test_dead_channels_are_left_alone():
     nothing = InputStatistics(K)
     nothing.add(x * 0)
     assert torch.equal(smooth_scales(weights, nothing, parse_scheme("w8a8"), untied), torch.ones(K))
+
+
+@pytest.mark.parametrize(("sequences", "seq_len"), [(8, 512), (2, 2048), (1, 64), (3, 5)])
+def test_the_sample_comes_from_all_places_of_the_sequences(sequences, seq_len):
+    statistics = InputStatistics(1)
+    statistics.add(torch.arange(seq_len).repeat(sequences)[:, None])
+    places = statistics.rows().flatten().tolist()
+    assert len(places) == min(SAMPLED, sequences * seq_len)
+    assert len(set(places)) == min(SAMPLED, seq_len) or sequences * seq_len < SAMPLED
+    assert places.count(0) <= 1 or sequences * seq_len < SAMPLED
