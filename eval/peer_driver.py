@@ -185,7 +185,7 @@ def autoawq(job: Job, tokens: Tensor) -> Weights:
     from awq import AutoAWQForCausalLM
     from awq.utils.packing_utils import dequantize_gemm
 
-    model = AutoAWQForCausalLM.from_pretrained(job.model, device_map="cpu")
+    model = AutoAWQForCausalLM.from_pretrained(job.model, torch_dtype=torch.float32, device_map="cpu")
     model.quantize(
         None,
         quant_config={
