@@ -136,7 +136,7 @@ def test_quality_chooses_the_method_where_none_is_named(tiny):
     rules = (Rule("q_proj", "w8a16"), Rule("k_proj", "w8a8"), Rule("v_proj", method="rtn"))
     plans = plan_modules(tiny(), Recipe("w4a16-g32", rules=rules, quality="best"))
     chosen = {name.rpartition(".")[2]: plan.method for name, plan in plans.items()}
-    assert [chosen[f"{x}_proj"] for x in "qkvo"] == ["gptaq", "smooth+gptaq", "rtn", "awq+gptaq+learn"]
+    assert [chosen[f"{x}_proj"] for x in "qkvo"] == ["gptq", "smooth+gptq", "rtn", "awq+gptaq+learn"]
 
 
 def test_an_untied_lm_head_is_packed_when_named(tiny):
