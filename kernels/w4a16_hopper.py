@@ -17,7 +17,7 @@ Budget: 1.4 instructions a weight to decode it, 0.5 to scale it before the produ
 BLOCK_M / (BLOCK_N / 4) bytes of x for every byte of the weight. 2 M N K operations at 989 TFLOP/s from M of about 64 on.
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -25,7 +25,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -34,6 +33,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels import w4a16
+from quantkit.kernels.hopper import (
+    BLOCKS_M,
+    PRODUCER_REGISTERS,
+    REGISTERS_OF_TWO,
+    RESERVED,
+    SHARED,
+    STAGED_ROWS,
+    SUMS_OF_TWO,
+    barrier,
+    even_share,
+    let_next_kernel_start,
+    load_tile,
+    multiprocessors_of,
+    next_step,
+    parts,
+    rows_of_block,
+    store_transposed,
+    wait_for_kernel_before,
+    worth,
+)
 from quantkit.kernels.int4tiles import PAD_K, STRIP
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16_wide import w4a16_wide
@@ -45,21 +64,9 @@ ADD_F16 = gl.constexpr(w4a16.ADD_F16.value)
 MUL_BF16 = gl.constexpr(w4a16.MUL_BF16.value)
 MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 
-# Triton 3.9's names, and 3.6's
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
 STEP = PAD_K  # columns of a slot
-BLOCKS_M = (8, 16, 32, 64, 128, 256)
 MOST_AFTER = 32  # rows of x up to which the scale comes after the product
-STAGED_ROWS = 32  # of y, in shared memory on their way out
 MAX_SUMS = 128  # float32 sums a thread
-SUMS_OF_TWO = 32  # the same, where two programs are to fit on a multiprocessor
-REGISTERS_OF_TWO = 80  # a thread, at launch: the ring's warp then gives some of its own to the others
-PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
-SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
-RESERVED = 1024  # bytes of it that every program has besides, and its barriers
 
 TILES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -84,11 +91,6 @@ def shared_bytes(launch: Config, group_size: int) -> int:
     return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, launch["block_m"]) * rows * 2
 
 
-def rows_of_block(M: int) -> int:
-    """Rows of x of a tile of y: the fewest that hold all M, or the most there are."""
-    return next((size for size in BLOCKS_M if size >= M), BLOCKS_M[-1])
-
-
 def groups_of_step(group_size: int) -> int:
     """Groups in the columns of a slot, or 1 where they are a part of one."""
     return STEP // group_size if 0 < group_size < STEP else 1
@@ -98,28 +100,6 @@ def two_fit(launch: Config, group_size: int) -> bool:
     """Whether a multiprocessor may run two programs at once."""
     few_sums = launch["rows"] == 1 and launch["block_m"] // 2 <= SUMS_OF_TWO
     return few_sums and 2 * shared_bytes(launch, group_size) <= SHARED
-
-
-def even_share(tiles: int, multiprocessors: int) -> int:
-    """Programs that fill a GPU and have equally many whole tiles each; 0, one tile each, where there is no such number."""
-    if tiles > multiprocessors:
-        for programs in range(multiprocessors, multiprocessors * 4 // 5, -1):
-            if tiles % programs == 0:
-                return programs
-    return 0
-
-
-def parts(tiles: int, at_once: int) -> int:
-    """Programs that share each tile equally, as many as run at once."""
-    return tiles * max(1, at_once // tiles)
-
-
-def worth(tiles: int, multiprocessors: int) -> float:
-    """Share of the multiprocessors' time that tiles fill, in waves; less for tiles that are cut in parts."""
-    if tiles < multiprocessors:
-        cut = multiprocessors // tiles
-        return tiles * cut / multiprocessors / (1 + 0.1 * (cut - 1))
-    return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
 
 
 @lru_cache(maxsize=4096)
@@ -179,11 +159,6 @@ def takes(x: Tensor, scales: Tensor, group_size: int, outputs: int) -> bool:
     """Whether this kernel can: TMA moves x [M, K] and y [M, outputs], and a step is whole groups or within one."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and outputs % 8 == 0
     return aligned and scales.dtype == x.dtype and (group_size % STEP == 0 or group_size in (32, 64))
-
-
-@gluon.jit
-def _ptx(instruction: gl.constexpr):
-    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -287,17 +262,6 @@ def _row_scales(pairs, DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MM
 
 
 @gluon.jit
-def _after(step, m, n, steps, tiles_m):
-    """What comes after a step: its place along K, its block of x, its block of w."""
-    step += 1
-    over = step == steps
-    step = gl.where(over, 0, step)
-    m += over.to(gl.int32)
-    over = m == tiles_m
-    return step, gl.where(over, 0, m), n + over.to(gl.int32)
-
-
-@gluon.jit
 def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
@@ -332,16 +296,16 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
             )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, m, n = _after(step, m, n, steps, tiles_m)
+        step, m, n = next_step(step, m, n, steps, tiles_m)
         slot += 1
         over = slot == STAGES
         slot = gl.where(over, 0, slot)
         phase ^= over.to(gl.int32)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
-            _ptx("griddepcontrol.wait; mov.u32 $0, 0;")
+            wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_m, x_n = _after(x_step, x_m, x_n, steps, tiles_m)
+                x_step, x_m, x_n = next_step(x_step, x_m, x_n, steps, tiles_m)
 
 
 @gluon.jit
@@ -360,7 +324,7 @@ def _consume(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     P_OF_TILE: gl.constexpr = max(1, P // 2)
     FLIGHT: gl.constexpr = max(1, min(8, 64 // (R * BLOCK_M)))
-    _ptx("griddepcontrol.wait; mov.u32 $0, 0;")  # the workspace and y may be in use by the kernel before
+    wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
     for tile in range(begin // steps, (stop - 1) // steps + 1):
@@ -453,9 +417,9 @@ def _consume(
                         mask = (at >= 0) & (sharer <= last_sharer)
                         y += gl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 gl.store(counter_ptr + tile, 0)
-                _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
+                store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
         else:
-            _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
+            store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
     tma.store_wait(0)
 
 
@@ -467,7 +431,7 @@ def w4a16_hopper_kernel(
     R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # A step is two tiles along K, P groups or a part of one, of R strips of each warp.
-    _ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
+    let_next_kernel_start()
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = R * gl.num_warps()
@@ -511,44 +475,6 @@ def w4a16_hopper_kernel(
     )
 
 
-@gluon.jit
-def _store(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU: gl.constexpr):
-    """`w4a16.store_outputs` for y^T [rows, columns], as many columns at a time as `staging` holds.
-
-    TMA leaves out what is past M and N.
-    """
-    ROWS: gl.constexpr = y.shape[0]
-    COLUMNS: gl.constexpr = y.shape[1]
-    if COLUMNS > staging.shape[0]:
-        halves = gl.split(y.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)))
-        _store(halves[0], n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
-        _store(halves[1], n0, m0 + COLUMNS // 2, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
-    else:
-        LAYOUT: gl.constexpr = y.type.layout
-        if bias_ptr is not None:
-            n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-            y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
-        if SWIGLU:
-            gate, up = gl.split(y.reshape((ROWS // 16, 2, 8, COLUMNS)).permute((0, 2, 3, 1)))
-            out = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS // 2, COLUMNS))
-            first, outputs = n0 // 2, N // 2
-        else:
-            out = y
-            first, outputs = n0, N
-        if residual_ptr is not None:
-            OUT: gl.constexpr = out.type.layout
-            n = gl.expand_dims(first + gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, OUT)), 1)
-            m = gl.expand_dims(m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT)), 0)
-            at = residual_ptr + (m.to(gl.int64) * outputs + n)
-            out += gl.load(at, mask=(m < M) & (n < outputs), other=0.0).to(gl.float32)
-        tma.store_wait(0)  # `staging` has been read
-        barrier()
-        staging.permute((1, 0)).store(out.to(y_desc.dtype))
-        fence_async_shared()
-        barrier()
-        store_tile(y_desc, [m0, first], staging)
-
-
 def w4a16_hopper(
     x: Tensor,
     tiles: Tensor,
@@ -565,7 +491,7 @@ def w4a16_hopper(
     (M, K), outputs = x.shape, N // 2 if swiglu else N
     if not takes(x, scales, group_size, outputs):
         return w4a16_wide(x, tiles, scales, zeros, bias, residual, group_size, N, swiglu)
-    multiprocessors = _multiprocessors(x.device)
+    multiprocessors = multiprocessors_of(x.device)
     chosen = launch or config(M, N, K, group_size, multiprocessors)
     block_m, rows, warps = chosen["block_m"], chosen["rows"], chosen["warps"]
     strips, groups = rows * warps, groups_of_step(group_size)
@@ -598,8 +524,3 @@ def w4a16_hopper(
         num_warps=warps, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,125 @@
+"""What the Gluon kernels for Hopper share: a program's range of steps, its ring's warp, and how steps are dealt out.
+
+Such a kernel cuts (tiles of y) x (steps along K) into equal ranges, one a program (`stream_k.py`). One warp keeps a ring of
+slots in shared memory full by TMA, the others multiply what is in it. The first slots' weights are asked for before the
+wait for the kernel before (programmatic dependent launch), its x after it.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+# Triton 3.9's names, and 3.6's
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+BLOCKS_M = (8, 16, 32, 64, 128, 256)
+PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
+REGISTERS_OF_TWO = 80  # a thread, at launch: the ring's warp then gives some of its own to the others
+SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a multiprocessor
+SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
+RESERVED = 1024  # bytes of it that every program has besides, and its barriers
+STAGED_ROWS = 32  # of y, in shared memory on their way out
+
+
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rows_of_block(M: int) -> int:
+    """Rows of x of a tile of y: the fewest that hold all M, or the most there are."""
+    return next((size for size in BLOCKS_M if size >= M), BLOCKS_M[-1])
+
+
+def even_share(tiles: int, multiprocessors: int) -> int:
+    """Programs that fill a GPU and have equally many whole tiles each; 0, one tile each, where there is no such number."""
+    if tiles > multiprocessors:
+        for programs in range(multiprocessors, multiprocessors * 4 // 5, -1):
+            if tiles % programs == 0:
+                return programs
+    return 0
+
+
+def parts(tiles: int, at_once: int) -> int:
+    """Programs that share each tile equally, as many as run at once."""
+    return tiles * max(1, at_once // tiles)
+
+
+def worth(tiles: int, multiprocessors: int) -> float:
+    """Share of the multiprocessors' time that tiles fill, in waves; less for tiles that are cut in parts."""
+    if tiles < multiprocessors:
+        cut = multiprocessors // tiles
+        return tiles * cut / multiprocessors / (1 + 0.1 * (cut - 1))
+    return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
+
+
+@gluon.jit
+def ptx(instruction: gl.constexpr):
+    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    ptx("griddepcontrol.wait; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def let_next_kernel_start():
+    ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def next_step(step, m, n, steps, tiles_m):
+    """What comes after a step: its place along K, its block of x, its block of w."""
+    step += 1
+    over = step == steps
+    step = gl.where(over, 0, step)
+    m += over.to(gl.int32)
+    over = m == tiles_m
+    return step, gl.where(over, 0, m), n + over.to(gl.int32)
+
+
+@gluon.jit
+def store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU: gl.constexpr):
+    """Bias, SwiGLU and residual (as `w4a16.store_outputs`) for y^T [rows, columns], and y by TMA in the columns that `staging` holds.
+
+    TMA leaves out what is past M and N.
+    """
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    if COLUMNS > staging.shape[0]:
+        halves = gl.split(y.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)))
+        store_transposed(halves[0], n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
+        store_transposed(
+            halves[1], n0, m0 + COLUMNS // 2, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU
+        )
+    else:
+        LAYOUT: gl.constexpr = y.type.layout
+        if bias_ptr is not None:
+            n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+            y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
+        if SWIGLU:
+            gate, up = gl.split(y.reshape((ROWS // 16, 2, 8, COLUMNS)).permute((0, 2, 3, 1)))
+            out = (gate / (1 + gl.exp(-gate)) * up).reshape((ROWS // 2, COLUMNS))
+            first, outputs = n0 // 2, N // 2
+        else:
+            out = y
+            first, outputs = n0, N
+        if residual_ptr is not None:
+            OUT: gl.constexpr = out.type.layout
+            n = gl.expand_dims(first + gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, OUT)), 1)
+            m = gl.expand_dims(m0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT)), 0)
+            at = residual_ptr + (m.to(gl.int64) * outputs + n)
+            out += gl.load(at, mask=(m < M) & (n < outputs), other=0.0).to(gl.float32)
+        tma.store_wait(0)  # `staging` has been read
+        barrier()
+        staging.permute((1, 0)).store(out.to(y_desc.dtype))
+        fence_async_shared()
+        barrier()
+        store_tile(y_desc, [m0, first], staging)

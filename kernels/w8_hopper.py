@@ -1,0 +1,548 @@
+"""8-bit weights on Hopper, in Gluon: W8A8, block FP8 and W8A16 through a ring in shared memory that TMA fills.
+
+The products of `w8a8.py`, `fp8_block.py` and `w8a16.py`, for any M, as w x^T: the rows of the weight are the 64 rows of
+wgmma, the rows of x its 8 to 256 columns. One warp keeps a ring of `stages` slots full, 128 columns of both operands each
+(`hopper.py`); the others multiply.
+
+x in 8 bits: both operands go from shared memory straight to the tensor cores. int8 sums are exact, in int32. Hopper keeps
+about 14 bits of a sum of e4m3 products, so each step's product is added to float32 sums in registers: the accurate mode
+of cuBLAS and DeepGEMM. There a block's scales find their place too (BLOCKS): x's and the weight's, both of 128 columns.
+
+x in 16 bits: the weight's bytes go through registers, where they become numbers of x's dtype (exactly), and from there to
+the tensor cores. A lane takes 16 neighbouring bytes, which are its own operands, because `interleave` has put each row's
+columns in this order, in the place of the natural one:
+
+    byte 128 t + 32 c + 16 half + 4 kt + 2 e + c8  =  column 128 t + 64 half + 16 kt + 8 c8 + 2 c + e             (1)
+
+Budget: K bytes a row of weights. No instruction touches an 8-bit operand; one addition a product of 128 columns where
+sums are promoted. To bfloat16, int8 takes 1.75 instructions a weight and e4m3 2.5, of the 7 that the memory leaves time
+for. Out of L2 come 1 / BLOCK_N + 1 / BLOCK_M bytes an operation: with 128 x 256 tiles 6.3 TB/s at the tensor cores' 1979
+TFLOP/s, more than there are, so at large M the vendor's kernel, whose neighbouring programs share their loads, is faster.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quantkit.kernels.cpu import BLOCK, FP8
+from quantkit.kernels.fp8_block import fp8_block_rounded
+from quantkit.kernels.hopper import (
+    PRODUCER_REGISTERS,
+    REGISTERS_OF_TWO,
+    RESERVED,
+    SHARED,
+    STAGED_ROWS,
+    SUMS_OF_TWO,
+    barrier,
+    even_share,
+    let_next_kernel_start,
+    load_tile,
+    multiprocessors_of,
+    next_step,
+    parts,
+    rows_of_block,
+    store_transposed,
+    wait_for_kernel_before,
+    worth,
+)
+from quantkit.kernels.quantize_activations import quantize_activations
+from quantkit.kernels.stream_k import COUNTERS, next_counters
+from quantkit.kernels.w8a8 import w8a8_rounded
+
+STEP = 128  # columns of a slot
+ROWS_OF_WARP = 16  # of the weight
+WIDEST_PRODUCT = (
+    128  # rows of x: of the int8 product that Triton has, and of an e4m3 one beside its sums in registers
+)
+X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+
+# block_m, warps, stages, and the rate of such tiles beside the first's, where they fill an H100 equally well
+LARGE = ((256, 8, 4, 1.0), (128, 8, 6, 0.8), (128, 4, 8, 0.6))
+
+Config = dict[str, int]
+
+
+def tiles_of(launch: Config, M: int, N: int) -> int:
+    """Tiles of y."""
+    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["warps"] * ROWS_OF_WARP)
+
+
+def shared_bytes(launch: Config, x_bytes: int = 1) -> int:
+    """Shared memory of a program."""
+    rows, block_m = launch["warps"] * ROWS_OF_WARP, launch["block_m"]
+    slot = STEP * (rows + block_m * x_bytes)
+    return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, block_m) * rows * 2
+
+
+def two_fit(launch: Config, x_bytes: int = 1) -> bool:
+    """Whether a multiprocessor may run two programs at once."""
+    return launch["block_m"] // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes) <= SHARED
+
+
+@lru_cache(maxsize=4096)
+def config(M: int, N: int, K: int, x_bytes: int = 1, multiprocessors: int = 132) -> Config:
+    """Launch parameters that are good for an H100."""
+    block_m = rows_of_block(M)
+
+    def launch(block_m: int, warps: int, stages: int) -> Config:
+        return dict(block_m=block_m, warps=warps, stages=stages, programs=0)
+
+    if block_m <= 64:
+        chosen = launch(block_m, 8, 4 if x_bytes == 1 else 3)
+        if tiles_of(chosen, M, N) < multiprocessors * 3 // 4:
+            chosen = launch(block_m, 4, 6 if x_bytes == 1 else 5)
+            two = two_fit(chosen, x_bytes) and (block_m <= 16 or K > 8192)
+            chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
+        return chosen
+    best = 0.0
+    for size, warps, stages, factor in LARGE:
+        one = launch(size, warps, stages if x_bytes == 1 else stages // 2 + 1)
+        score = factor * worth(tiles_of(one, M, N), multiprocessors)
+        if size <= block_m and shared_bytes(one, x_bytes) <= SHARED and score > best:
+            best, chosen = score, one
+    tiles = tiles_of(chosen, M, N)
+    share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
+    return chosen | dict(programs=0 if share == tiles else share)
+
+
+@gluon.constexpr_function
+def _bytes_layout(W):
+    """Words of interleaved bytes [16 W, 32] as lanes (c, g) hold them: 2 x 16 bytes (kt, half) of two rows (h)."""
+    warps = [[16 << i, 0] for i in range(W.bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [8, 0]], lanes, warps, [], [16 * W, 32])
+
+
+# a word holds bytes (e, c8) = 00 01 10 11: the pair of c8 = 0 is in its even bytes, that of 1 in its odd ones
+_PAIRS = """{
+.reg .b32 low, odd, top, magic;
+mov.b32 magic, 0x43004300;
+shr.u32 odd, $2, 8;
+lop3.b32 low, $2, 0x007f007f, magic, 0xea;
+lop3.b32 top, $2, 0x00800080, magic, 0xea;
+sub.rn.bf16x2 $0, low, top;
+lop3.b32 low, odd, 0x007f007f, magic, 0xea;
+lop3.b32 top, odd, 0x00800080, magic, 0xea;
+sub.rn.bf16x2 $1, low, top;
+}"""
+# 128 + (q & 127) - (128 or, for a negative code, 256)
+INT8_TO_BF16 = gl.constexpr(_PAIRS)
+# the same with 1024 + (q & 127) - (1024 or 1152)
+INT8_TO_F16 = gl.constexpr(_PAIRS.replace("0x43004300", "0x64006400").replace("bf16x2", "f16x2"))
+# the exponent and mantissa of e4m3 as bfloat16's lowest exponent bits and highest mantissa bits, times 2^120
+E4M3_TO_BF16 = gl.constexpr("""{
+.reg .b32 sign, rest, odd, by, none;
+mov.b32 by, 0x7b807b80;
+mov.b32 none, 0x80008000;
+shl.b32 sign, $2, 8;
+shl.b32 rest, $2, 4;
+and.b32 rest, rest, 0x07f007f0;
+lop3.b32 rest, sign, 0x80008000, rest, 0xea;
+fma.rn.bf16x2 $0, rest, by, none;
+shr.u32 odd, $2, 4;
+and.b32 odd, odd, 0x07f007f0;
+lop3.b32 odd, $2, 0x80008000, odd, 0xea;
+fma.rn.bf16x2 $1, odd, by, none;
+}""")
+# the same for float16's exponent of five bits, times 2^8
+E4M3_TO_F16 = gl.constexpr("""{
+.reg .b32 sign, rest, odd, by;
+mov.b32 by, 0x5c005c00;
+shl.b32 sign, $2, 8;
+shl.b32 rest, $2, 7;
+and.b32 rest, rest, 0x3f803f80;
+lop3.b32 rest, sign, 0x80008000, rest, 0xea;
+mul.rn.f16x2 $0, rest, by;
+shr.u32 odd, $2, 1;
+and.b32 odd, odd, 0x3f803f80;
+lop3.b32 odd, $2, 0x80008000, odd, 0xea;
+mul.rn.f16x2 $1, odd, by;
+}""")
+
+
+@gluon.jit
+def _operands(ring, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
+    """A slot's interleaved bytes -> the left operands [16 W, 64] of its first and of its second half."""
+    LAYOUT: gl.constexpr = _bytes_layout(W)
+    words = ring.load(LAYOUT)
+    if INT8:
+        ASM: gl.constexpr = INT8_TO_BF16 if DTYPE == gl.bfloat16 else INT8_TO_F16
+    else:
+        ASM: gl.constexpr = E4M3_TO_BF16 if DTYPE == gl.bfloat16 else E4M3_TO_F16
+    even, odd = gl.inline_asm_elementwise(ASM, "=r,=r,r", [words], (gl.int32,) * 2, is_pure=True, pack=1)
+    pairs = gl.join(even, odd).reshape((W, 2, 8, 4, 2, 4, 2))  # warp h g c half kt c8
+    first, second = gl.split(pairs.permute((0, 1, 2, 3, 5, 6, 4)))
+    return _operand(first, DTYPE, W, MMA), _operand(second, DTYPE, W, MMA)
+
+
+@gluon.jit
+def _operand(pairs, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
+    """Pairs (e) [warp, h, g, c, kt, c8] -> [16 W, 64]."""
+    low = (pairs & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
+    high = ((pairs >> 16) & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
+    w = gl.join(low, high).permute((0, 1, 2, 4, 5, 3, 6)).reshape((16 * W, 64))
+    return gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _produce(descs, ring, work, STAGES: gl.constexpr):
+    """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
+    x_desc, w_desc = descs
+    x_ring, w_ring, full, empty = ring
+    begin, stop, steps, tiles_m = work
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
+    count = stop - begin
+    tile = begin // steps
+    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    x_step, x_m, x_n = step, m, n
+    slot, phase = 0, 1
+    for i in range(0, count):
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), BYTES)
+        load_tile(
+            w_desc, [n * BLOCK_N, step * w_desc.block_type.shape[1]], full.index(slot), w_ring.index(slot)
+        )
+        if i >= STAGES:
+            load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
+        step, m, n = next_step(step, m, n, steps, tiles_m)
+        slot += 1
+        over = slot == STAGES
+        slot = gl.where(over, 0, slot)
+        phase ^= over.to(gl.int32)
+        if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
+            wait_for_kernel_before()
+            for j in range(0, i + 1):
+                load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
+                x_step, x_m, x_n = next_step(x_step, x_m, x_n, steps, tiles_m)
+
+
+@gluon.jit
+def _of_rows(scales_ptr, m0, stride, M, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales of ROWS rows of x from m0 on [1, ROWS], beside sums in this layout."""
+    m = m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.expand_dims(gl.load(scales_ptr + m * stride, mask=m < M, other=0.0), 0)
+
+
+@gluon.jit
+def _add(acc, w, x, scales, step, m0, M, BLOCKS: gl.constexpr):
+    """acc + the product of a step, by itself: Hopper keeps 14 bits of a sum of e4m3 products.
+
+    scales: x's and their strides, and of the weight those of the rows at work.
+    """
+    x_scales_ptr, stride_sm, stride_sk, scales_ptr = scales
+    if BLOCKS:  # asked for before the product
+        ROWS: gl.constexpr = acc.shape[1]
+        LAYOUT: gl.constexpr = acc.type.layout
+        of_x = _of_rows(x_scales_ptr + step * stride_sk, m0, stride_sm, M, ROWS, LAYOUT)
+        factors = gl.load(scales_ptr + step) * of_x
+    product = warpgroup_mma(w, x, gl.zeros_like(acc), use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    if BLOCKS:
+        return acc + product * factors
+    else:
+        return acc + product
+
+
+@gluon.jit
+def _consume(
+    ring, work, rest,
+    INT8: gl.constexpr, FLOATS: gl.constexpr, BLOCKS: gl.constexpr, STREAM: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """All other warps: products of what is in the ring, and what follows them."""
+    x_ring, w_ring, full, empty = ring
+    begin, stop, steps, tiles_m = work
+    (
+        total,
+        x_scales_ptr,
+        scales_ptr,
+        bias_ptr,
+        y_desc,
+        staging,
+        partial_ptr,
+        counter_ptr,
+        M,
+        N,
+        stride_sm,
+        stride_sk,
+    ) = rest
+    W: gl.constexpr = gl.num_warps()
+    BLOCK_N: gl.constexpr = W * 16
+    SUM: gl.constexpr = gl.int32 if INT8 and not FLOATS else gl.float32
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16 if FLOATS else 32])
+    HALVES: gl.constexpr = 2 if BLOCK_M > 128 and not FLOATS else 1
+    PART: gl.constexpr = BLOCK_M // HALVES
+    PART_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, PART, 16 if FLOATS else 32])
+    FLIGHT: gl.constexpr = max(1, min(8, 64 // BLOCK_M))
+    wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
+    # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
+    slot, phase, free = 0, 0, STAGES - 1
+    for tile in range(begin // steps, (stop - 1) // steps + 1):
+        s0 = gl.maximum(begin - tile * steps, 0)
+        s1 = gl.minimum(stop - tile * steps, steps)
+        m0 = tile % tiles_m * BLOCK_M
+        n0 = tile // tiles_m * BLOCK_N
+        scales = (x_scales_ptr, stride_sm, stride_sk, scales_ptr + n0 // 128 * steps)
+        acc = gl.zeros((BLOCK_N, PART), SUM, PART_MMA)
+        other = gl.zeros((BLOCK_N, PART), SUM, PART_MMA)
+        if FLOATS:
+            held = gl.zeros((BLOCK_N, 64), x_ring.dtype, gl.DotOperandLayout(0, MMA, 2))
+        for step in range(s0, s1):
+            mbarrier.wait(full.index(slot), phase)
+            x = x_ring.index(slot)
+            if FLOATS:
+                first, second = _operands(w_ring.index(slot), INT8, x_ring.dtype, W, MMA)
+                acc = warpgroup_mma(first, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+                # ends the step before: its operand's registers and its slot are free
+                acc, held = warpgroup_mma_wait(1, deps=(acc, held))
+                mbarrier.arrive(empty.index(free), pred=step > s0)
+                acc = warpgroup_mma(second, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
+                acc, first = warpgroup_mma_wait(1, deps=(acc, first))
+                held = second
+            elif INT8:
+                w = w_ring.index(slot)
+                acc = warpgroup_mma(w, x.slice(0, PART, dim=0).permute((1, 0)), acc, is_async=True)
+                if HALVES == 2:
+                    other = warpgroup_mma(w, x.slice(PART, PART, dim=0).permute((1, 0)), other, is_async=True)
+                # ends the products of the step before: its slot is free
+                acc, other = warpgroup_mma_wait(HALVES, deps=(acc, other))
+                mbarrier.arrive(empty.index(free), pred=step > s0)
+            else:
+                w = w_ring.index(slot)
+                acc = _add(acc, w, x.slice(0, PART, dim=0).permute((1, 0)), scales, step, m0, M, BLOCKS)
+                if HALVES == 2:
+                    half = x.slice(PART, PART, dim=0).permute((1, 0))
+                    other = _add(other, w, half, scales, step, m0 + PART, M, BLOCKS)
+                mbarrier.arrive(empty.index(slot))
+            free = slot
+            slot += 1
+            over = slot == STAGES
+            slot = gl.where(over, 0, slot)
+            phase ^= over.to(gl.int32)
+        if FLOATS or INT8:
+            if FLOATS:
+                acc, held = warpgroup_mma_wait(0, deps=(acc, held))
+            else:
+                acc, other = warpgroup_mma_wait(0, deps=(acc, other))
+            mbarrier.arrive(empty.index(free))
+        if HALVES == 2:
+            sums = gl.join(acc, other).permute((0, 2, 1)).reshape((BLOCK_N, BLOCK_M))
+        else:
+            sums = acc
+        LAYOUT: gl.constexpr = sums.type.layout
+        if STREAM and s1 - s0 < steps:
+            programs = gl.num_programs(0)
+            pid = gl.program_id(0)
+            first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
+            last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total
+            last_sharer = last_sharer.to(gl.int32)
+            at = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1) * BLOCK_M
+            at += gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
+            # a program shares at most the tile it begins in and the tile it ends in
+            mine = (2 * pid + (s0 > 0).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+            gl.store(partial_ptr + mine + at, sums)
+            barrier()
+            arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+            if arrived == last_sharer - first_sharer:
+                sums = gl.zeros((BLOCK_N, BLOCK_M), SUM, LAYOUT)
+                for i in range(first_sharer, last_sharer + 1, FLIGHT):
+                    for j in gl.static_range(FLIGHT):  # loads in flight
+                        sharer = i + j
+                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (
+                            BLOCK_N * BLOCK_M
+                        )
+                        mask = (at >= 0) & (sharer <= last_sharer)
+                        sums += gl.load(partial_ptr + theirs + at, mask=mask, other=0, cache_modifier=".cg")
+                gl.store(counter_ptr + tile, 0)
+                y = _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS)
+                store_transposed(y, n0, m0, y_desc, staging, bias_ptr, None, M, N, False)
+        else:
+            y = _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS)
+            store_transposed(y, n0, m0, y_desc, staging, bias_ptr, None, M, N, False)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS: gl.constexpr):
+    """Sums [rows of w, rows of x] in float32, times the scales that are not in them yet."""
+    LAYOUT: gl.constexpr = sums.type.layout
+    y = sums.to(gl.float32)
+    if not BLOCKS:
+        n = n0 + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+        y *= gl.expand_dims(gl.load(scales_ptr + n, mask=n < N, other=0.0), 1)
+        if x_scales_ptr is not None:
+            ROWS: gl.constexpr = sums.shape[1]
+            y *= _of_rows(x_scales_ptr, m0, stride_sm, M, ROWS, LAYOUT)
+    return y
+
+
+@gluon.jit
+def w8_hopper_kernel(
+    x_desc, w_desc, y_desc, x_scales_ptr, scales_ptr, bias_ptr, partial_ptr, counter_ptr,
+    M, N, K, stride_sm, stride_sk,
+    INT8: gl.constexpr, BLOCKS: gl.constexpr, STREAM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    let_next_kernel_start()
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
+    FLOATS: gl.constexpr = x_desc.dtype.primitive_bitwidth == 16
+    programs = gl.num_programs(0)
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    steps = gl.cdiv(K, 128)
+    total = gl.cdiv(N, BLOCK_N) * tiles_m.to(gl.int64) * steps
+    begin = (gl.program_id(0) * total // programs).to(gl.int32)
+    stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
+
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(
+        w_desc.dtype, [STAGES, BLOCK_N, w_desc.block_type.shape[1]], w_desc.layout
+    )
+    staging = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    descs = (x_desc, w_desc)
+    ring = (x_ring, w_ring, full, empty)
+    work = (begin, stop, steps, tiles_m)
+    rest = (
+        total,
+        x_scales_ptr,
+        scales_ptr,
+        bias_ptr,
+        y_desc,
+        staging,
+        partial_ptr,
+        counter_ptr,
+        M,
+        N,
+        stride_sm,
+        stride_sk,
+    )
+    gl.warp_specialize(
+        [
+            (_consume, (ring, work, rest, INT8, FLOATS, BLOCKS, STREAM, BLOCK_M, STAGES)),
+            (_produce, (descs, ring, work, STAGES)),
+        ],
+        [1],
+        [PRODUCER_REGISTERS],
+    )
+
+
+def interleave(codes: Tensor) -> Tensor:
+    """8-bit codes [N, K] -> their bytes in the order of equation (1), int32 [N, 32 ceil(K / 128)]; zeros past K."""
+    N, K = codes.shape
+    steps = triton.cdiv(K, STEP)
+    padded = codes.new_zeros(N, steps * STEP, dtype=torch.uint8)
+    padded[:, :K] = codes.view(torch.uint8)
+    ordered = padded.view(N, steps, 2, 4, 2, 4, 2).permute(
+        0, 1, 5, 2, 3, 6, 4
+    )  # half kt c8 c e -> c half kt e c8
+    return ordered.reshape(N, steps * STEP).view(torch.int32)
+
+
+def deinterleave(words: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `interleave`: codes of a dtype [N, K]."""
+    N = len(words)
+    natural = words.view(torch.uint8).view(N, -1, 4, 2, 4, 2, 2).permute(0, 1, 3, 4, 6, 2, 5)
+    return natural.reshape(N, -1)[:, :K].contiguous().view(dtype)
+
+
+def takes(x: Tensor, N: int, dtype: torch.dtype) -> bool:
+    """Whether TMA can move x [M, K] and y [M, N] of a dtype."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and N % 8 == 0
+    return aligned and dtype in (torch.float16, torch.bfloat16)
+
+
+def launch_product(
+    x: Tensor,
+    x_scales: Tensor | None,
+    w: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    int8: bool,
+    launch: Config | None,
+) -> Tensor:
+    """y of a dtype [M, N].
+
+    Args:
+        x: int8 or float8_e4m3fn, or 16-bit floats, [M, K].
+        x_scales: float32 [M, 1] or [1, 1], or of blocks [M, ceil(K/128)]; None for floats.
+        w: of the dtype of x [N, K], or interleaved, int32 [N, 32 ceil(K/128)].
+        scales: float32 [N, 1], or of blocks [ceil(N/128), ceil(K/128)].
+        int8: what the weight's bytes are; else e4m3.
+    """
+    (M, K), N = x.shape, len(w)
+    floats, blocks = x.element_size() == 2, scales.shape != (N, 1)
+    multiprocessors = multiprocessors_of(x.device)
+    chosen = launch or config(M, N, K, x.element_size(), multiprocessors)
+    block_m, rows = chosen["block_m"], chosen["warps"] * ROWS_OF_WARP
+    y = x.new_empty(M, N, dtype=dtype)
+    y_block = [min(block_m, STAGED_ROWS), rows]
+    describe = TensorDescriptor.from_tensor
+    strides = (0, 0) if x_scales is None or len(x_scales) != M else x_scales.stride()
+    tiles = tiles_of(chosen, M, N)
+    programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
+    stream = tiles % programs != 0
+    if stream and tiles > COUNTERS:
+        programs, stream = tiles, False
+    partial = counters = None
+    if stream:
+        sums = torch.int32 if int8 and not floats else torch.float32
+        partial = x.new_empty(2 * programs * rows * block_m, dtype=sums)
+        counters = next_counters(x.device)
+    two = programs > multiprocessors and two_fit(chosen, x.element_size())
+    w8_hopper_kernel[(programs,)](
+        describe(x, [block_m, STEP], X_LAYOUT if floats else CODES_LAYOUT),
+        describe(w, [rows, 32], WORDS_LAYOUT) if floats else describe(w, [rows, STEP], CODES_LAYOUT),
+        describe(y, y_block, gl.NVMMASharedLayout(min(128, 2 * rows), element_bitwidth=16, rank=2)),
+        x_scales, scales, bias, partial, counters, M, N, K,
+        *strides,
+        INT8=int8, BLOCKS=blocks, STREAM=stream, STAGES=chosen["stages"],
+        num_warps=chosen["warps"], launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+    )  # fmt: skip
+    return y
+
+
+def w8a8_hopper(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    launch: Config | None = None,
+) -> Tensor:
+    """Rounds x [M, K] and multiplies; arguments as in `ops.w8a8`. What TMA cannot move goes to `w8a8_rounded`."""
+    x_codes, x_scales = quantize_activations(x, codes.dtype, input_scale)
+    if not takes(x_codes, len(codes), x.dtype):
+        return w8a8_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native=True)
+    int8 = codes.dtype == torch.int8
+    return launch_product(x_codes.view(codes.dtype), x_scales, codes, scales, bias, x.dtype, int8, launch)
+
+
+def fp8_block_hopper(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, launch: Config | None = None
+) -> Tensor:
+    """Rounds x [M, K] and multiplies; arguments as in `ops.fp8_block`. What TMA cannot move goes to `fp8_block_rounded`."""
+    x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
+    if not takes(x_codes, len(codes), x.dtype):
+        return fp8_block_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native=True)
+    by_block = x_scales.T.contiguous().T  # a program reads many rows of one block
+    return launch_product(x_codes.view(FP8), by_block, codes, scales, bias, x.dtype, False, launch)
