@@ -49,7 +49,6 @@ from quantkit.kernels.hopper import (
     let_next_kernel_start,
     load_tile,
     multiprocessors_of,
-    next_step,
     parts,
     rows_of_block,
     store_transposed,
@@ -174,23 +173,22 @@ mul.rn.f16x2 $1, odd, by;
 
 
 @gluon.jit
-def _operands(ring, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
-    """A slot's interleaved bytes -> the left operands [16 W, 64] of its first and of its second half."""
+def _words(ring, W: gl.constexpr):
+    """A slot's interleaved bytes: words [warp, h, g, c, kt] of its first and of its second half."""
     LAYOUT: gl.constexpr = _bytes_layout(W)
-    words = ring.load(LAYOUT)
+    words = ring.load(LAYOUT).reshape((W, 2, 8, 4, 2, 4))  # warp h g c half kt
+    return gl.split(words.permute((0, 1, 2, 3, 5, 4)))
+
+
+@gluon.jit
+def _operand(words, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
+    """Words [warp, h, g, c, kt] -> the left operand [16 W, 64]."""
     if INT8:
         ASM: gl.constexpr = INT8_TO_BF16 if DTYPE == gl.bfloat16 else INT8_TO_F16
     else:
         ASM: gl.constexpr = E4M3_TO_BF16 if DTYPE == gl.bfloat16 else E4M3_TO_F16
     even, odd = gl.inline_asm_elementwise(ASM, "=r,=r,r", [words], (gl.int32,) * 2, is_pure=True, pack=1)
-    pairs = gl.join(even, odd).reshape((W, 2, 8, 4, 2, 4, 2))  # warp h g c half kt c8
-    first, second = gl.split(pairs.permute((0, 1, 2, 3, 5, 6, 4)))
-    return _operand(first, DTYPE, W, MMA), _operand(second, DTYPE, W, MMA)
-
-
-@gluon.jit
-def _operand(pairs, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
-    """Pairs (e) [warp, h, g, c, kt, c8] -> [16 W, 64]."""
+    pairs = gl.join(even, odd)  # warp h g c kt c8
     low = (pairs & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
     high = ((pairs >> 16) & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)
     w = gl.join(low, high).permute((0, 1, 2, 4, 5, 3, 6)).reshape((16 * W, 64))
@@ -198,28 +196,36 @@ def _operand(pairs, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
+def _after(step, tile, steps, stride):
+    """The step that comes after one, and its tile."""
+    step += 1
+    over = step == steps
+    return gl.where(over, 0, step), gl.where(over, tile + stride, tile)
+
+
+@gluon.jit
 def _produce(descs, ring, work, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
     x_ring, w_ring, full, empty = ring
-    begin, stop, steps, tiles_m = work
+    begin, stop, steps, tiles_m, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
     count = stop - begin
     tile = begin // steps
-    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
-    x_step, x_m, x_n = step, m, n
+    step, x_step, x_tile = begin - tile * steps, begin - tile * steps, tile
     slot, phase = 0, 1
     for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
+        m, n = tile % tiles_m, tile // tiles_m
         load_tile(
             w_desc, [n * BLOCK_N, step * w_desc.block_type.shape[1]], full.index(slot), w_ring.index(slot)
         )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, m, n = next_step(step, m, n, steps, tiles_m)
+        step, tile = _after(step, tile, steps, stride)
         slot += 1
         over = slot == STAGES
         slot = gl.where(over, 0, slot)
@@ -227,8 +233,8 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
-                load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_m, x_n = next_step(x_step, x_m, x_n, steps, tiles_m)
+                load_tile(x_desc, [x_tile % tiles_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
+                x_step, x_tile = _after(x_step, x_tile, steps, stride)
 
 
 @gluon.jit
@@ -266,7 +272,7 @@ def _consume(
 ):  # fmt: skip
     """All other warps: products of what is in the ring, and what follows them."""
     x_ring, w_ring, full, empty = ring
-    begin, stop, steps, tiles_m = work
+    begin, stop, steps, tiles_m, stride = work
     (
         total,
         x_scales_ptr,
@@ -292,9 +298,12 @@ def _consume(
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
-    for tile in range(begin // steps, (stop - 1) // steps + 1):
-        s0 = gl.maximum(begin - tile * steps, 0)
-        s1 = gl.minimum(stop - tile * steps, steps)
+    for i in range(0, (stop - 1) // steps + 1 - begin // steps):
+        tile = begin // steps + i * stride
+        s0, s1 = 0, steps
+        if STREAM:
+            s0 = gl.maximum(begin - tile * steps, 0)
+            s1 = gl.minimum(stop - tile * steps, steps)
         m0 = tile % tiles_m * BLOCK_M
         n0 = tile // tiles_m * BLOCK_N
         scales = (x_scales_ptr, stride_sm, stride_sk, scales_ptr + n0 // 128 * steps)
@@ -306,11 +315,13 @@ def _consume(
             mbarrier.wait(full.index(slot), phase)
             x = x_ring.index(slot)
             if FLOATS:
-                first, second = _operands(w_ring.index(slot), INT8, x_ring.dtype, W, MMA)
+                words = _words(w_ring.index(slot), W)
+                # an operand is made where no product reads the registers that it had in the step before
+                first = _operand(words[0], INT8, x_ring.dtype, W, MMA)
                 acc = warpgroup_mma(first, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
-                # ends the step before: its operand's registers and its slot are free
-                acc, held = warpgroup_mma_wait(1, deps=(acc, held))
+                acc, held = warpgroup_mma_wait(1, deps=(acc, held))  # ends the step before: its slot is free
                 mbarrier.arrive(empty.index(free), pred=step > s0)
+                second = _operand(words[1], INT8, x_ring.dtype, W, MMA)
                 acc = warpgroup_mma(second, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
                 acc, first = warpgroup_mma_wait(1, deps=(acc, first))
                 held = second
@@ -360,9 +371,9 @@ def _consume(
             arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
             if arrived == last_sharer - first_sharer:
                 sums = gl.zeros((BLOCK_N, BLOCK_M), SUM, LAYOUT)
-                for i in range(first_sharer, last_sharer + 1, FLIGHT):
+                for flight in range(first_sharer, last_sharer + 1, FLIGHT):
                     for j in gl.static_range(FLIGHT):  # loads in flight
-                        sharer = i + j
+                        sharer = flight + j
                         theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (
                             BLOCK_N * BLOCK_M
                         )
@@ -404,9 +415,16 @@ def w8_hopper_kernel(
     programs = gl.num_programs(0)
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
-    total = gl.cdiv(N, BLOCK_N) * tiles_m.to(gl.int64) * steps
-    begin = (gl.program_id(0) * total // programs).to(gl.int32)
-    stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
+    tiles = gl.cdiv(N, BLOCK_N) * tiles_m
+    total = tiles.to(gl.int64) * steps
+    if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
+        begin = (gl.program_id(0) * total // programs).to(gl.int32)
+        stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
+        stride = 1
+    else:  # whole tiles; those at work at one time are neighbours, so that L2 holds what they share
+        begin = gl.program_id(0) * steps
+        stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
+        stride = programs
 
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
     w_ring = gl.allocate_shared_memory(
@@ -420,7 +438,7 @@ def w8_hopper_kernel(
         mbarrier.init(empty.index(i), count=1)
     descs = (x_desc, w_desc)
     ring = (x_ring, w_ring, full, empty)
-    work = (begin, stop, steps, tiles_m)
+    work = (begin, stop, steps, tiles_m, stride)
     rest = (
         total,
         x_scales_ptr,
