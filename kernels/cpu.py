@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import unpack_tiles
+from quantkit.kernels.interleave import deinterleave
 
 FP8 = torch.float8_e4m3fn
 TOP = {torch.int8: 127.0, FP8: torch.finfo(FP8).max}  # the largest code; 448 for e4m3
@@ -213,6 +214,14 @@ def w4a16_tiles_dequantize(
 def w8a16_dequantize(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """y = x @ (codes * scales)^T + bias; the weight is rounded once to x.dtype."""
     return linear(x, len(codes), bias, lambda rows: _decode_8bit(codes[rows]).mul_(scales[rows]))
+
+
+def w8a16_interleaved_dequantize(
+    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, int8: bool
+) -> Tensor:
+    """`w8a16_dequantize` of the neutral layout, which is made anew: what works anywhere, fast nowhere."""
+    codes = deinterleave(words, x.shape[1], torch.int8 if int8 else FP8)
+    return w8a16_dequantize(x, codes, scales, bias)
 
 
 def w8a16_int8pack(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

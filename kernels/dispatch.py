@@ -22,12 +22,15 @@ INT4PACK_MAX_M = 128
 SCALED_MM_NVIDIA = 90  # the first whose torch._scaled_mm takes one scale a row
 # Rows of x from which on, for a weight [28672, 4096] on an H200, the vendor's GEMM is the faster one.
 VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
-SCALED_MM_MIN_M = 32
+# Rows of x from which on torch._scaled_mm is the faster one: on sm_90 than w8_hopper, elsewhere than w8a8
+SCALED_MM_MIN_M = {"sm_90": 1536}
+SCALED_MM_MIN_M_ELSEWHERE = 32
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
 HOPPER_LAUNCH = ("block_m", "rows", "warps", "stages", "programs")
+W8_HOPPER_LAUNCH = ("block_m", "warps", "stages", "programs")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,17 @@ def _hopper(problem: Problem) -> str | None:
     return _floats(problem)
 
 
+def _hopper_by_tma(least: int) -> Callable[[Problem], str | None]:
+    """On sm_90, where TMA can move rows of K and of N numbers, K in multiples of `least`."""
+
+    def unsupported(problem: Problem) -> str | None:
+        if problem.K % least or problem.N % 8:
+            return f"needs K in multiples of {least} and N in multiples of 8, not {problem.K} and {problem.N}"
+        return _hopper(problem)
+
+    return unsupported
+
+
 def _wide(problem: Problem) -> str | None:
     if problem.target == "sm_90":
         return "is the slower one on sm_90, where w4a16_hopper calls it for what it cannot take"
@@ -153,8 +167,9 @@ def _scaled_mm(problem: Problem) -> str | None:
         return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
     if not problem.target.startswith("sm_") or int(problem.target[3:]) < SCALED_MM_NVIDIA:
         return f"scales rows on NVIDIA sm_{SCALED_MM_NVIDIA} and newer, not on {problem.target}"
-    if problem.M < SCALED_MM_MIN_M:
-        return f"is the slower one below M = {SCALED_MM_MIN_M}"
+    least = SCALED_MM_MIN_M.get(problem.target, SCALED_MM_MIN_M_ELSEWHERE)
+    if problem.M < least:
+        return f"is the slower one below M = {least}"
     if problem.K % 16 or problem.N % 16:
         return f"needs N and K in multiples of 16, not {problem.N} and {problem.K}"
     return None
@@ -190,12 +205,18 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w8a16_int8pack", "cpu", _int8pack),
         Kernel("w8a16_dequantize", "cpu", _cpu),
     ),
+    "w8a16_interleaved": (
+        Kernel("w8a16_hopper", "w8_hopper", _hopper_by_tma(8), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w8a16_interleaved_dequantize", "cpu", _cpu),
+    ),
     "w8a8": (
         Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm),
+        Kernel("w8a8_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
         Kernel("w8a8_triton", "w8a8", _triton),
         Kernel("w8a8_cpu", "cpu", _cpu),
     ),
     "fp8_block": (
+        Kernel("fp8_block_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
         Kernel("fp8_block_triton", "fp8_block", _triton),
         Kernel("fp8_block_cpu", "cpu", _cpu),
     ),

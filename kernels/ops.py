@@ -1,5 +1,5 @@
 """The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
-w4a16_cpu, wna16, w4a8, w8a16, w8a8, fp8_block}`.
+w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, fp8_block}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -11,6 +11,7 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
     w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
+    w8a16_interleaved: w8a16 for weights in the order of `interleave.py`
 
 An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. A check takes the op's
 arguments and returns the shape of y; the fake implementation is the check, so a wrong shape is reported while
@@ -47,6 +48,7 @@ SCHEMAS = {
     ),
     "w4a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
     "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    "w8a16_interleaved": "(Tensor x, Tensor words, Tensor scales, Tensor? bias, bool int8) -> Tensor",
     "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
 }
@@ -324,6 +326,31 @@ def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tens
     return _run("w8a16", y_shape, x, codes, scales, bias, N=len(codes))
 
 
+def _check_w8a16_interleaved(
+    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, int8: bool
+) -> tuple[int, ...]:
+    op = "w8a16_interleaved"
+    N, K = _expect_x(op, x, words)
+    _expect(op, "words", words, (N, 32 * -(-K // 128)), (torch.int32,), x)
+    _expect(op, "scales", scales, (N, 1), (torch.float32,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+    return *x.shape[:-1], N
+
+
+def w8a16_interleaved(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, int8: bool) -> Tensor:
+    """8-bit weights in the order of `interleave.interleave` times floating activations.
+
+    Args:
+        words: int32 [N, 32 ceil(K/128)].
+        int8: what their bytes are; else e4m3.
+
+    The rest as in `w8a16`.
+    """
+    y_shape = _check_w8a16_interleaved(x, words, scales, bias, int8)
+    return _run("w8a16_interleaved", y_shape, x, words, scales, bias, int8, N=len(words))
+
+
 def _check_w8a8(
     x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
 ) -> tuple[int, ...]:
@@ -366,6 +393,7 @@ for _name, _implementation, _check in (
     ("wna16", wna16, partial(_check_grouped, "wna16")),
     ("w4a8", w4a8, partial(_check_grouped, "w4a8")),
     ("w8a16", w8a16, partial(_check_8bit, "w8a16")),
+    ("w8a16_interleaved", w8a16_interleaved, _check_w8a16_interleaved),
     ("w8a8", w8a8, _check_w8a8),
     ("fp8_block", fp8_block, partial(_check_8bit, "fp8_block")),
 ):

@@ -9,10 +9,7 @@ about 14 bits of a sum of e4m3 products, so each step's product is added to floa
 of cuBLAS and DeepGEMM. There a block's scales find their place too (BLOCKS): x's and the weight's, both of 128 columns.
 
 x in 16 bits: the weight's bytes go through registers, where they become numbers of x's dtype (exactly), and from there to
-the tensor cores. A lane takes 16 neighbouring bytes, which are its own operands, because `interleave` has put each row's
-columns in this order, in the place of the natural one:
-
-    byte 128 t + 32 c + 16 half + 4 kt + 2 e + c8  =  column 128 t + 64 half + 16 kt + 8 c8 + 2 c + e             (1)
+the tensor cores. `interleave.py` has put them in the order in which a lane reads its own operands.
 
 Budget: K bytes a row of weights. No instruction touches an 8-bit operand; one addition a product of 128 columns where
 sums are promoted. To bfloat16, int8 takes 1.75 instructions a weight and e4m3 2.5, of the 7 that the memory leaves time
@@ -36,7 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels.cpu import BLOCK, FP8
-from quantkit.kernels.fp8_block import fp8_block_rounded
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS_OF_TWO,
@@ -55,11 +51,10 @@ from quantkit.kernels.hopper import (
     wait_for_kernel_before,
     worth,
 )
+from quantkit.kernels.interleave import STEP
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.stream_k import COUNTERS, next_counters
-from quantkit.kernels.w8a8 import w8a8_rounded
 
-STEP = 128  # columns of a slot
 ROWS_OF_WARP = 16  # of the weight
 WIDEST_PRODUCT = (
     128  # rows of x: of the int8 product that Triton has, and of an e4m3 one beside its sums in registers
@@ -68,8 +63,8 @@ X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ran
 WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
-# block_m, warps, stages, and the rate of such tiles beside the first's, where they fill an H100 equally well
-LARGE = ((256, 8, 4, 1.0), (128, 8, 6, 0.8), (128, 4, 8, 0.6))
+# block_m, warps, and the rate of such tiles beside the first's, where they fill an H100 equally well
+LARGE = ((256, 8, 1.0), (128, 8, 0.8), (128, 4, 0.6))
 
 Config = dict[str, int]
 
@@ -91,26 +86,35 @@ def two_fit(launch: Config, x_bytes: int = 1) -> bool:
     return launch["block_m"] // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes) <= SHARED
 
 
+def deepest(launch: Config, x_bytes: int, most: int, two: bool = False) -> Config:
+    """The launch with as many slots as a multiprocessor's memory has for one program, or for two."""
+    room = SHARED // 2 if two else SHARED
+    stages = max(
+        (d for d in range(2, most + 1) if shared_bytes(launch | dict(stages=d), x_bytes) <= room), default=0
+    )
+    return launch | dict(stages=stages)
+
+
 @lru_cache(maxsize=4096)
-def config(M: int, N: int, K: int, x_bytes: int = 1, multiprocessors: int = 132) -> Config:
-    """Launch parameters that are good for an H100."""
+def config(
+    M: int, N: int, K: int, x_bytes: int = 1, blocks: bool = False, multiprocessors: int = 132
+) -> Config:
+    """Launch parameters that are good for an H100; `blocks`: scales of blocks come with every product."""
     block_m = rows_of_block(M)
-
-    def launch(block_m: int, warps: int, stages: int) -> Config:
-        return dict(block_m=block_m, warps=warps, stages=stages, programs=0)
-
     if block_m <= 64:
-        chosen = launch(block_m, 8, 4 if x_bytes == 1 else 3)
-        if tiles_of(chosen, M, N) < multiprocessors * 3 // 4:
-            chosen = launch(block_m, 4, 6 if x_bytes == 1 else 5)
-            two = two_fit(chosen, x_bytes) and (block_m <= 16 or K > 8192)
-            chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
-        return chosen
+        chosen = dict(block_m=block_m, warps=8, stages=0, programs=0)
+        if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
+            return deepest(chosen, x_bytes, 4, two=True)
+        chosen["warps"] = 4
+        two = block_m <= 16 and K <= 8192
+        chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
+        return deepest(chosen, x_bytes, 6 if two else 10, two)
     best = 0.0
-    for size, warps, stages, factor in LARGE:
-        one = launch(size, warps, stages if x_bytes == 1 else stages // 2 + 1)
-        score = factor * worth(tiles_of(one, M, N), multiprocessors)
-        if size <= block_m and shared_bytes(one, x_bytes) <= SHARED and score > best:
+    for size, warps, rate in LARGE:
+        one = deepest(dict(block_m=size, warps=warps, programs=0), x_bytes, 8)
+        score = rate * worth(tiles_of(one, M, N), multiprocessors)
+        # x in 16 bits has no room for three slots of 256 rows, scales of blocks no registers
+        if size <= block_m and one["stages"] > 2 and not (blocks and size > 128) and score > best:
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -300,10 +304,8 @@ def _consume(
     slot, phase, free = 0, 0, STAGES - 1
     for i in range(0, (stop - 1) // steps + 1 - begin // steps):
         tile = begin // steps + i * stride
-        s0, s1 = 0, steps
-        if STREAM:
-            s0 = gl.maximum(begin - tile * steps, 0)
-            s1 = gl.minimum(stop - tile * steps, steps)
+        s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
+        s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
         m0 = tile % tiles_m * BLOCK_M
         n0 = tile // tiles_m * BLOCK_N
         scales = (x_scales_ptr, stride_sm, stride_sk, scales_ptr + n0 // 128 * steps)
@@ -463,32 +465,7 @@ def w8_hopper_kernel(
     )
 
 
-def interleave(codes: Tensor) -> Tensor:
-    """8-bit codes [N, K] -> their bytes in the order of equation (1), int32 [N, 32 ceil(K / 128)]; zeros past K."""
-    N, K = codes.shape
-    steps = triton.cdiv(K, STEP)
-    padded = codes.new_zeros(N, steps * STEP, dtype=torch.uint8)
-    padded[:, :K] = codes.view(torch.uint8)
-    ordered = padded.view(N, steps, 2, 4, 2, 4, 2).permute(
-        0, 1, 5, 2, 3, 6, 4
-    )  # half kt c8 c e -> c half kt e c8
-    return ordered.reshape(N, steps * STEP).view(torch.int32)
-
-
-def deinterleave(words: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `interleave`: codes of a dtype [N, K]."""
-    N = len(words)
-    natural = words.view(torch.uint8).view(N, -1, 4, 2, 4, 2, 2).permute(0, 1, 3, 4, 6, 2, 5)
-    return natural.reshape(N, -1)[:, :K].contiguous().view(dtype)
-
-
-def takes(x: Tensor, N: int, dtype: torch.dtype) -> bool:
-    """Whether TMA can move x [M, K] and y [M, N] of a dtype."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and N % 8 == 0
-    return aligned and dtype in (torch.float16, torch.bfloat16)
-
-
-def launch_product(
+def product(
     x: Tensor,
     x_scales: Tensor | None,
     w: Tensor,
@@ -498,7 +475,7 @@ def launch_product(
     int8: bool,
     launch: Config | None,
 ) -> Tensor:
-    """y of a dtype [M, N].
+    """x times the weight, scaled: y of a dtype [M, N].
 
     Args:
         x: int8 or float8_e4m3fn, or 16-bit floats, [M, K].
@@ -510,7 +487,7 @@ def launch_product(
     (M, K), N = x.shape, len(w)
     floats, blocks = x.element_size() == 2, scales.shape != (N, 1)
     multiprocessors = multiprocessors_of(x.device)
-    chosen = launch or config(M, N, K, x.element_size(), multiprocessors)
+    chosen = launch or config(M, N, K, x.element_size(), blocks, multiprocessors)
     block_m, rows = chosen["block_m"], chosen["warps"] * ROWS_OF_WARP
     y = x.new_empty(M, N, dtype=dtype)
     y_block = [min(block_m, STAGED_ROWS), rows]
@@ -547,20 +524,37 @@ def w8a8_hopper(
     bias: Tensor | None,
     launch: Config | None = None,
 ) -> Tensor:
-    """Rounds x [M, K] and multiplies; arguments as in `ops.w8a8`. What TMA cannot move goes to `w8a8_rounded`."""
+    """Rounds x [M, K], then equation (1) of `w8a8.py`; arguments as in `ops.w8a8`, K in multiples of 16, N of 8.
+
+    Returns:
+        y of x.dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
+    """
     x_codes, x_scales = quantize_activations(x, codes.dtype, input_scale)
-    if not takes(x_codes, len(codes), x.dtype):
-        return w8a8_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native=True)
     int8 = codes.dtype == torch.int8
-    return launch_product(x_codes.view(codes.dtype), x_scales, codes, scales, bias, x.dtype, int8, launch)
+    return product(x_codes.view(codes.dtype), x_scales, codes, scales, bias, x.dtype, int8, launch)
 
 
 def fp8_block_hopper(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, launch: Config | None = None
 ) -> Tensor:
-    """Rounds x [M, K] and multiplies; arguments as in `ops.fp8_block`. What TMA cannot move goes to `fp8_block_rounded`."""
+    """Rounds x [M, K], then equation (1) of `fp8_block.py`; arguments as in `ops.fp8_block`, K in multiples of 16, N of 8.
+
+    Returns:
+        y of x.dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
+    """
     x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
-    if not takes(x_codes, len(codes), x.dtype):
-        return fp8_block_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native=True)
     by_block = x_scales.T.contiguous().T  # a program reads many rows of one block
-    return launch_product(x_codes.view(FP8), by_block, codes, scales, bias, x.dtype, False, launch)
+    return product(x_codes.view(FP8), by_block, codes, scales, bias, x.dtype, False, launch)
+
+
+def w8a16_hopper(
+    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, int8: bool, launch: Config | None = None
+) -> Tensor:
+    """Equation (1) of `w8a16.py`; arguments as in `ops.w8a16_interleaved`, K and N in multiples of 8.
+
+    Returns:
+        y of x.dtype [M, N], within the bound of `w8a16.w8a16_triton`.
+    """
+    if x.data_ptr() % 16 or x.stride(0) % 8:  # TMA reads rows that begin at multiples of 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
+    return product(x, None, words, scales, bias, x.dtype, int8, launch)

@@ -11,6 +11,7 @@ from quantkit.errors import QuantKitError
 from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
+from quantkit.kernels.interleave import deinterleave, interleave, not_interleavable
 from quantkit.kernels.tuned import TableError
 from quantkit.packing import PARTS, QuantizedTensor, words_of
 from quantkit.scheme import Scheme
@@ -64,6 +65,8 @@ def repacked_op(
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
     """The op of the layout that `QuantLinear.repack` chooses for a device of this target; None: the neutral one."""
+    if scheme.op == "w8a16" and target == "sm_90":
+        return None if not_interleavable(N, K, x_dtype) else "w8a16_interleaved"
     if scheme.op != "w4a16":
         return None
     if target == "cpu":
@@ -90,15 +93,16 @@ class QuantLinear(nn.Module):
     torch.compile fuses it into what made x.
 
     Codes and scales are parameters (not buffers) so that transformers' tensor parallelism shards them. `repack`
-    puts int4 weights into an order that the device reads faster, in the place of the neutral ones; saving brings
-    those back, and moving to another device the order of that one.
+    puts weights into an order that the device reads faster, if it has one, in the place of the neutral ones; saving
+    brings those back, and moving to another device the order of that one.
 
     Attributes:
         scheme: what the tensors mean.
         codes, scales, zeros, input_scale, channel_scales: as in `quantkit.packing`; the last three may be None.
             codes is None while repacked, on a GPU scales and zeros too: ask `quantized()`.
-        packed, packed_scales, packed_zeros: on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
-            `kernels/int4tiles.py` does; None unless repacked.
+        packed, packed_scales, packed_zeros: of int4 on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
+            `kernels/int4tiles.py` does; of 8 bits beside 16-bit x on sm_90 the codes as `kernels/interleave.py` has
+            them, and `scales` stay; None unless repacked.
         repacked_for: the dtype of x that they were packed for, or None.
         bias: [out_features] in the model's dtype, or None.
         weight: int64 [2], the numbers (N, K). In a checkpoint it stands under the name that a plain model
@@ -173,6 +177,9 @@ class QuantLinear(nn.Module):
         """codes, scales and zeros in the neutral layout."""
         if self.packed is None:
             return self.codes, self.scales, self.zeros
+        if self.scheme.op == "w8a16":
+            codes = deinterleave(self.packed, self.in_features, CODE_DTYPES[self.scheme.weight])
+            return codes, self.scales, None
         if self.device.type == "cpu":
             return unpack_cpu(self.packed), self.scales, self.zeros
         group_size, N, K = self.scheme.group_size or 0, self.out_features, self.in_features
@@ -190,7 +197,7 @@ class QuantLinear(nn.Module):
         return sum(t.nbytes for name, t in tensors if name not in ("bias", "weight"))
 
     def repack(self, x_dtype: torch.dtype) -> None:
-        """Puts an int4 weight into the order that its device reads fastest for x of this dtype, if it has one."""
+        """Puts the weight into the order that its device reads fastest for x of this dtype, if it has one."""
         if self.codes is None or self.scales is None or self.device.type not in ("cpu", "cuda"):
             return
         target = target_of(self.device)
@@ -201,6 +208,9 @@ class QuantLinear(nn.Module):
         elif op == "w4a16_tiles":
             weights = pack_tiles(self.codes, self.scales, self.zeros, self.scheme.group_size or 0, K)
             self.scales = self.zeros = None
+        elif op == "w8a16_interleaved":
+            self.codes, self.packed, self.repacked_for = None, interleave(self.codes), x_dtype
+            return
         else:
             return
         self.codes = None
@@ -229,6 +239,9 @@ class QuantLinear(nn.Module):
         ops = torch.ops.quantkit
         if self.channel_scales is not None:
             x = (x * self.channel_scales).to(x.dtype)
+        if self.packed is not None and self.scheme.op == "w8a16":
+            is_int8 = self.scheme.weight == "int8"
+            return ops.w8a16_interleaved(x, self.packed, self.scales, self.bias, is_int8)
         weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias)
         if self.packed is not None and self.device.type == "cpu":
             return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)

@@ -18,10 +18,12 @@ CODES = {
     "wna16": torch.int32,
     "w4a8": torch.int32,
     "w8a16": INT8,
+    "w8a16_interleaved": torch.int32,
     "w8a8": INT8,
     "fp8_block": FP8,
 }
 DECODES = {"w4a16": "w4a16_vendor", "w4a16_tiles": "w4a16_decode"}  # the others have one Triton kernel
+HOPPERS = {"w8a8": "w8a8_hopper", "fp8_block": "fp8_block_hopper"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,10 @@ def _only_the_kernels_own_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_every_gpu_has_a_kernel_for_every_op(op, target, dtype):
     for M in (1, 16):
-        assert kernel_name(op, target, M, 4096, 4096, dtype, CODES[op]) == DECODES.get(op, f"{op}_triton")
+        expected = DECODES.get(op, f"{op}_triton")
+        if target == "sm_90" and dtype != torch.float32:
+            expected = HOPPERS.get(op, expected)
+        assert kernel_name(op, target, M, 4096, 4096, dtype, CODES[op]) == expected
     for M in (33, 256, 4096):
         name = kernel_name(op, target, M, 4100, 4100, dtype, CODES[op])
         assert name not in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
@@ -68,6 +73,22 @@ def check_rows(target, M, name):
         assert kernel_name("w4a16_tiles", target, M, 4096, 4096, dtype, torch.int32, 128) == name
     by_float32 = kernel_name("w4a16_tiles", target, M, 4096, 4096, torch.float32, torch.int32, 128)
     assert by_float32 == "w4a16_tiles_vendor"
+
+
+@pytest.mark.parametrize(
+    ("op", "M", "N", "K", "codes", "name"),
+    [
+        ("w8a8", 1024, 4096, 4096, FP8, "w8a8_hopper"),
+        ("w8a8", 4096, 4096, 4096, FP8, "w8a8_scaled_mm"),
+        ("w8a8", 4096, 4096, 4096, INT8, "w8a8_hopper"),
+        ("w8a8", 64, 4096, 4104, INT8, "w8a8_triton"),  # TMA moves rows of multiples of 16 bytes
+        ("w8a8", 64, 4100, 4096, INT8, "w8a8_triton"),
+        ("fp8_block", 64, 4096, 4104, FP8, "fp8_block_triton"),
+        ("w8a16_interleaved", 4096, 4096, 4096, torch.int32, "w8a16_hopper"),
+    ],
+)
+def test_hopper_multiplies_8_bits_by_its_own_kernel_where_tma_can(op, M, N, K, codes, name):
+    assert kernel_name(op, "sm_90", M, N, K, BF16, codes) == name
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -119,7 +140,8 @@ def test_a_block_of_columns_has_one_scale_on_a_gpu(op):
 def test_an_unknown_op_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown op 'w5a16'; known: w4a16, w4a16_tiles, w4a16_cpu, wna16, w4a8, w8a16, w8a8, fp8_block",
+        match="unknown op 'w5a16'; known: w4a16, w4a16_tiles, w4a16_cpu, wna16, w4a8, w8a16, "
+        "w8a16_interleaved, w8a8, fp8_block",
     ):
         kernel_name("w5a16", "cpu", 1, 1, 1, BF16, torch.int32)
 

@@ -1,0 +1,178 @@
+"""Hopper's kernel for 8-bit weights: the order of its bytes and its launches anywhere, its products on the GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from quantkit.kernels import cpu, fp8_block, ops, w8a8, w8a16  # noqa: F401
+from quantkit.kernels.interleave import deinterleave, interleave
+from quantkit.kernels.quantize_activations import quantize_activations
+from quantkit.linear import QuantLinear
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import parse_scheme
+from rounding import DEVICE, FP8, Random, assert_within
+
+gpu = pytest.mark.gpu
+codes_dtypes = pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=["int8", "fp8"])
+
+# M: all blocks of rows, and ragged ones; N, K: one tile each, parts of a tile, several tiles a program
+PRODUCTS = [
+    (M, N, K)
+    for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (336, 272), (200, 4112))
+    for M in (1, 7, 16, 33, 64, 100, 256, 300, 1000)
+]
+products = pytest.mark.parametrize("product", PRODUCTS, ids=lambda s: "x".join(map(str, s)))
+# see test_kernels_products.py
+LOST_BY_FP8_TENSOR_CORES = 4 * 2**-13
+
+
+@codes_dtypes
+@pytest.mark.parametrize(("N", "K"), [(8, 128), (24, 40), (16, 392)])
+def test_interleaving_moves_each_byte_to_its_place_and_back(random: Random, N, K, dtype):
+    codes = random.bytes8(N, K, dtype)
+    words = interleave(codes)
+    assert words.shape == (N, 32 * -(-K // 128))
+    assert torch.equal(deinterleave(words, K, dtype).view(torch.uint8), codes.view(torch.uint8))
+    placed = words.view(torch.uint8)
+    for c, half, kt, e, c8 in torch.cartesian_prod(
+        torch.arange(4), torch.arange(2), torch.arange(4), torch.arange(2), torch.arange(2)
+    ).tolist():
+        column = 64 * half + 16 * kt + 8 * c8 + 2 * c + e
+        if column < K:
+            expected = codes.view(torch.uint8)[:, column]
+            assert torch.equal(placed[:, 32 * c + 16 * half + 4 * kt + 2 * e + c8], expected)
+
+
+@codes_dtypes
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_interleaved_op_is_the_neutral_one(random: Random, dtype, x_dtype):
+    M, N, K = 3, 40, 264
+    x, codes, scales = (
+        random.x(M, K, x_dtype).cpu(),
+        random.bytes8(N, K, dtype).cpu(),
+        random.scales(N, 1).cpu(),
+    )
+    bias = random.bias(N, x_dtype).cpu()
+    y = torch.ops.quantkit.w8a16_interleaved(x, interleave(codes), scales, bias, dtype == torch.int8)
+    assert torch.equal(y, cpu.w8a16_dequantize(x, codes, scales, bias))
+
+
+@pytest.mark.parametrize("x_bytes", [1, 2])
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("M", [1, 8, 9, 64, 65, 128, 300, 4096])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 4096), (4096, 14336), (8, 16), (57344, 8192)])
+def test_launches_fit_a_multiprocessor(M, N, K, x_bytes, blocks):
+    hopper = pytest.importorskip("quantkit.kernels.w8_hopper")
+    launch = hopper.config(M, N, K, x_bytes, blocks and x_bytes == 1)
+    assert hopper.shared_bytes(launch, x_bytes) <= hopper.SHARED
+    assert launch["stages"] >= 3
+    assert not (blocks and x_bytes == 1 and launch["block_m"] > 128)
+    programs = launch["programs"] or hopper.tiles_of(launch, M, N)
+    if 132 < programs <= 264 and launch["block_m"] <= 64:
+        assert hopper.two_fit(launch, x_bytes)
+
+
+@gpu
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16], ids=str)
+@codes_dtypes
+@products
+def test_w8a8(random: Random, product, dtype, x_dtype):
+    from quantkit.kernels.w8_hopper import w8a8_hopper
+
+    M, N, K = product
+    x, codes, scales = random.x(M, K, x_dtype), random.bytes8(N, K, dtype), random.scales(N, 1)
+    bias = random.bias(N, x_dtype) if M % 2 else None
+    x_codes, x_scales = quantize_activations(x, dtype)
+    typed = x_codes.view(dtype)
+    expected = w8a8.reference(typed, x_scales, codes, scales, bias)
+    magnitude = (typed.double().abs() * x_scales) @ (codes.double().abs() * scales).T
+    magnitude += bias.double().abs() if bias is not None else 0
+    y = w8a8_hopper(x, codes, scales, None, bias)
+    assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (dtype == FP8))
+    assert torch.equal(y, w8a8_hopper(x, codes, scales, None, bias))
+
+
+@gpu
+@products
+def test_fp8_block(random: Random, product):
+    from quantkit.kernels.w8_hopper import fp8_block_hopper
+
+    M, N, K = product
+    x, codes = random.x(M, K, torch.bfloat16), random.bytes8(N, K, FP8)
+    scales = random.scales(-(-N // 128), -(-K // 128))
+    x_codes, x_scales = quantize_activations(x, FP8, group_size=128)
+    expected = fp8_block.reference(x_codes.view(FP8), x_scales, codes, scales, None)
+    wide = x_codes.view(FP8).double() * x_scales.double().repeat_interleave(128, 1)[:, :K]
+    magnitude = wide.abs() @ (codes.double() * cpu.expand_blocks(scales, N, K)).abs().T
+    y = fp8_block_hopper(x, codes, scales, None)
+    assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES)
+    assert torch.equal(y, fp8_block_hopper(x, codes, scales, None))
+
+
+@gpu
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16], ids=str)
+@codes_dtypes
+@products
+def test_w8a16(random: Random, product, dtype, x_dtype):
+    from quantkit.kernels.w8_hopper import w8a16_hopper
+
+    M, N, K = product
+    x, codes, scales = random.x(M, K, x_dtype), random.bytes8(N, K, dtype), random.scales(N, 1)
+    bias = random.bias(N, x_dtype) if M % 2 else None
+    expected = w8a16.reference(x, codes, scales, bias)
+    magnitude = x.double().abs() @ (codes.double().abs() * scales).T
+    magnitude += bias.double().abs() if bias is not None else 0
+    words = interleave(codes)
+    y = w8a16_hopper(x, words, scales, bias, dtype == torch.int8)
+    assert_within(y, expected, magnitude, K)
+    assert torch.equal(y, w8a16_hopper(x, words, scales, bias, dtype == torch.int8))
+
+
+@gpu
+@codes_dtypes
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_code_reaches_the_tensor_cores_as_its_own_number(dtype, x_dtype):
+    from quantkit.kernels.w8_hopper import w8a16_hopper
+
+    every = torch.arange(256, device=DEVICE).to(torch.uint8).view(dtype)
+    every = every[every.float().isfinite() & (every.float() > -128.5 if dtype == torch.int8 else True)]
+    codes = (
+        every.repeat(256)[: 256 * len(every) // 256 * 256].view(-1, 128)[: len(every) // 8 * 8].contiguous()
+    )
+    x = torch.eye(128, device=DEVICE, dtype=x_dtype)
+    ones = torch.ones(len(codes), 1, device=DEVICE)
+    y = w8a16_hopper(x, interleave(codes), ones, None, dtype == torch.int8)
+    assert torch.equal(y.T, codes.to(x_dtype))
+
+
+@gpu
+def test_rows_of_x_at_any_address(random: Random):
+    M, N, K = 5, 256, 256
+    codes, scales = random.bytes8(N, K, torch.int8), random.scales(N, 1)
+    wide = random.x(M, K + 8, torch.bfloat16)
+    words = interleave(codes)
+    for shift in (1, 8):
+        x = wide[:, shift : shift + K]
+        y = torch.ops.quantkit.w8a16_interleaved(x, words, scales, None, True)
+        assert torch.equal(y, torch.ops.quantkit.w8a16_interleaved(x.contiguous(), words, scales, None, True))
+
+
+@gpu
+@pytest.mark.parametrize("label", ["w8a16", "fp8-w8a16"])
+def test_a_linear_holds_its_weight_once_and_gives_it_back(random: Random, label):
+    N, K = 264, 392
+    scheme = parse_scheme(label)
+    dtype = torch.int8 if scheme.weight == "int8" else FP8
+    q = QuantizedTensor(scheme, (N, K), random.bytes8(N, K, dtype), random.scales(N, 1))
+    module = QuantLinear.from_quantized(q)
+    x = random.x(3, K, torch.bfloat16)
+    before = module(x)
+    module.repack(torch.bfloat16)
+    assert module.codes is None
+    assert module.weight_bytes == N * 512 + 4 * N
+    magnitude = x.double().abs() @ (q.codes.double().abs() * q.scales).T
+    assert_within(module(x), before.double(), magnitude, K, roundings=1)
+    assert torch.equal(module.state_dict()["codes"].view(torch.uint8), q.codes.view(torch.uint8))
+    module.cpu()
+    assert torch.equal(module.codes.view(torch.uint8), q.codes.view(torch.uint8).cpu())
