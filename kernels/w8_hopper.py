@@ -187,10 +187,9 @@ def _words(ring, W: gl.constexpr):
 @gluon.jit
 def _operand(words, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
     """Words [warp, h, g, c, kt] -> the left operand [16 W, 64]."""
-    if INT8:
-        ASM: gl.constexpr = INT8_TO_BF16 if DTYPE == gl.bfloat16 else INT8_TO_F16
-    else:
-        ASM: gl.constexpr = E4M3_TO_BF16 if DTYPE == gl.bfloat16 else E4M3_TO_F16
+    OF_INT8: gl.constexpr = INT8_TO_BF16 if DTYPE == gl.bfloat16 else INT8_TO_F16
+    OF_E4M3: gl.constexpr = E4M3_TO_BF16 if DTYPE == gl.bfloat16 else E4M3_TO_F16
+    ASM: gl.constexpr = OF_INT8 if INT8 else OF_E4M3
     even, odd = gl.inline_asm_elementwise(ASM, "=r,=r,r", [words], (gl.int32,) * 2, is_pure=True, pack=1)
     pairs = gl.join(even, odd)  # warp h g c kt c8
     low = (pairs & 0xFFFF).to(gl.uint16).to(DTYPE, bitcast=True)

@@ -209,7 +209,8 @@ class QuantLinear(nn.Module):
             weights = pack_tiles(self.codes, self.scales, self.zeros, self.scheme.group_size or 0, K)
             self.scales = self.zeros = None
         elif op == "w8a16_interleaved":
-            self.codes, self.packed, self.repacked_for = None, interleave(self.codes), x_dtype
+            self.packed, self.repacked_for = interleave(self.codes), x_dtype
+            self.codes = None
             return
         else:
             return

@@ -144,6 +144,57 @@ def hopper_jobs():
                 yield name, w4a16_hopper.w4a16_hopper_kernel, types, options
 
 
+# what x and the weight are, and M, N and K
+EIGHT_BIT = (
+    ("i8", "i8", False, ((1, FEW), (64, MANY), (300, FEW), (2048, MANY))),
+    ("fp8e4nv", "fp8e4nv", False, ((64, FEW), (2048, MANY))),
+    ("fp8e4nv", "fp8e4nv", True, ((16, MANY), (300, MANY))),  # with scales of blocks
+    ("bf16", "i8", False, ((1, FEW), (64, MANY), (300, MANY))),
+    ("fp16", "fp8e4nv", False, ((64, MANY),)),
+    ("bf16", "fp8e4nv", False, ((64, MANY),)),
+)
+
+
+def eight_bit_hopper_jobs():
+    """What the wrapper of the Gluon kernel for 8-bit weights launches."""
+    from triton.experimental.gluon import language as gl
+
+    from quantkit.kernels import w8_hopper
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS
+
+    for x, w, blocks, products in EIGHT_BIT:
+        floats = x != w
+        for M, (N, K) in products:
+            chosen = w8_hopper.config(M, N, K, 2 if floats else 1, blocks)
+            block_m, rows = chosen["block_m"], chosen["warps"] * w8_hopper.ROWS_OF_WARP
+            y_layout = gl.NVMMASharedLayout(min(128, 2 * rows), element_bitwidth=16, rank=2)
+            x_layout = w8_hopper.X_LAYOUT if floats else w8_hopper.CODES_LAYOUT
+            tiles = w8_hopper.tiles_of(chosen, M, N)
+            programs = chosen["programs"] or tiles
+            stream = tiles % programs != 0
+            y, sums = "fp16" if x == "fp16" else "bf16", "i32" if x == "i8" else "fp32"
+            types = {
+                "x_desc": f"tensordesc<{x}[{block_m}, 128],{x_layout!r}>",
+                "w_desc": f"tensordesc<i32[{rows}, 32],{w8_hopper.WORDS_LAYOUT!r}>"
+                if floats
+                else f"tensordesc<{w}[{rows}, 128],{w8_hopper.CODES_LAYOUT!r}>",
+                "y_desc": f"tensordesc<{y}[{min(block_m, STAGED_ROWS)}, {rows}],{y_layout!r}>",
+                "x_scales_ptr": None if floats else "*fp32",
+                "scales_ptr": "*fp32",
+                "bias_ptr": f"*{y}",
+                "partial_ptr": f"*{sums}" if stream else None,
+                "counter_ptr": "*i32" if stream else None,
+                **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
+                **{"stride_sm": 0 if floats else 1, "stride_sk": "i32" if blocks else 1 - floats},
+                **{"INT8": w == "i8", "BLOCKS": blocks, "STREAM": stream, "STAGES": chosen["stages"]},
+            }
+            options = {"num_warps": chosen["warps"]}
+            if programs > 132 and w8_hopper.two_fit(chosen, 2 if floats else 1):
+                options["maxnreg"] = REGISTERS_OF_TWO
+            name = f"w8_hopper {x} {w}{' blocks' * blocks} M={M} N={N}"
+            yield name, w8_hopper.w8_hopper_kernel, types, options
+
+
 def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[dict, dict]:
     """Launch parameters of the decode kernel -> its constexprs and its compile options."""
     stream = chosen["programs"] > 0
@@ -217,6 +268,7 @@ def jobs(target: str):
     yield from low_bits_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()
+        yield from eight_bit_hopper_jobs()
     N, K, full = 4096, 4096, target in FIRST
     native = native_fp8(target)
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
@@ -365,7 +417,7 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
         return True
     M, N = int(size[1]), int(size[2] or 4096)
     kernel = name.split()[0]
-    if kernel == "w4a16_hopper":
+    if kernel in ("w4a16_hopper", "w8_hopper"):
         return True
     x_dtype = {"*bf16": torch.bfloat16, "*fp16": torch.float16}[arguments["y_ptr"]]
     if kernel.startswith("w4a16"):
@@ -394,7 +446,7 @@ def compile_all(target: str) -> None:
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
-        if target == "sm_90" and name.startswith(("w4a16_decode", "w4a16_hopper")):
+        if target == "sm_90" and name.startswith(("w4a16_decode", "w4a16_hopper", "w8_hopper")):
             record |= in_the_main_loop(kernel)
         print(json.dumps(record), flush=True)
 
@@ -429,7 +481,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 42, "sm_89": 13, "sm_90": 62, "sm_100": 13, "sm_120": 13, "gfx942": 42, "gfx950": 13}
+KERNELS = {"sm_80": 42, "sm_89": 13, "sm_90": 75, "sm_100": 13, "sm_120": 13, "gfx942": 42, "gfx950": 13}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
@@ -451,7 +503,7 @@ def test_no_kernel_that_dispatch_chooses_spills_registers(compiled, target):
     assert max(spilled.values(), default=0) <= SPILLS, spilled
 
 
-@pytest.mark.parametrize("kernel", ["w4a16_decode", "w4a16_hopper"])
+@pytest.mark.parametrize("kernel", ["w4a16_decode", "w4a16_hopper", "w8_hopper"])
 def test_hoppers_kernels_spill_nothing_in_their_main_loop(compiled, kernel):
     loops = {k["name"]: k.get("spills_in_loop", 0) for k in compiled["sm_90"][0] if kernel in k["name"]}
     assert loops
