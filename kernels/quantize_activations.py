@@ -3,9 +3,14 @@
     scale[m, g] = max(max over group g of |x[m, k]| / top, SCALE_FLOOR)     top = 127 or 448       (1)
     code[m, k]  = round_half_even(x[m, k] / scale[m, g]) within +-top                              (2)
 
-Codes are int8 [M, K], or e4m3 bits as uint8 [M, K] (Triton has the type only from sm_89 on). The kernel reads x once
-for (1) and, mostly from cache, again for (2): 2 K + K bytes a row in bfloat16. About 20 instructions a value, of which
-the exact division is half; both are small beside the product that follows.
+Codes are int8 [M, K], or e4m3 bits as uint8 [M, K] (Triton has the type only from sm_89 on). x is read once and kept in
+registers from (1) to (2), 2 K + K bytes a row in bfloat16; only rows that do not fit are read twice. At 3.0 TB/s an H100
+has 28 instructions a value to spend: 3 go into the maximum, 3 into the division, 2 into the code. `rms_norm.py` and
+`swiglu.py` round what they compute by the same functions.
+
+The division (`divide`) is a product and two fused multiply-adds. They are not the rounded quotient for every pair of
+float32 numbers, but give its code for every pair of bfloat16 or of float16 numbers x and max |x|: all of them were tried,
+and the tests try all significands. float32 x and static scales are divided by division's own instructions.
 """
 
 import torch
@@ -15,19 +20,52 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import FP8, SCALE_FLOOR, TOP
 from quantkit.kernels.cpu import quantize_activations as reference
+from quantkit.kernels.dispatch import native_fp8, target_of
+from quantkit.kernels.w4a16 import LAST_FIRST, ptx_level
+
+if hasattr(tl.extra, "cuda"):
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["encode_e4m3", "quantize_activations", "reference"]
 
 E4M3_TOP: tl.constexpr = tl.constexpr(TOP[FP8])
 INT8_TOP: tl.constexpr = tl.constexpr(TOP[torch.int8])
 FLOOR: tl.constexpr = tl.constexpr(SCALE_FLOOR)
+# 1.5 * 2^23: adding it leaves no bits after the point, and the whole number in the lowest bits.
+WHOLE: tl.constexpr = tl.constexpr(12582912.0)
+INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+
+MAX_ROW = 16384  # columns that a program keeps in registers
+LANES = 32
+MULTIPROCESSORS = 132
+# The interpreter of Triton 3.6 rounds a fused multiply-add twice.
+FUSED_IN_THE_INTERPRETER = LAST_FIRST.value
 
 
-def config(K: int, group_size: int) -> dict[str, int]:
-    """Launch parameters: a program takes one row, BLOCK_K columns at a time; a multiple of the group."""
-    if group_size:
-        return {"BLOCK_K": group_size * 8, "num_warps": 4}
-    return {"BLOCK_K": min(4096, max(128, triton.next_power_of_2(K))), "num_warps": 4}
+def config(M: int, K: int, whole_rows: bool) -> dict[str, int]:
+    """Launch parameters: a program takes ROWS x BLOCK_K values, all columns of its rows if it must see whole rows.
+
+    A lane has 8 values where there are few programs, which are then over soonest, and 32 where there are many.
+    """
+    block = max(128, triton.next_power_of_2(K))
+    if not whole_rows:
+        block = min(block, 1024 if M * K <= MULTIPROCESSORS * 8192 else 4096)
+    rows = max(1, 1024 // block) if M >= 8 * MULTIPROCESSORS else 1
+    programs = triton.cdiv(M, rows) * triton.cdiv(K, block)
+    values_of_lane = 8 if programs <= 2 * MULTIPROCESSORS else 32
+    warps = min(16, max(1, rows * block // (LANES * values_of_lane)))
+    return {"ROWS": rows, "BLOCK_K": block, "num_warps": warps}
+
+
+def capabilities(x: Tensor) -> dict[str, bool]:
+    """What the kernels may use for x: compile-time flags, and the launch option that belongs to them."""
+    pdl = ptx_level(x) >= 90
+    flags = {
+        "FMA": x.element_size() == 2 and (x.is_cuda or FUSED_IN_THE_INTERPRETER),
+        "NATIVE_FP8": native_fp8(target_of(x.device)),
+        "PDL": pdl,
+    }
+    return flags | ({"launch_pdl": True} if pdl else {})
 
 
 @triton.jit
@@ -58,14 +96,30 @@ def encode_e4m3(v):
 
 @triton.jit
 def round_whole(v):
-    """float32 -> the nearest whole number, half to even, for |v| up to 2^22: adding 1.5 * 2^23 leaves no bits after the point."""
-    return (v + 12582912.0) - 12582912.0
+    """float32 -> the nearest whole number, half to even, for |v| up to 2^22."""
+    return (v + WHOLE) - WHOLE
+
+
+@triton.jit
+def encode_whole(v):
+    """float32 within +-127.5 -> int8, rounded half to even."""
+    return (v + WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def encode_int8(v):
     """float32 -> int8, rounded half to even within +-127."""
-    return round_whole(tl.minimum(tl.maximum(v, -INT8_TOP), INT8_TOP)).to(tl.int8)
+    return encode_whole(tl.minimum(tl.maximum(v, -INT8_TOP), INT8_TOP))
+
+
+@triton.jit
+def encode(v, TO_INT8: tl.constexpr, SATURATE: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """float32 -> int8, or e4m3 bits as uint8. A NaN is a NaN of e4m3 and any int8, whose scale is NaN."""
+    if TO_INT8:
+        return encode_int8(v) if SATURATE else encode_whole(v)
+    else:
+        # the instruction too rounds half to even and saturates
+        return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE_FP8 else encode_e4m3(v)
 
 
 @triton.jit
@@ -82,43 +136,101 @@ def scale_of(largest_bits, TOP_CODE: tl.constexpr):
 
 
 @triton.jit
-def quantize_rows_kernel(
-    x_ptr, codes_ptr, scales_ptr, input_scale_ptr,
-    K, stride_xm,
-    TO_INT8: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    top: tl.constexpr = INT8_TOP if TO_INT8 else E4M3_TOP
-    columns = tl.arange(0, BLOCK_K)
-    if input_scale_ptr is None:
-        bits = 0
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + columns
-            bits = tl.maximum(bits, largest(tl.load(x_ptr + m * stride_xm + k, mask=k < K, other=0.0)))
-        scale = scale_of(bits, top)
-        tl.store(scales_ptr + m, scale)
+def divide(x, scale, FMA: tl.constexpr):
+    """x / scale for x [..., n] within top * scale, scale [...]: with FMA a quotient that has the right code.
+
+    A product with 1 / scale, and Markstein's correction of it by what is left of x; the signs keep a -0.
+    """
+    if FMA:
+        reciprocal = tl.broadcast_to(tl.expand_dims(tl.div_rn(1.0, scale), -1), x.shape)
+        # x / inf is 0 or NaN already, and 0 * inf would make all of it NaN
+        finite = tl.broadcast_to(tl.expand_dims(tl.where(scale < INFINITY, scale, 0.0), -1), x.shape)
+        quotient = x * reciprocal
+        excess = tl.fma(quotient, finite, -x)
+        return tl.fma(excess, -reciprocal, quotient)
     else:
-        scale = tl.load(input_scale_ptr)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + columns
-        v = tl.div_rn(tl.load(x_ptr + m * stride_xm + k, mask=k < K, other=0.0).to(tl.float32), scale)
-        tl.store(codes_ptr + m * K + k, encode_int8(v) if TO_INT8 else encode_e4m3(v), mask=k < K)
+        return tl.div_rn(x, tl.expand_dims(scale, -1))
 
 
 @triton.jit
-def quantize_groups_kernel(
+def store_rounded(
+    y, m, k0, codes_ptr, scales_ptr, input_scale_ptr, M, K,
+    G: tl.constexpr, FMA: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Equations (1) and (2) for y, float32 [ROWS, BLOCK_K], columns k0 and on of the rows m; 0 past M and K.
+
+    Without a static scale a block has whole groups, or whole rows for G = 0.
+    """
+    ROWS: tl.constexpr = y.shape[0]
+    BLOCK_K: tl.constexpr = y.shape[1]
+    to_int8: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
+    top: tl.constexpr = INT8_TOP if to_int8 else E4M3_TOP
+    static: tl.constexpr = input_scale_ptr is not None
+    if static:
+        scale = tl.load(input_scale_ptr)
+        if scales_ptr is not None:
+            tl.store(scales_ptr, scale, mask=tl.program_id(0) + tl.program_id(1) == 0)
+        v = tl.div_rn(y, scale)
+    elif G > 0:
+        grouped = y.reshape(ROWS, BLOCK_K // G, G)
+        scale = scale_of(largest(grouped), top)  # [ROWS, BLOCK_K / G]
+        g = k0 // G + tl.arange(0, BLOCK_K // G)
+        groups = tl.cdiv(K, G)
+        in_groups = (m < M)[:, None] & (g < groups)[None, :]
+        tl.store(scales_ptr + m[:, None] * groups + g[None, :], scale, mask=in_groups)
+        v = divide(grouped, scale, FMA).reshape(ROWS, BLOCK_K)
+    else:
+        scale = scale_of(largest(y), top)  # [ROWS]
+        tl.store(scales_ptr + m, scale, mask=m < M)
+        v = divide(y, scale, FMA)
+    k = k0 + tl.arange(0, BLOCK_K)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    tl.store(codes_ptr + m[:, None] * K + k[None, :], encode(v, to_int8, static, NATIVE_FP8), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, codes_ptr, scales_ptr, input_scale_ptr,
+    M, K, stride_xm,
+    G: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FMA: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k0 = tl.program_id(1) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    store_rounded(x, m, k0, codes_ptr, scales_ptr, input_scale_ptr, M, K, G, FMA, NATIVE_FP8)
+
+
+@triton.jit
+def quantize_long_rows_kernel(
     x_ptr, codes_ptr, scales_ptr,
     K, stride_xm,
-    G: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, FMA: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * (BLOCK_K // G) + tl.arange(0, BLOCK_K // G)
-    k = group[:, None] * G + tl.arange(0, G)[None, :]  # [BLOCK_K / G, G]
-    x = tl.load(x_ptr + m * stride_xm + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = scale_of(largest(x), E4M3_TOP)  # [BLOCK_K / G]
-    groups = tl.cdiv(K, G)
-    tl.store(scales_ptr + m * groups + group, scale, mask=group < groups)
-    tl.store(codes_ptr + m * K + k, encode_e4m3(tl.div_rn(x, scale[:, None])), mask=k < K)
+    to_int8: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
+    columns = tl.arange(0, BLOCK_K)
+    bits = tl.zeros((BLOCK_K,), tl.int32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + columns
+        x = tl.load(x_ptr + m * stride_xm + k, mask=k < K, other=0.0)
+        bits = tl.maximum(bits, x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    scale = scale_of(tl.max(bits, 0), INT8_TOP if to_int8 else E4M3_TOP)
+    tl.store(scales_ptr + m, scale)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + columns
+        x = tl.load(x_ptr + m * stride_xm + k, mask=k < K, other=0.0).to(tl.float32)
+        code = encode(divide(x, scale, FMA), to_int8, False, NATIVE_FP8)
+        tl.store(codes_ptr + m * K + k, code, mask=k < K)
 
 
 def quantize_activations(
@@ -137,15 +249,20 @@ def quantize_activations(
         scales: float32 [M, ceil(K / group_size)], [M, 1] for group_size 0, [1, 1] for a static scale.
     """
     M, K = x.shape
-    launch = config(K, group_size)
     codes = x.new_empty(M, K, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
-    if group_size:
-        scales = x.new_empty(M, triton.cdiv(K, group_size), dtype=torch.float32)
-        grid = (M, triton.cdiv(K, launch["BLOCK_K"]))
-        quantize_groups_kernel[grid](x, codes, scales, K, x.stride(0), G=group_size, **launch)
+    whole_rows = input_scale is None and group_size == 0
+    if input_scale is not None:
+        found, scales = None, input_scale.view(1, 1)
+    else:
+        found = scales = x.new_empty(M, triton.cdiv(K, group_size or K), dtype=torch.float32)
+    if whole_rows and K > MAX_ROW:
+        quantize_long_rows_kernel[(M,)](
+            x, codes, scales, K, x.stride(0), BLOCK_K=4096, num_warps=8, **capabilities(x)
+        )
         return codes, scales
-    scales = x.new_empty(M, 1, dtype=torch.float32) if input_scale is None else input_scale.view(1, 1)
-    quantize_rows_kernel[(M,)](
-        x, codes, scales, input_scale, K, x.stride(0), TO_INT8=dtype == torch.int8, **launch
+    launch = config(M, K, whole_rows)
+    grid = (triton.cdiv(M, launch["ROWS"]), triton.cdiv(K, launch["BLOCK_K"]))
+    quantize_kernel[grid](
+        x, codes, found, input_scale, M, K, x.stride(0), G=group_size, **launch, **capabilities(x)
     )
     return codes, scales
