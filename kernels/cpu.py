@@ -61,6 +61,41 @@ def quantize_activations(
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
+def _rounded(
+    y: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """`quantize_activations`, or y itself and no scales where dtype is None; the scales are a new tensor."""
+    if dtype is None:
+        return y, y.new_empty(0, dtype=torch.float32)
+    codes, scales = quantize_activations(y, dtype, input_scale, group_size)
+    return codes, scales if input_scale is None else scales.clone()
+
+
+def rms_norm_torch(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+    input_scale: Tensor | None,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `ops.rms_norm_quantize`, rounded in the order of transformers' LlamaRMSNorm; on any device."""
+    h = x if residual is None else x + residual
+    wide = h.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y, scales = _rounded(weight * normed.to(x.dtype), dtype, input_scale, group_size)
+    return y, scales, x.new_empty(0) if residual is None else h
+
+
+def swiglu_torch(
+    x: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The definition of `ops.swiglu_quantize`, rounded in the order of transformers' LlamaMLP; on any device."""
+    gate, up = x.chunk(2, dim=-1)
+    return _rounded(F.silu(gate) * up, dtype, input_scale, group_size)
+
+
 def expand_blocks(scales: Tensor, N: int, K: int) -> Tensor:
     """[ceil(N/128), ceil(K/128)] -> [N, K]."""
     return scales.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]

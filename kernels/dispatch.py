@@ -25,6 +25,7 @@ VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of th
 # Rows of x from which on torch._scaled_mm is the faster one: on sm_90 than w8_hopper, elsewhere than w8a8
 SCALED_MM_MIN_M = {"sm_90": 1536}
 SCALED_MM_MIN_M_ELSEWHERE = 32
+MAX_ROW = 32768  # columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
@@ -35,7 +36,11 @@ W8_HOPPER_LAUNCH = ("block_m", "warps", "stages", "programs")
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of a kernel may depend on: y [M, N] = x [M, K] times codes [N, K]."""
+    """What the choice of a kernel may depend on: y [M, N] = x [M, K] times codes [N, K].
+
+    Of the ops that make rounded activations, K are the columns of the result, N those that must be seen at once, to norm
+    them or to find their scale, and codes_dtype is the type of the result.
+    """
 
     target: str
     M: int
@@ -162,6 +167,22 @@ def _one_scale_a_block(problem: Problem) -> str | None:
     return _triton(problem)
 
 
+def _in_registers(columns: int) -> Callable[[Problem], str | None]:
+    """For kernels that keep so many columns of a row between two passes, half as many of float32."""
+
+    def unsupported(problem: Problem) -> str | None:
+        most = columns // 2 if problem.x_dtype == torch.float32 else columns
+        if problem.N > most:
+            return f"keeps {most} columns in registers, not {problem.N}"
+        return _triton(problem)
+
+    return unsupported
+
+
+def _anywhere(problem: Problem) -> str | None:
+    return None
+
+
 def _scaled_mm(problem: Problem) -> str | None:
     if problem.codes_dtype != torch.float8_e4m3fn or problem.x_dtype != torch.bfloat16:
         return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
@@ -219,6 +240,14 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("fp8_block_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
         Kernel("fp8_block_triton", "fp8_block", _triton),
         Kernel("fp8_block_cpu", "cpu", _cpu),
+    ),
+    "rms_norm_quantize": (
+        Kernel("rms_norm_triton", "rms_norm", _in_registers(MAX_ROW // 2)),
+        Kernel("rms_norm_torch", "cpu", _anywhere),
+    ),
+    "swiglu_quantize": (
+        Kernel("swiglu_triton", "swiglu", _in_registers(MAX_ROW)),
+        Kernel("swiglu_torch", "cpu", _anywhere),
     ),
 }
 

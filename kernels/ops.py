@@ -1,5 +1,5 @@
 """The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
-w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, fp8_block}`.
+w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, fp8_block, rms_norm_quantize, swiglu_quantize}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -12,6 +12,11 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
     w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
     w8a16_interleaved: w8a16 for weights in the order of `interleave.py`
+
+Two ops make the rounded x of an 8-bit product where it is computed, so that it is not written in 16 bits:
+
+    rms_norm_quantize  round(rms_norm(x + residual) * weight / s), s, and x + residual
+    swiglu_quantize    round(silu(gate) * up / s) and s
 
 An op has one implementation for CPU and GPU: check, choose a kernel (`dispatch.py`), run it. A check takes the op's
 arguments and returns the shape of y; the fake implementation is the check, so a wrong shape is reported while
@@ -51,6 +56,13 @@ SCHEMAS = {
     "w8a16_interleaved": "(Tensor x, Tensor words, Tensor scales, Tensor? bias, bool int8) -> Tensor",
     "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    "rms_norm_quantize": (
+        "(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType? dtype, Tensor? input_scale, int group_size)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "swiglu_quantize": (
+        "(Tensor x, ScalarType? dtype, Tensor? input_scale, int group_size) -> (Tensor, Tensor)"
+    ),
 }
 
 
@@ -382,21 +394,167 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
     return _run("fp8_block", y_shape, x, codes, scales, bias, N=len(codes))
 
 
+def _check_rounding(
+    op: str, x: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+):
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x is {_names((x.dtype,))}, expected {_names(FLOATS)}; convert x")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [..., K]; reshape it")
+    if dtype not in (None, *EIGHT_BIT):
+        raise ValueError(f"{op}: dtype is {dtype}, expected {_names(EIGHT_BIT)}, or None to round nothing")
+    if input_scale is not None:
+        _expect(op, "input_scale", input_scale, (1,), (torch.float32,), x)
+        if dtype is None:
+            raise ValueError(f"{op}: dtype is None, expected {_names(EIGHT_BIT)} with an input_scale")
+    block = dtype == torch.float8_e4m3fn and input_scale is None
+    if group_size not in ((0, BLOCK) if block else (0,)):
+        raise ValueError(
+            f"{op}: group_size is {group_size}, expected 0 for one scale a row, or {BLOCK} for float8_e4m3fn "
+            f"without an input_scale"
+        )
+
+
+def _empty_rounded(
+    x: Tensor, K: int, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of K columns for the rows of x, not filled."""
+    codes = x.new_empty(*x.shape[:-1], K, dtype=dtype or x.dtype)
+    groups = -(-K // group_size) if group_size else 1
+    shape = (1, 1) if input_scale is not None else (codes.numel() // K, groups)
+    return codes, x.new_empty((0,) if dtype is None else shape, dtype=torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as rows with contiguous columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _producer(x: Tensor, K: int, together: int, dtype: torch.dtype | None, group_size: int) -> Problem:
+    """What K columns of activations for the rows of x are to `dispatch.py`, `together` of which must be seen at once."""
+    M = x.numel() // x.shape[-1]
+    return Problem(target_of(x.device), M, together, K, x.dtype, dtype or x.dtype, group_size)
+
+
+def _check_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+    input_scale: Tensor | None,
+    group_size: int,
+):
+    op = "rms_norm_quantize"
+    _check_rounding(op, x, dtype, input_scale, group_size)
+    _expect(op, "weight", weight, (x.shape[-1],), (x.dtype,), x)
+    if residual is not None:
+        _expect(op, "residual", residual, tuple(x.shape), (x.dtype,), x)
+
+
+def _fake_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+    input_scale: Tensor | None,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rms_norm(x, weight, residual, dtype, input_scale, group_size)
+    codes, scales = _empty_rounded(x, x.shape[-1], dtype, input_scale, group_size)
+    return codes, scales, x.new_empty(0 if residual is None else x.shape)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+    input_scale: Tensor | None,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS norm of x + residual, rounded to 8 bits.
+
+    Args:
+        x: float [..., K].
+        weight: of the norm, x.dtype [K].
+        eps: added to the mean of squares.
+        residual: x.dtype [..., K], or None.
+        dtype: int8 or float8_e4m3fn; None: the result is not rounded.
+        input_scale: static scale, float32 [1]; None: scales are found from the result.
+        group_size: 128 (e4m3 only) for one scale every 128 columns, or 0 for one a row.
+
+    Returns:
+        codes: dtype [..., K]; x.dtype where dtype is None.
+        scales: float32 [M, 1] for the M rows, [M, ceil(K/128)] for groups, [1, 1] for a static scale, [0] for dtype None.
+        h: x + residual, x.dtype [..., K]; [0] without a residual.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if x.numel() == 0:
+        return _fake_rms_norm(x, weight, eps, residual, dtype, input_scale, group_size)
+    _check_rms_norm(x, weight, residual, dtype, input_scale, group_size)
+    K = x.shape[-1]
+    kernel = choose("rms_norm_quantize", _producer(x, K, K, dtype, group_size))[0]
+    flat = None if residual is None else residual.view(-1, K)
+    codes, scales, h = kernel.run(_rows(x), weight, eps, flat, dtype, input_scale, group_size)
+    return codes.view(x.shape), scales, h if residual is None else h.view(x.shape)
+
+
+def _check_swiglu(x: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int):
+    op = "swiglu_quantize"
+    _check_rounding(op, x, dtype, input_scale, group_size)
+    if x.shape[-1] % 2:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [..., 2 F]: all gates, then all ups")
+
+
+def _fake_swiglu(
+    x: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    _check_swiglu(x, dtype, input_scale, group_size)
+    return _empty_rounded(x, x.shape[-1] // 2, dtype, input_scale, group_size)
+
+
+def swiglu_quantize(
+    x: Tensor, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, rounded to 8 bits.
+
+    Args:
+        x: float [..., 2 F], all gates and then all ups.
+
+    The rest as in `rms_norm_quantize`, for results [..., F].
+    """
+    if x.numel() == 0:
+        return _fake_swiglu(x, dtype, input_scale, group_size)
+    _check_swiglu(x, dtype, input_scale, group_size)
+    columns = x.shape[-1] // 2
+    together = columns if dtype is not None and input_scale is None and not group_size else group_size or 1
+    kernel = choose("swiglu_quantize", _producer(x, columns, together, dtype, group_size))[0]
+    codes, scales = kernel.run(_rows(x), dtype, input_scale, group_size)
+    return codes.view(*x.shape[:-1], columns), scales
+
+
 def _fake(check: Callable[..., tuple[int, ...]]) -> Callable[..., Tensor]:
     return lambda x, *rest: x.new_empty(check(x, *rest))
 
 
-for _name, _implementation, _check in (
-    ("w4a16", w4a16, partial(_check_grouped, "w4a16")),
-    ("w4a16_tiles", w4a16_tiles, _check_w4a16_tiles),
-    ("w4a16_cpu", w4a16_cpu, _check_w4a16_cpu),
-    ("wna16", wna16, partial(_check_grouped, "wna16")),
-    ("w4a8", w4a8, partial(_check_grouped, "w4a8")),
-    ("w8a16", w8a16, partial(_check_8bit, "w8a16")),
-    ("w8a16_interleaved", w8a16_interleaved, _check_w8a16_interleaved),
-    ("w8a8", w8a8, _check_w8a8),
-    ("fp8_block", fp8_block, partial(_check_8bit, "fp8_block")),
+for _name, _implementation, _unfilled in (
+    ("w4a16", w4a16, _fake(partial(_check_grouped, "w4a16"))),
+    ("w4a16_tiles", w4a16_tiles, _fake(_check_w4a16_tiles)),
+    ("w4a16_cpu", w4a16_cpu, _fake(_check_w4a16_cpu)),
+    ("wna16", wna16, _fake(partial(_check_grouped, "wna16"))),
+    ("w4a8", w4a8, _fake(partial(_check_grouped, "w4a8"))),
+    ("w8a16", w8a16, _fake(partial(_check_8bit, "w8a16"))),
+    ("w8a16_interleaved", w8a16_interleaved, _fake(_check_w8a16_interleaved)),
+    ("w8a8", w8a8, _fake(_check_w8a8)),
+    ("fp8_block", fp8_block, _fake(partial(_check_8bit, "fp8_block"))),
+    ("rms_norm_quantize", rms_norm_quantize, _fake_rms_norm),
+    ("swiglu_quantize", swiglu_quantize, _fake_swiglu),
 ):
     torch.library.define(f"quantkit::{_name}", SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"quantkit::{_name}", ("cpu", "cuda"), _implementation)
-    torch.library.register_fake(f"quantkit::{_name}", _fake(_check))
+    torch.library.register_fake(f"quantkit::{_name}", _unfilled)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import FP8, SCALE_FLOOR, TOP
 from quantkit.kernels.cpu import quantize_activations as reference
-from quantkit.kernels.dispatch import native_fp8, target_of
+from quantkit.kernels.dispatch import MAX_ROW, native_fp8, target_of
 from quantkit.kernels.w4a16 import LAST_FIRST, ptx_level
 
 if hasattr(tl.extra, "cuda"):
@@ -35,7 +35,6 @@ FLOOR: tl.constexpr = tl.constexpr(SCALE_FLOOR)
 WHOLE: tl.constexpr = tl.constexpr(12582912.0)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
-MAX_ROW = 16384  # columns that a program keeps in registers
 LANES = 32
 MULTIPROCESSORS = 132
 # The interpreter of Triton 3.6 rounds a fused multiply-add twice.
@@ -185,7 +184,9 @@ def store_rounded(
         v = divide(y, scale, FMA)
     k = k0 + tl.arange(0, BLOCK_K)
     inside = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(codes_ptr + m[:, None] * K + k[None, :], encode(v, to_int8, static, NATIVE_FP8), mask=inside)
+    # 8 codes a lane as 8 values of 16 bits are loaded: 16 would pass through shared memory where h is stored too
+    at = tl.max_contiguous(codes_ptr + m[:, None] * K + k[None, :], (1, 8))
+    tl.store(at, encode(v, to_int8, static, NATIVE_FP8), mask=inside)
 
 
 @triton.jit
@@ -233,6 +234,22 @@ def quantize_long_rows_kernel(
         tl.store(codes_ptr + m * K + k, code, mask=k < K)
 
 
+def outputs(
+    x: Tensor, K: int, dtype: torch.dtype | None, input_scale: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a kernel that ends in `store_rounded` fills: codes (e4m3 as uint8), scales, and what it takes for scales.
+
+    Nothing is rounded for dtype None: a result of x.dtype, and no scales.
+    """
+    M = len(x)
+    if dtype is None:
+        return x.new_empty(M, K), x.new_empty(0, dtype=torch.float32), None
+    codes = x.new_empty(M, K, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
+    shape = (M, triton.cdiv(K, group_size or K)) if input_scale is None else (1, 1)
+    scales = x.new_empty(shape, dtype=torch.float32)
+    return codes, scales, scales
+
+
 def quantize_activations(
     x: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None, group_size: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -255,7 +272,7 @@ def quantize_activations(
         found, scales = None, input_scale.view(1, 1)
     else:
         found = scales = x.new_empty(M, triton.cdiv(K, group_size or K), dtype=torch.float32)
-    if whole_rows and K > MAX_ROW:
+    if whole_rows and K > (MAX_ROW if x.element_size() == 2 else MAX_ROW // 2):
         quantize_long_rows_kernel[(M,)](
             x, codes, scales, K, x.stride(0), BLOCK_K=4096, num_warps=8, **capabilities(x)
         )

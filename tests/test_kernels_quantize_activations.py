@@ -7,12 +7,12 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.kernels import cpu
 from quantkit.kernels.quantize_activations import quantize_activations
+from rounding import DEVICE, FP8, GPU
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FP8 = torch.float8_e4m3fn
 MODES = [(torch.int8, 0), (FP8, 0), (FP8, 128)]  # dtype, group_size
-# K: one odd column, one group and a bit, several groups, more than one block of the row kernel
-SHAPES = [(1, 1), (3, 130), (5, 384), (2, 4500)]
+# one odd column, one group and a bit, several groups, a row of Llama's, columns of several programs, several rows a
+# program, and rows that do not fit in registers
+SHAPES = [(1, 1), (3, 130), (5, 384), (3, 4500), (2, 14336), (1100, 70), (1, 33000)]
 
 
 def interesting_values() -> torch.Tensor:
@@ -67,6 +67,49 @@ def test_equals_the_torch_definition_bit_for_bit(M, K, to, group_size, dtype):
         codes, scales = quantize_activations(x, to, static, group_size)
         assert torch.equal(scales.cpu(), expected_scales)
         assert torch.equal(bits(codes), bits(expected))
+
+
+def quotients(dtype: torch.dtype, step: int) -> torch.Tensor:
+    """Rows of the dtype that begin with their largest value, of every `step`-th significand, and go on with -0, both signs
+    of every significand, and all that they can be in the 21 binades below: more would be codes of 0."""
+    significands = 2 ** (7 if dtype == torch.bfloat16 else 10)
+    x = (1 + torch.arange(significands) / significands)[None, :] * 2.0 ** torch.arange(-14, 8)[:, None]
+    x = x.to(dtype).flatten()
+    top = x[-significands:][::step]
+    rows = torch.where(x[None] <= top[:, None], x[None], 0)
+    return torch.cat([top[:, None], torch.full_like(top, -0.0)[:, None], rows, -rows], 1)
+
+
+@pytest.mark.parametrize(("to", "group_size"), MODES[:2])
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 1), (torch.float16, 1 if GPU else 16)], ids=str)
+def test_the_quotient_of_every_pair_of_significands_has_the_right_code(dtype, step, to, group_size):
+    """What the division by fused multiply-adds rests on: it is the rounded quotient, or one with the same code."""
+    x = quotients(dtype, step)
+    expected, expected_scales = cpu.quantize_activations(x, to, None, group_size)
+    codes, scales = quantize_activations(x.to(DEVICE), to, None, group_size)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(bits(codes), bits(expected))
+
+
+@pytest.mark.parametrize("to", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("exponent", [-126, -100, -93, 60, 100, 120, 127])
+def test_the_ends_of_the_range_are_divided_rightly(exponent, to):
+    """Scales at the floor, and such that 1 / scale or what is left of x is near the smallest numbers."""
+    x = torch.cat([quotients(torch.bfloat16, 8)[:, :1]] * 2, 0).float() / 128
+    x = torch.cat([x, quotients(torch.bfloat16, 8)[:1, -256:].float().expand(len(x), -1) / 256], 1)
+    x = (x.double() * 2.0**exponent).to(torch.bfloat16)
+    expected, expected_scales = cpu.quantize_activations(x, to)
+    codes, scales = quantize_activations(x.to(DEVICE), to)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(bits(codes), bits(expected))
+
+
+def test_an_infinity_leaves_the_other_codes_0():
+    x = torch.tensor([[torch.inf, 1.0, -2.0, -0.0]], dtype=torch.float16)
+    for to in (torch.int8, FP8):
+        expected, _ = cpu.quantize_activations(x, to)
+        codes, _ = quantize_activations(x.to(DEVICE), to)
+        assert torch.equal(bits(codes)[:, 1:], bits(expected)[:, 1:])
 
 
 @pytest.mark.parametrize(("to", "group_size"), MODES)
