@@ -25,7 +25,8 @@ VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of th
 # Rows of x from which on torch._scaled_mm is the faster one: on sm_90 than w8_hopper, elsewhere than w8a8
 SCALED_MM_MIN_M = {"sm_90": 1536}
 SCALED_MM_MIN_M_ELSEWHERE = 32
-MAX_ROW = 32768  # columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
+# columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
+MAX_ROW = 32768
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")

@@ -77,3 +77,38 @@ def assert_within(
     error = (y.double() - expected).abs()
     worst = (error / bound).max().item()
     assert worst <= 1, f"error is {worst:.2f}x the rounding bound"  # NaN fails too
+
+
+def assert_rounded(
+    codes: Tensor,
+    scales: Tensor,
+    low: Tensor,
+    high: Tensor,
+    input_scale: Tensor | None = None,
+    group_size: int = 0,
+) -> None:
+    """Codes and scales are those of some y [M, K] between low and high, where that is all that is known of y.
+
+    Scales do not fall when |y| grows, nor codes when y does: so the ends of an interval give the ends of the next, and where
+    low is high the codes must be right to the bit.
+    """
+    from quantkit.kernels import cpu  # imports Triton, which conftest.py prepares after this file
+
+    codes, scales, low, high = (t.cpu() for t in (codes, scales, low, high))
+    static = None if input_scale is None else input_scale.cpu()
+    nearest = torch.where((low <= 0) & (high >= 0), 0, torch.minimum(low.abs(), high.abs()))
+    ends = [
+        cpu.quantize_activations(t, codes.dtype, static, group_size)[1]
+        for t in (nearest, torch.maximum(low.abs(), high.abs()))
+    ]
+    assert scales.shape == ends[0].shape
+    assert ((ends[0] <= scales) & (scales <= ends[1])).all()  # a NaN fails
+    if static is None:
+        scales = scales.repeat_interleave(group_size or codes.shape[1], 1)[:, : codes.shape[1]]
+    top = cpu.TOP[codes.dtype]
+
+    def rounded(y: Tensor) -> Tensor:
+        v = (y.float() / scales).clamp(-top, top)
+        return v.round() if codes.dtype == torch.int8 else v.to(codes.dtype).float()
+
+    assert ((rounded(low) <= codes.float()) & (codes.float() <= rounded(high))).all()
