@@ -169,10 +169,10 @@ def _one_scale_a_block(problem: Problem) -> str | None:
 
 
 def _in_registers(columns: int) -> Callable[[Problem], str | None]:
-    """For kernels that keep so many columns of a row between two passes, half as many of float32."""
+    """For kernels that keep so many columns of 16 bits in registers, a quarter as many of float32."""
 
     def unsupported(problem: Problem) -> str | None:
-        most = columns // 2 if problem.x_dtype == torch.float32 else columns
+        most = columns // 4 if problem.x_dtype == torch.float32 else columns
         if problem.N > most:
             return f"keeps {most} columns in registers, not {problem.N}"
         return _triton(problem)

@@ -272,7 +272,7 @@ def quantize_activations(
         found, scales = None, input_scale.view(1, 1)
     else:
         found = scales = x.new_empty(M, triton.cdiv(K, group_size or K), dtype=torch.float32)
-    if whole_rows and K > (MAX_ROW if x.element_size() == 2 else MAX_ROW // 2):
+    if whole_rows and K > (MAX_ROW if x.element_size() == 2 else MAX_ROW // 4):
         quantize_long_rows_kernel[(M,)](
             x, codes, scales, K, x.stride(0), BLOCK_K=4096, num_warps=8, **capabilities(x)
         )

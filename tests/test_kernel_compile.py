@@ -257,15 +257,68 @@ def gptq_jobs():
         )
 
 
+PRODUCED = {  # how activations are rounded: codes, static scale, group size
+    "int8": ("*i8", None, 0),
+    "e4m3": ("*u8", None, 0),
+    "e4m3 groups": ("*u8", None, 128),
+    "e4m3 static": ("*u8", "*fp32", 0),
+    "not": (None, None, 0),
+}
+
+
+def producer_jobs(target: str):
+    """What the wrappers of the kernels that round activations launch, and those that compute them: as `jobs`."""
+    from quantkit.kernels import quantize_activations, rms_norm, swiglu
+    from quantkit.kernels.dispatch import MAX_ROW, native_fp8
+
+    full = target in FIRST
+    rows = (1, 4096) if full else (4096,)
+    pdl = target.startswith("sm_") and int(target[3:]) >= 90
+    flags = {"NATIVE_FP8": native_fp8(target), "PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+
+    def job(kernel, name: str, M: int, K: int, how: str, x: str = "*bf16"):
+        codes, static, group_size = PRODUCED[how]
+        scales = None if codes is None or (static and name == "quantize") else "*fp32"
+        size = "F" if name == "swiglu" else "K"
+        types = {"x_ptr": x, "scales_ptr": scales, "input_scale_ptr": static}
+        types |= {"M": 1 if M == 1 else "i32", size: "i32", "stride_xm": "i32"}
+        types |= {"codes_ptr" if name == "quantize" else "y_ptr": codes or x}
+        whole_rows = name == "rms_norm" or (codes is not None and not static and not group_size)
+        launch = quantize_activations.config(M, K, whole_rows)
+        types |= {"G": group_size, "FMA": x != "*fp32"}
+        if name == "rms_norm":
+            types |= {"residual_ptr": x, "weight_ptr": x, "h_ptr": x, "eps": "fp32"}
+        return f"{name} {x[1:]} {how} {M} rows of {K}", kernel, types, launch | flags
+
+    kernels = (
+        ("quantize", quantize_activations.quantize_kernel, 4096, MAX_ROW),
+        ("rms_norm", rms_norm.rms_norm_kernel, 4096, MAX_ROW // 2),
+        ("swiglu", swiglu.swiglu_kernel, 14336, MAX_ROW),
+    )
+    for name, kernel, K, longest in kernels:
+        for M in rows:
+            for how in PRODUCED if full else ("int8", "e4m3 groups"):
+                if how != "not" or name != "quantize":
+                    yield job(kernel, name, M, K, how)
+        for how in ("int8", "e4m3"):
+            yield job(kernel, name, 4096, longest, how)
+        yield job(kernel, name, 4096, longest // 4, "e4m3", "*fp32")
+        yield job(kernel, name, 4096, 128, "int8")
+    types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scales_ptr": "*fp32", "K": "i32", "stride_xm": "i32"}
+    launch = {"BLOCK_K": 4096, "num_warps": 8, "FMA": True} | flags
+    yield "quantize long rows", quantize_activations.quantize_long_rows_kernel, types, launch
+
+
 def jobs(target: str):
     """(name, kernel, run-time argument types, constexprs, launch options) of everything the wrappers launch."""
     import torch
 
-    from quantkit.kernels import fp8_block, quantize_activations, w8a8, w8a16
+    from quantkit.kernels import fp8_block, w8a8, w8a16
     from quantkit.kernels.dispatch import native_fp8
 
     yield from w4a16_jobs(target)
     yield from low_bits_jobs(target)
+    yield from producer_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()
         yield from eight_bit_hopper_jobs()
@@ -318,25 +371,6 @@ def jobs(target: str):
             w8a16.w8a16_kernel,
             types | sizes | {"stride_xm": "i32"},
             w8a16.config(512, N, K, single),
-        )
-        for codes, static in (("*i8", None), ("*u8", None), ("*u8", "*fp32")):
-            types = {"x_ptr": "*bf16", "codes_ptr": codes, "scales_ptr": "*fp32", "input_scale_ptr": static}
-            types |= {"K": "i32", "stride_xm": "i32", "TO_INT8": codes == "*i8"}
-            name = f"quantize rows {codes[1:]} {'static' if static else 'token'}"
-            yield name, quantize_activations.quantize_rows_kernel, types, quantize_activations.config(K, 0)
-        types = {
-            "x_ptr": "*bf16",
-            "codes_ptr": "*u8",
-            "scales_ptr": "*fp32",
-            "K": "i32",
-            "stride_xm": "i32",
-            "G": 128,
-        }
-        yield (
-            "quantize groups",
-            quantize_activations.quantize_groups_kernel,
-            types,
-            quantize_activations.config(K, 128),
         )
 
 
@@ -413,7 +447,7 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
     from quantkit.kernels.dispatch import kernel_name
 
     size = re.search(r"M=(\d+)(?: N=(\d+))?", name)
-    if not size:
+    if not size:  # of producers too the tests compile what dispatch chooses
         return True
     M, N = int(size[1]), int(size[2] or 4096)
     kernel = name.split()[0]
@@ -481,7 +515,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 42, "sm_89": 13, "sm_90": 75, "sm_100": 13, "sm_120": 13, "gfx942": 42, "gfx950": 13}
+KERNELS = {"sm_80": 79, "sm_89": 32, "sm_90": 112, "sm_100": 32, "sm_120": 32, "gfx942": 79, "gfx950": 32}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 

@@ -21,6 +21,8 @@ CODES = {
     "w8a16_interleaved": torch.int32,
     "w8a8": INT8,
     "fp8_block": FP8,
+    "rms_norm_quantize": INT8,
+    "swiglu_quantize": INT8,
 }
 DECODES = {"w4a16": "w4a16_vendor", "w4a16_tiles": "w4a16_decode"}  # the others have one Triton kernel
 HOPPERS = {"w8a8": "w8a8_hopper", "fp8_block": "fp8_block_hopper"}
@@ -46,6 +48,18 @@ def test_every_gpu_has_a_kernel_for_every_op(op, target, dtype):
     for M in (33, 256, 4096):
         name = kernel_name(op, target, M, 4100, 4100, dtype, CODES[op])
         assert name not in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("op", "columns"),
+    [("rms_norm", {BF16: 16384, torch.float32: 4096}), ("swiglu", {BF16: 32768, torch.float32: 8192})],
+)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_rows_that_do_not_fit_in_registers_are_rounded_by_torch(target, op, columns):
+    for dtype, most in columns.items():
+        for together, name in ((1, "triton"), (most, "triton"), (most + 1, "torch")):
+            found = kernel_name(f"{op}_quantize", target, 64, together, 53248, dtype, INT8)
+            assert found == f"{op}_{name}"
 
 
 OTHERS = ["sm_80", "sm_100", "sm_120", "gfx942"]
