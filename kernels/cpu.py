@@ -274,25 +274,25 @@ def w8a16_int8pack(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
 
 
 def w8a8_cpu(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """y = (x_codes @ codes^T) * x_scale * scales + bias: int8 in exact int32 sums, e4m3 in float32."""
-    x_codes, x_scales = quantize_activations(x, codes.dtype, input_scale)
     if codes.dtype == torch.int8:
         y = torch._int_mm(x_codes, codes.t()).float() * x_scales * scales.t()
-        return (y if bias is None else y + bias).to(x.dtype)
+        return (y if bias is None else y + bias).to(dtype)
     rounded = _decode_8bit(x_codes) * x_scales
     return linear(rounded, len(codes), bias, lambda rows: _decode_8bit(codes[rows]).mul_(scales[rows])).to(
-        x.dtype
+        dtype
     )
 
 
-def fp8_block_cpu(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_block_cpu(
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """y = x_rounded @ (codes * tile scales)^T + bias in float32."""
-    x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
     N, K = codes.shape
     rounded = _scale_groups(_decode_8bit(x_codes), x_scales, None, BLOCK, K)
     of_row = scales.repeat_interleave(BLOCK, 0)[:N]  # [N, ceil(K/128)]
     return linear(
         rounded, N, bias, lambda rows: _scale_groups(_decode_8bit(codes[rows]), of_row[rows], None, BLOCK, K)
-    ).to(x.dtype)
+    ).to(dtype)

@@ -242,6 +242,10 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("fp8_block_triton", "fp8_block", _triton),
         Kernel("fp8_block_cpu", "cpu", _cpu),
     ),
+    "quantize_activations": (
+        Kernel("quantize_activations", "quantize_activations", _triton),
+        Kernel("quantize_activations", "cpu", _cpu),
+    ),
     "rms_norm_quantize": (
         Kernel("rms_norm_triton", "rms_norm", _in_registers(MAX_ROW // 2)),
         Kernel("rms_norm_torch", "cpu", _anywhere),

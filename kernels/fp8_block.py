@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.block import grid, rows_and_columns, store_block
-from quantkit.kernels.cpu import BLOCK, FP8, expand_blocks
+from quantkit.kernels.cpu import BLOCK, expand_blocks
 from quantkit.kernels.dispatch import native_fp8, target_of
-from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.w8a16 import decode_e4m3
 
 TILE: tl.constexpr = tl.constexpr(BLOCK)
@@ -78,7 +77,7 @@ def fp8_block_rounded(
     """Equation (1) for activations that are already rounded.
 
     Args:
-        x_codes: e4m3 bits as uint8 [M, K].
+        x_codes: float8_e4m3fn, or its bits as uint8, [M, K].
         x_scales: float32 [M, ceil(K/128)].
         codes: float8_e4m3fn [N, K].
         scales: float32 [ceil(N/128), ceil(K/128)].
@@ -92,15 +91,16 @@ def fp8_block_rounded(
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
     launch = config(M, N, K)
-    bits = codes.view(torch.uint8)
+    bits = torch.uint8  # Triton has e4m3 only from sm_89 on
     fp8_block_kernel[grid(M, N, launch)](
-        x_codes, bits, x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch
+        x_codes.view(bits), codes.view(bits), x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch
     )
     return y
 
 
-def fp8_block_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Round x [M, K], then equation (1), on the GPU that holds the tensors; arguments as in `ops.fp8_block`."""
-    x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
-    native = native_fp8(target_of(x.device))
-    return fp8_block_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native)
+def fp8_block_triton(
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`fp8_block_rounded` on the GPU that holds the tensors; arguments as in `ops.fp8_block_rounded`, x_codes [M, K]."""
+    native = native_fp8(target_of(codes.device))
+    return fp8_block_rounded(x_codes, x_scales, codes, scales, bias, dtype, native)

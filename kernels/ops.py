@@ -1,5 +1,6 @@
 """The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
-w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, fp8_block, rms_norm_quantize, swiglu_quantize}`.
+w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, w8a8_rounded, fp8_block, fp8_block_rounded,
+rms_norm_quantize, swiglu_quantize}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -13,7 +14,8 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
     w8a16_interleaved: w8a16 for weights in the order of `interleave.py`
 
-Two ops make the rounded x of an 8-bit product where it is computed, so that it is not written in 16 bits:
+Two ops make the rounded x of an 8-bit product where it is computed, so that it is not written in 16 bits, and
+`w8a8_rounded` and `fp8_block_rounded` take it:
 
     rms_norm_quantize  round(rms_norm(x + residual) * weight / s), s, and x + residual
     swiglu_quantize    round(silu(gate) * up / s) and s
@@ -56,6 +58,10 @@ SCHEMAS = {
     "w8a16_interleaved": "(Tensor x, Tensor words, Tensor scales, Tensor? bias, bool int8) -> Tensor",
     "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    **dict.fromkeys(
+        ("w8a8_rounded", "fp8_block_rounded"),
+        "(Tensor x_codes, Tensor x_scales, Tensor codes, Tensor scales, Tensor? bias, ScalarType dtype) -> Tensor",
+    ),
     "rms_norm_quantize": (
         "(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType? dtype, Tensor? input_scale, int group_size)"
         " -> (Tensor, Tensor, Tensor)"
@@ -382,7 +388,9 @@ def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, b
     Returns and raises as `w4a16`.
     """
     y_shape = _check_w8a8(x, codes, scales, input_scale, bias)
-    return _run("w8a8", y_shape, x, codes, scales, input_scale, bias, N=len(codes))
+    return _multiply_rounded(
+        "w8a8", y_shape, *_round(x, codes.dtype, input_scale), codes, scales, bias, x.dtype
+    )
 
 
 def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -391,7 +399,109 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
     scales: float32 [ceil(N/128), ceil(K/128)]. The rest as in `w4a16`.
     """
     y_shape = _check_8bit("fp8_block", x, codes, scales, bias)
-    return _run("fp8_block", y_shape, x, codes, scales, bias, N=len(codes))
+    rounded = _round(x, codes.dtype, group_size=BLOCK)
+    return _multiply_rounded("fp8_block", y_shape, *rounded, codes, scales, bias, x.dtype)
+
+
+def _round(
+    x: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Codes of the rows of x in the dtype [M, K], and their scales; see `cpu.quantize_activations`."""
+    rows = _rows(x)
+    if not len(rows):
+        return rows.to(dtype), rows.new_empty(0, 1, dtype=torch.float32)
+    kernel = choose("quantize_activations", _producer(x, x.shape[-1], x.shape[-1], dtype, group_size))[0]
+    codes, scales = kernel.run(rows, dtype, input_scale, group_size)
+    return codes.view(dtype), scales
+
+
+def _multiply_rounded(
+    op: str,
+    y_shape: tuple[int, ...],
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The kernel of `w8a8` or `fp8_block` over rows that are rounded already; y in a dtype."""
+    (M, K), N = x_codes.shape, len(codes)
+    if M == 0 or N == 0:
+        return scales.new_empty(y_shape, dtype=dtype)
+    kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype))
+    launched = {} if launch is None else {"launch": launch}
+    return kernel.run(x_codes, x_scales, codes, scales, bias, dtype, **launched).view(y_shape)
+
+
+def _check_rounded(
+    op: str,
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: dtype is {_names((dtype,))}, expected {_names(FLOATS)}")
+    if x_codes.dtype not in EIGHT_BIT or x_codes.dtype != codes.dtype:
+        raise ValueError(
+            f"{op}: x_codes is {_names((x_codes.dtype,))} and codes {_names((codes.dtype,))}, expected both to be "
+            f"{_names(EIGHT_BIT)}; round x to the dtype of codes"
+        )
+    if x_codes.device != codes.device or not x_codes.is_contiguous():
+        raise ValueError(
+            f"{op}: x_codes is on {x_codes.device} with strides {x_codes.stride()}, expected {codes.device} and "
+            f"contiguous; move it, or call .contiguous()"
+        )
+    x = scales.new_empty((1,), dtype=dtype).expand(x_codes.shape)  # stands for x before it was rounded
+    y_shape = _check_8bit(op, x, codes, scales, bias)
+    K = x_codes.shape[-1]
+    M = x_codes.numel() // K
+    shapes = [(M, -(-K // BLOCK))] if op == "fp8_block" else [(M, 1), (1, 1)]
+    if x_scales.dtype != torch.float32 or tuple(x_scales.shape) not in shapes:
+        raise ValueError(
+            f"{op}: x_scales is {_names((x_scales.dtype,))} {list(x_scales.shape)}, expected float32 "
+            f"{' or '.join(str(list(shape)) for shape in shapes)}"
+        )
+    return y_shape
+
+
+def w8a8_rounded(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`w8a8` of activations that their producer has rounded (`rms_norm_quantize`, `swiglu_quantize`).
+
+    Args:
+        x_codes: of the dtype of codes [..., K], contiguous.
+        x_scales: float32 [M, 1], M rows of x in all, or [1, 1].
+        dtype: of y.
+
+    The rest as in `w8a8`.
+    """
+    y_shape = _check_rounded("w8a8", x_codes, x_scales, codes, scales, bias, dtype)
+    rows = x_codes.view(-1, x_codes.shape[-1])
+    return _multiply_rounded("w8a8", y_shape, rows, x_scales, codes, scales, bias, dtype)
+
+
+def fp8_block_rounded(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`fp8_block` of activations that are rounded already: x_scales float32 [M, ceil(K/128)]; see `w8a8_rounded`."""
+    y_shape = _check_rounded("fp8_block", x_codes, x_scales, codes, scales, bias, dtype)
+    rows = x_codes.view(-1, x_codes.shape[-1])
+    return _multiply_rounded("fp8_block", y_shape, rows, x_scales, codes, scales, bias, dtype)
 
 
 def _check_rounding(
@@ -542,6 +652,18 @@ def _fake(check: Callable[..., tuple[int, ...]]) -> Callable[..., Tensor]:
     return lambda x, *rest: x.new_empty(check(x, *rest))
 
 
+def _fake_rounded(
+    op: str,
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x_scales.new_empty(_check_rounded(op, x_codes, x_scales, codes, scales, bias, dtype), dtype=dtype)
+
+
 for _name, _implementation, _unfilled in (
     ("w4a16", w4a16, _fake(partial(_check_grouped, "w4a16"))),
     ("w4a16_tiles", w4a16_tiles, _fake(_check_w4a16_tiles)),
@@ -552,6 +674,8 @@ for _name, _implementation, _unfilled in (
     ("w8a16_interleaved", w8a16_interleaved, _fake(_check_w8a16_interleaved)),
     ("w8a8", w8a8, _fake(_check_w8a8)),
     ("fp8_block", fp8_block, _fake(partial(_check_8bit, "fp8_block"))),
+    ("w8a8_rounded", w8a8_rounded, partial(_fake_rounded, "w8a8")),
+    ("fp8_block_rounded", fp8_block_rounded, partial(_fake_rounded, "fp8_block")),
     ("rms_norm_quantize", rms_norm_quantize, _fake_rms_norm),
     ("swiglu_quantize", swiglu_quantize, _fake_swiglu),
 ):

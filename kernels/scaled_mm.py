@@ -8,24 +8,21 @@ Bytes and operations are those of `w8a8.py`, which runs what this one does not t
 import torch
 from torch import Tensor
 
-from quantkit.kernels.quantize_activations import quantize_activations
-
 
 def w8a8_scaled_mm(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Arguments as in `ops.w8a8`, x bfloat16 [M, K], codes float8_e4m3fn.
+    """Arguments as in `ops.w8a8_rounded`, x_codes float8_e4m3fn [M, K], the dtype bfloat16.
 
     Returns:
-        bfloat16 [M, N], see `w8a8.w8a8_triton` for the bound.
+        bfloat16 [M, N], see `w8a8.w8a8_rounded` for the bound.
     """
-    x_codes, x_scales = quantize_activations(x, torch.float8_e4m3fn, input_scale)
     return torch._scaled_mm(
-        x_codes.view(torch.float8_e4m3fn),
+        x_codes,
         codes.t(),
-        scale_a=x_scales.reshape(-1, 1).expand(len(x), 1).contiguous(),
+        scale_a=x_scales.expand(len(x_codes), 1).contiguous(),
         scale_b=scales.t().contiguous(),
         bias=None if bias is None else bias.bfloat16(),
-        out_dtype=torch.bfloat16,
+        out_dtype=dtype,
         use_fast_accum=False,
     )

@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quantkit.kernels.cpu import BLOCK, FP8
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS_OF_TWO,
@@ -52,7 +51,6 @@ from quantkit.kernels.hopper import (
     worth,
 )
 from quantkit.kernels.interleave import STEP
-from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 
 ROWS_OF_WARP = 16  # of the weight
@@ -516,34 +514,42 @@ def product(
 
 
 def w8a8_hopper(
-    x: Tensor,
+    x_codes: Tensor,
+    x_scales: Tensor,
     codes: Tensor,
     scales: Tensor,
-    input_scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
     launch: Config | None = None,
 ) -> Tensor:
-    """Rounds x [M, K], then equation (1) of `w8a8.py`; arguments as in `ops.w8a8`, K in multiples of 16, N of 8.
+    """Equation (1) of `w8a8.py`; arguments as in `ops.w8a8_rounded`, x_codes [M, K], K in multiples of 16, N of 8.
 
     Returns:
-        y of x.dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
+        y of the dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
     """
-    x_codes, x_scales = quantize_activations(x, codes.dtype, input_scale)
-    int8 = codes.dtype == torch.int8
-    return product(x_codes.view(codes.dtype), x_scales, codes, scales, bias, x.dtype, int8, launch)
+    if x_codes.data_ptr() % 16:  # TMA reads rows that begin at multiples of 16 bytes
+        x_codes = x_codes.clone()
+    return product(x_codes, x_scales, codes, scales, bias, dtype, codes.dtype == torch.int8, launch)
 
 
 def fp8_block_hopper(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, launch: Config | None = None
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    launch: Config | None = None,
 ) -> Tensor:
-    """Rounds x [M, K], then equation (1) of `fp8_block.py`; arguments as in `ops.fp8_block`, K in multiples of 16, N of 8.
+    """Equation (1) of `fp8_block.py`; arguments as in `ops.fp8_block_rounded`, x_codes [M, K], K and N as above.
 
     Returns:
-        y of x.dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
+        y of the dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
     """
-    x_codes, x_scales = quantize_activations(x, FP8, group_size=BLOCK)
+    if x_codes.data_ptr() % 16:
+        x_codes = x_codes.clone()
     by_block = x_scales.T.contiguous().T  # a program reads many rows of one block
-    return product(x_codes.view(FP8), by_block, codes, scales, bias, x.dtype, False, launch)
+    return product(x_codes, by_block, codes, scales, bias, dtype, False, launch)
 
 
 def w8a16_hopper(
@@ -554,6 +560,6 @@ def w8a16_hopper(
     Returns:
         y of x.dtype [M, N], within the bound of `w8a16.w8a16_triton`.
     """
-    if x.data_ptr() % 16 or x.stride(0) % 8:  # TMA reads rows that begin at multiples of 16 bytes
+    if x.data_ptr() % 16 or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
     return product(x, None, words, scales, bias, x.dtype, int8, launch)

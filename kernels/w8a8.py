@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quantkit.kernels.block import grid, rows_and_columns, store_block
 from quantkit.kernels.dispatch import native_fp8, target_of
-from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.w8a16 import decode_e4m3
 
 PROMOTE_EVERY: tl.constexpr = tl.constexpr(128)  # columns; BLOCK_K of the FP8 path must not be smaller
@@ -78,7 +77,7 @@ def w8a8_rounded(
     """Equation (1) for activations that are already rounded.
 
     Args:
-        x_codes: int8, or e4m3 bits as uint8, [M, K].
+        x_codes: int8 or float8_e4m3fn, or its bits as uint8, [M, K].
         x_scales: float32 [M, 1], or [1, 1] for all rows.
         codes: int8, or float8_e4m3fn, [N, K].
         scales: float32 [N, 1].
@@ -93,18 +92,28 @@ def w8a8_rounded(
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
     launch = config(M, N, K)
-    bits = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
+    bits = torch.int8 if codes.dtype == torch.int8 else torch.uint8  # Triton has e4m3 only from sm_89 on
     stride_sm = 1 if len(x_scales) == M else 0
     w8a8_kernel[grid(M, N, launch)](
-        x_codes, bits, x_scales, scales, bias, y, M, N, K, stride_sm, NATIVE_FP8=native, **launch
+        x_codes.view(bits),
+        codes.view(bits),
+        x_scales,
+        scales,
+        bias,
+        y,
+        M,
+        N,
+        K,
+        stride_sm,
+        NATIVE_FP8=native,
+        **launch,
     )
     return y
 
 
 def w8a8_triton(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Round x [M, K], then equation (1), on the GPU that holds the tensors; arguments as in `ops.w8a8`."""
-    x_codes, x_scales = quantize_activations(x, codes.dtype, input_scale)
-    native = native_fp8(target_of(x.device))
-    return w8a8_rounded(x_codes, x_scales, codes, scales, bias, x.dtype, native)
+    """`w8a8_rounded` on the GPU that holds the tensors; arguments as in `ops.w8a8_rounded`, x_codes [M, K]."""
+    native = native_fp8(target_of(codes.device))
+    return w8a8_rounded(x_codes, x_scales, codes, scales, bias, dtype, native)

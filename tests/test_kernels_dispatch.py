@@ -21,6 +21,7 @@ CODES = {
     "w8a16_interleaved": torch.int32,
     "w8a8": INT8,
     "fp8_block": FP8,
+    "quantize_activations": INT8,
     "rms_norm_quantize": INT8,
     "swiglu_quantize": INT8,
 }

@@ -88,9 +88,10 @@ def test_w8a8(random: Random, product, dtype, x_dtype):
     expected = w8a8.reference(typed, x_scales, codes, scales, bias)
     magnitude = (typed.double().abs() * x_scales) @ (codes.double().abs() * scales).T
     magnitude += bias.double().abs() if bias is not None else 0
-    y = w8a8_hopper(x, codes, scales, None, bias)
+    operands = (typed, x_scales, codes, scales, bias, x_dtype)
+    y = w8a8_hopper(*operands)
     assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES * (dtype == FP8))
-    assert torch.equal(y, w8a8_hopper(x, codes, scales, None, bias))
+    assert torch.equal(y, w8a8_hopper(*operands))
 
 
 @gpu
@@ -105,9 +106,10 @@ def test_fp8_block(random: Random, product):
     expected = fp8_block.reference(x_codes.view(FP8), x_scales, codes, scales, None)
     wide = x_codes.view(FP8).double() * x_scales.double().repeat_interleave(128, 1)[:, :K]
     magnitude = wide.abs() @ (codes.double() * cpu.expand_blocks(scales, N, K)).abs().T
-    y = fp8_block_hopper(x, codes, scales, None)
+    operands = (x_codes.view(FP8), x_scales, codes, scales, None, torch.bfloat16)
+    y = fp8_block_hopper(*operands)
     assert_within(y, expected, magnitude, K, lost=LOST_BY_FP8_TENSOR_CORES)
-    assert torch.equal(y, fp8_block_hopper(x, codes, scales, None))
+    assert torch.equal(y, fp8_block_hopper(*operands))
 
 
 @gpu
@@ -144,6 +146,37 @@ def test_every_code_reaches_the_tensor_cores_as_its_own_number(dtype, x_dtype):
     ones = torch.ones(len(codes), 1, device=DEVICE)
     y = w8a16_hopper(x, interleave(codes), ones, None, dtype == torch.int8)
     assert torch.equal(y.T, codes.to(x_dtype))
+
+
+@codes_dtypes
+@pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
+def test_a_product_of_rounded_x_is_the_product_of_x(random: Random, dtype, static):
+    M, N, K = 3, 48, 160
+    x, codes, scales = random.x(M, K, torch.float16), random.bytes8(N, K, dtype), random.scales(N, 1)
+    bias, fixed = random.bias(N, torch.float16), torch.tensor([0.1], device=DEVICE) if static else None
+    op = torch.ops.quantkit
+    x_codes, x_scales = quantize_activations(x, dtype, fixed)
+    y = op.w8a8_rounded(x_codes.view(dtype), x_scales, codes, scales, bias, torch.float16)
+    assert torch.equal(y, op.w8a8(x, codes, scales, fixed, bias))
+    if dtype == FP8:
+        tiles = random.scales(1, 2)
+        x_codes, x_scales = quantize_activations(x, dtype, group_size=128)
+        y = op.fp8_block_rounded(x_codes.view(FP8), x_scales, codes, tiles, bias, torch.float16)
+        assert torch.equal(y, op.fp8_block(x, codes, tiles, bias))
+
+
+def test_rounded_x_that_does_not_fit_is_refused(random: Random):
+    codes, scales = random.bytes8(16, 32, torch.int8), random.scales(16, 1)
+    x_codes, x_scales = random.bytes8(2, 32, torch.int8), random.scales(2, 1)
+    op = torch.ops.quantkit.w8a8_rounded
+    with pytest.raises(ValueError, match="x_codes is float8_e4m3fn and codes int8"):
+        op(x_codes.view(FP8), x_scales, codes, scales, None, torch.float16)
+    with pytest.raises(ValueError, match=r"x_scales is float32 \[2\], expected float32 \[2, 1\] or \[1, 1\]"):
+        op(x_codes, x_scales[:, 0], codes, scales, None, torch.float16)
+    with pytest.raises(ValueError, match="dtype is int8, expected float32 or float16 or bfloat16"):
+        op(x_codes, x_scales, codes, scales, None, torch.int8)
+    with pytest.raises(ValueError, match=r"strides \(1, 2\), expected .* contiguous"):
+        op(x_codes.T.contiguous().T, x_scales, codes, scales, None, torch.float16)
 
 
 @gpu
