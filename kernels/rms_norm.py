@@ -74,7 +74,7 @@ def rms_norm_triton(
     M, K = x.shape
     h = x.new_empty(0 if residual is None else (M, K))
     y, scales, found = outputs(x, K, dtype, input_scale, group_size)
-    launch = config(M, K, whole_rows=True)
+    launch = config(M, K, True, x.element_size())
     rms_norm_kernel[(triton.cdiv(M, launch["ROWS"]),)](
         x, residual, weight, h, y, found, input_scale, M, K, x.stride(0), eps,
         G=group_size, **launch, **capabilities(x),

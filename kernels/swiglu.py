@@ -60,7 +60,8 @@ def swiglu_triton(
     """Equations (1), (2) and the rounding; arguments and results as in `ops.swiglu_quantize`, x [M, 2 F]."""
     M, F = x.shape[0], x.shape[1] // 2
     y, scales, found = outputs(x, F, dtype, input_scale, group_size)
-    launch = config(M, F, whole_rows=dtype is not None and input_scale is None and group_size == 0)
+    whole_rows = dtype is not None and input_scale is None and group_size == 0
+    launch = config(M, F, whole_rows, x.element_size())
     grid = (triton.cdiv(M, launch["ROWS"]), triton.cdiv(F, launch["BLOCK_K"]))
     swiglu_kernel[grid](
         x, y, found, input_scale, M, F, x.stride(0), G=group_size, **launch, **capabilities(x)

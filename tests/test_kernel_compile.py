@@ -284,7 +284,7 @@ def producer_jobs(target: str):
         types |= {"M": 1 if M == 1 else "i32", size: "i32", "stride_xm": "i32"}
         types |= {"codes_ptr" if name == "quantize" else "y_ptr": codes or x}
         whole_rows = name == "rms_norm" or (codes is not None and not static and not group_size)
-        launch = quantize_activations.config(M, K, whole_rows)
+        launch = quantize_activations.config(M, K, whole_rows, 4 if x == "*fp32" else 2)
         types |= {"G": group_size, "FMA": x != "*fp32"}
         if name == "rms_norm":
             types |= {"residual_ptr": x, "weight_ptr": x, "h_ptr": x, "eps": "fp32"}
