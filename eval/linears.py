@@ -5,6 +5,7 @@ withheld when that error is not of rounding's size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -16,6 +17,7 @@ from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.eval.records import Record, environment, version
 from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
+from quantkit.kernels.cpu import BLOCK, quantize_activations
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of
 from quantkit.packing import QuantizedTensor
@@ -41,6 +43,7 @@ SHAPES: dict[str, list[Shape]] = {
 }
 WORKING_SET = 300_000_000  # bytes of distinct weights in one graph: five times the H200's L2
 MOST_COPIES = 64
+EPS = 1e-5  # of the norm before a product
 # ||y - x w^T|| / ||x w^T|| for standard normal x, by what x is rounded to, about twice what rounding alone gives:
 # bfloat16 w and y 0.4 %; int8 one scale a row 0.9 %; e4m3 with its 3 bits of mantissa 2.6 %, static scales alike.
 ERROR_BOUNDS = {None: 0.01, "int8": 0.02, "fp8": 0.05}
@@ -73,7 +76,8 @@ def bench_linears(
         on_record: called with each record as it is made.
 
     Returns:
-        One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x
+        One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named; two more for
+        8-bit activations, whose `variant` says where x is rounded. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x
         unrounded and the product in float64: for schemes that round x to 8 bits it holds that rounding too.
         `limit_us` counts each weight, input and output byte once, and is null on a CPU. Where `rel_error`
         exceeds `ERROR_BOUNDS`, the times are null and `refused` says why.
@@ -158,7 +162,38 @@ def time_ours(
     scheme, (N, K) = weights[0].scheme, weights[0].shape
     for M, x in xs.items():
         kernel = kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16)
-        yield M, *measure(modules, x, exact, replays), {"kernel": kernel, "x_dtype": "bfloat16"}
+        timed = {"kernel": kernel, "x_dtype": "bfloat16"}
+        yield M, *measure(modules, x, exact, replays), timed
+        if scheme.op in ("w8a8", "fp8_block") and scheme.activation_scale != "static":
+            alone, fused = rounded_products(modules, x)
+            yield M, *measure(alone, x, exact, replays), timed | {"variant": "x in 8 bits"}
+            error = relative_error(fused[0](x), rms_norm(x), exact)
+            timing = time_launches(launches(fused, x), device, replays)
+            yield M, timing, error, timed | {"variant": "after residual and norm"}
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def rounded_products(modules: Sequence[QuantLinear], x: torch.Tensor) -> tuple[list[Product], list[Product]]:
+    """W8A8 products of x that is rounded already, and of what residual + RMS norm + rounding in one kernel make of x."""
+    scheme, op = modules[0].scheme, torch.ops.quantkit
+    codes = modules[0].codes
+    assert codes is not None
+    group_size = BLOCK if scheme.op == "fp8_block" else 0
+    multiply = op.fp8_block_rounded if group_size else op.w8a8_rounded
+    ready = quantize_activations(x, codes.dtype, group_size=group_size)
+    weight, residual = torch.ones_like(x[0]), torch.zeros_like(x)
+
+    def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, codes.dtype, None, group_size)
+        return multiply(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+
+    def alone(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        return multiply(*ready, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+
+    return [partial(alone, m=m) for m in modules], [partial(after_norm, m=m) for m in modules]
 
 
 def time_peer(

@@ -15,7 +15,7 @@ def plot_linears(records: Sequence[Record], path: str | Path) -> None:
     """Speed-up over bfloat16 against M, a panel a shape, a line a scheme; the format follows the suffix of `path`."""
     from matplotlib.figure import Figure
 
-    ours = [r for r in records if not is_peer(r)]
+    ours = [r for r in records if not is_peer(r) and "variant" not in r]
     kept = [r for r in latest(ours, "shape", "scheme", "M") if r["us"] is not None]
     shapes = grouped(kept, "shape", "N", "K")
     figure = Figure(figsize=(4 * len(shapes), 3.6), layout="constrained")

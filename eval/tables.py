@@ -111,7 +111,13 @@ def is_peer(record: Record) -> bool:
 
 def in_series(records: Sequence[Record]) -> list[Record]:
     """The records of linears, each with the name of its row or line: the scheme, and the kernel if it is a peer's."""
-    return [{**r, "series": f"{r['scheme']} {r['kernel']}" if is_peer(r) else r["scheme"]} for r in records]
+    return [{**r, "series": series_of(r)} for r in records]
+
+
+def series_of(record: Record) -> str:
+    if is_peer(record):
+        return f"{record['scheme']} {record['kernel']}"
+    return ", ".join(filter(None, (record["scheme"], record.get("variant"))))
 
 
 def linear_cell(record: Record) -> str:

@@ -88,11 +88,10 @@ def test_a_record_a_shape_scheme_and_m(label):
         on_record=seen.append,
     )
     assert seen == records
-    assert [(r["shape"], r["M"]) for r in records] == [
-        ("square", 1),
-        ("square", 17),
-        ("ragged", 1),
-        ("ragged", 17),
+    rounds_x = label in ("w8a8", "fp8", "fp8-block")
+    variants = [None, "x in 8 bits", "after residual and norm"] if rounds_x else [None]
+    assert [(r["shape"], r["M"], r.get("variant")) for r in records] == [
+        (shape, M, variant) for shape in ("square", "ragged") for M in (1, 17) for variant in variants
     ]
     for record in records:
         assert set(KEYS) <= set(record)
