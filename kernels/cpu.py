@@ -44,7 +44,8 @@ def quantize_activations(
 
     Returns:
         codes: dtype [M, K].
-        scales: float32 [M, ceil(K / group_size)], [M, 1] for group_size 0, [1, 1] for a static scale.
+        scales: float32 [M, ceil(K / group_size)], the rows of a group side by side, as products read them; [M, 1] for
+            group_size 0, [1, 1] for a static scale.
     """
     M, K = x.shape
     top = TOP[dtype]
@@ -57,6 +58,7 @@ def quantize_activations(
         groups = F.pad(wide, (0, -K % group)).view(M, -1, group)
         scales = (groups.abs().amax(-1) / top).clamp(min=SCALE_FLOOR)
         scaled = (groups / scales.unsqueeze(-1)).flatten(1)[:, :K]
+        scales = scales.T.contiguous().T
     scaled = scaled.clamp(-top, top)
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 

@@ -44,7 +44,7 @@ def config(M: int, N: int, K: int) -> dict[str, int]:
 @triton.jit
 def fp8_block_kernel(
     x_ptr, codes_ptr, x_scales_ptr, scales_ptr, bias_ptr, y_ptr,
-    M, N, K,
+    M, N, K, stride_sm, stride_sb,
     NATIVE_FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
@@ -56,7 +56,7 @@ def fp8_block_kernel(
         in_k = (k < K)[None, :]
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=in_m[:, None] & in_k, other=0)
         w = tl.load(codes_ptr + n[:, None] * K + k[None, :], mask=in_n[:, None] & in_k, other=0)
-        x_scale = tl.load(x_scales_ptr + m * blocks + block, mask=in_m, other=0.0)
+        x_scale = tl.load(x_scales_ptr + m * stride_sm + block * stride_sb, mask=in_m, other=0.0)
         if NATIVE_FP8:
             part = tl.dot(x.to(tl.float8e4nv, bitcast=True), tl.trans(w.to(tl.float8e4nv, bitcast=True)))
         else:
@@ -93,7 +93,18 @@ def fp8_block_rounded(
     launch = config(M, N, K)
     bits = torch.uint8  # Triton has e4m3 only from sm_89 on
     fp8_block_kernel[grid(M, N, launch)](
-        x_codes.view(bits), codes.view(bits), x_scales, scales, bias, y, M, N, K, NATIVE_FP8=native, **launch
+        x_codes.view(bits),
+        codes.view(bits),
+        x_scales,
+        scales,
+        bias,
+        y,
+        M,
+        N,
+        K,
+        *x_scales.stride(),
+        NATIVE_FP8=native,
+        **launch,
     )
     return y
 

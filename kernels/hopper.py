@@ -51,11 +51,14 @@ def parts(tiles: int, at_once: int) -> int:
     return tiles * max(1, at_once // tiles)
 
 
-def worth(tiles: int, multiprocessors: int) -> float:
-    """Share of the multiprocessors' time that tiles fill, in waves; less for tiles that are cut in parts."""
+def worth(tiles: int, multiprocessors: int, part: float = 0.1) -> float:
+    """Share of the multiprocessors' time that tiles fill, in waves; less for tiles that are cut in parts.
+
+    A tile takes a share of `part` more of its time for each part after the first.
+    """
     if tiles < multiprocessors:
         cut = multiprocessors // tiles
-        return tiles * cut / multiprocessors / (1 + 0.1 * (cut - 1))
+        return tiles * cut / multiprocessors / (1 + part * (cut - 1))
     return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
 
 

@@ -498,7 +498,11 @@ def fp8_block_rounded(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`fp8_block` of activations that are rounded already: x_scales float32 [M, ceil(K/128)]; see `w8a8_rounded`."""
+    """`fp8_block` of activations that are rounded already: x_scales float32 [M, ceil(K/128)].
+
+    The rest as in `w8a8_rounded`. Scales that stand as `rms_norm_quantize` leaves them, the rows of a block side by
+    side, need no copy.
+    """
     y_shape = _check_rounded("fp8_block", x_codes, x_scales, codes, scales, bias, dtype)
     rows = x_codes.view(-1, x_codes.shape[-1])
     return _multiply_rounded("fp8_block", y_shape, rows, x_scales, codes, scales, bias, dtype)
@@ -531,8 +535,8 @@ def _empty_rounded(
     """Codes and scales of K columns for the rows of x, not filled."""
     codes = x.new_empty(*x.shape[:-1], K, dtype=dtype or x.dtype)
     groups = -(-K // group_size) if group_size else 1
-    shape = (1, 1) if input_scale is not None else (codes.numel() // K, groups)
-    return codes, x.new_empty((0,) if dtype is None else shape, dtype=torch.float32)
+    shape = (1, 1) if input_scale is not None else (groups, codes.numel() // K)
+    return codes, x.new_empty((0,) if dtype is None else shape, dtype=torch.float32).movedim(0, -1)
 
 
 def _rows(x: Tensor) -> Tensor:

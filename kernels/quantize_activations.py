@@ -176,7 +176,7 @@ def store_rounded(
         g = k0 // G + tl.arange(0, BLOCK_K // G)
         groups = tl.cdiv(K, G)
         in_groups = (m < M)[:, None] & (g < groups)[None, :]
-        tl.store(scales_ptr + m[:, None] * groups + g[None, :], scale, mask=in_groups)
+        tl.store(scales_ptr + g[None, :] * M + m[:, None], scale, mask=in_groups)
         v = divide(grouped, scale, FMA).reshape(ROWS, BLOCK_K)
     else:
         scale = scale_of(largest(y), top)  # [ROWS]
@@ -245,8 +245,8 @@ def outputs(
     if dtype is None:
         return x.new_empty(M, K), x.new_empty(0, dtype=torch.float32), None
     codes = x.new_empty(M, K, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
-    shape = (M, triton.cdiv(K, group_size or K)) if input_scale is None else (1, 1)
-    scales = x.new_empty(shape, dtype=torch.float32)
+    shape = (triton.cdiv(K, group_size or K), M) if input_scale is None else (1, 1)
+    scales = x.new_empty(shape, dtype=torch.float32).T  # the rows of a group side by side
     return codes, scales, scales
 
 
@@ -263,7 +263,8 @@ def quantize_activations(
 
     Returns:
         codes: int8, or e4m3 bits as uint8, [M, K].
-        scales: float32 [M, ceil(K / group_size)], [M, 1] for group_size 0, [1, 1] for a static scale.
+        scales: float32 [M, ceil(K / group_size)], the rows of a group side by side, [M, 1] for group_size 0, [1, 1] for a
+            static scale.
     """
     M, K = x.shape
     codes = x.new_empty(M, K, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
@@ -271,7 +272,7 @@ def quantize_activations(
     if input_scale is not None:
         found, scales = None, input_scale.view(1, 1)
     else:
-        found = scales = x.new_empty(M, triton.cdiv(K, group_size or K), dtype=torch.float32)
+        found = scales = x.new_empty(triton.cdiv(K, group_size or K), M, dtype=torch.float32).T
     if whole_rows and K > (MAX_ROW if x.element_size() == 2 else MAX_ROW // 4):
         quantize_long_rows_kernel[(M,)](
             x, codes, scales, K, x.stride(0), BLOCK_K=4096, num_warps=8, **capabilities(x)

@@ -354,7 +354,7 @@ def jobs(target: str):
             "scales_ptr": "*fp32",
             "bias_ptr": None,
         }
-        types |= {"y_ptr": "*bf16", **sizes, "NATIVE_FP8": native}
+        types |= {"y_ptr": "*bf16", **sizes, "stride_sm": 1, "stride_sb": "i32", "NATIVE_FP8": native}
         yield f"fp8_block M={M}", fp8_block.fp8_block_kernel, types, fp8_block.config(M, N, K)
     if full:
         yield from gptq_jobs()
