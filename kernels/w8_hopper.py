@@ -13,8 +13,8 @@ the tensor cores. `interleave.py` has put them in the order in which a lane read
 
 Budget: K bytes a row of weights. No instruction touches an 8-bit operand; one addition a product of 128 columns where
 sums are promoted. To bfloat16, int8 takes 1.75 instructions a weight and e4m3 2.5, of the 7 that the memory leaves time
-for. Out of L2 come 1 / BLOCK_N + 1 / BLOCK_M bytes an operation: with 128 x 256 tiles 6.3 TB/s at the tensor cores' 1979
-TFLOP/s, more than there are, so at large M the vendor's kernel, whose neighbouring programs share their loads, is faster.
+for. Out of L2 come (1 / BLOCK_N + 1 / BLOCK_M) / 2 bytes an operation: with 128 x 256 tiles 11.6 TB/s at the tensor cores'
+1979 TFLOP/s, twice what there is unless neighbouring programs ask for the same lines at once.
 """
 
 from functools import lru_cache
@@ -54,9 +54,8 @@ from quantkit.kernels.interleave import STEP
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 
 ROWS_OF_WARP = 16  # of the weight
-WIDEST_PRODUCT = (
-    128  # rows of x: of the int8 product that Triton has, and of an e4m3 one beside its sums in registers
-)
+# rows of x: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
+WIDEST_PRODUCT = gl.constexpr(128)
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -113,7 +112,12 @@ def config(
         one = deepest(dict(block_m=size, warps=warps, programs=0), x_bytes, 8)
         score = rate * worth(tiles_of(one, M, N), multiprocessors, PART)
         # x in 16 bits has no room for three slots of 256 rows, scales of blocks no registers
-        if size <= block_m and one["stages"] > 2 and not (blocks and size > 128) and score > best:
+        if (
+            size <= block_m
+            and one["stages"] > 2
+            and not (blocks and size > WIDEST_PRODUCT.value)
+            and score > best
+        ):
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -293,7 +297,7 @@ def _consume(
     BLOCK_N: gl.constexpr = W * 16
     SUM: gl.constexpr = gl.int32 if INT8 and not FLOATS else gl.float32
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16 if FLOATS else 32])
-    HALVES: gl.constexpr = 2 if BLOCK_M > 128 and not FLOATS else 1
+    HALVES: gl.constexpr = 2 if BLOCK_M > WIDEST_PRODUCT and not FLOATS else 1
     PART: gl.constexpr = BLOCK_M // HALVES
     PART_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, PART, 16 if FLOATS else 32])
     FLIGHT: gl.constexpr = max(1, min(8, 64 // BLOCK_M))
@@ -463,6 +467,12 @@ def w8_hopper_kernel(
     )
 
 
+def aligned(t: Tensor) -> Tensor:
+    """t [n, m], or a copy of it whose rows begin at multiples of 16 bytes, which is where TMA reads."""
+    fits = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
 def product(
     x: Tensor,
     x_scales: Tensor | None,
@@ -528,9 +538,8 @@ def w8a8_hopper(
     Returns:
         y of the dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
     """
-    if x_codes.data_ptr() % 16:  # TMA reads rows that begin at multiples of 16 bytes
-        x_codes = x_codes.clone()
-    return product(x_codes, x_scales, codes, scales, bias, dtype, codes.dtype == torch.int8, launch)
+    int8 = codes.dtype == torch.int8
+    return product(aligned(x_codes), x_scales, aligned(codes), scales, bias, dtype, int8, launch)
 
 
 def fp8_block_hopper(
@@ -547,12 +556,10 @@ def fp8_block_hopper(
     Returns:
         y of the dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
     """
-    if x_codes.data_ptr() % 16:
-        x_codes = x_codes.clone()
     by_block = (
         x_scales.T.contiguous().T
-    )  # a program reads many rows of one block; our producers leave them so
-    return product(x_codes, by_block, codes, scales, bias, dtype, False, launch)
+    )  # the rows of a block side by side, as `quantize_activations` has them
+    return product(aligned(x_codes), by_block, aligned(codes), scales, bias, dtype, False, launch)
 
 
 def w8a16_hopper(
@@ -563,6 +570,4 @@ def w8a16_hopper(
     Returns:
         y of x.dtype [M, N], within the bound of `w8a16.w8a16_triton`.
     """
-    if x.data_ptr() % 16 or x.stride(0) % 8:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return product(x, None, words, scales, bias, x.dtype, int8, launch)
+    return product(aligned(x), None, aligned(words), scales, bias, x.dtype, int8, launch)

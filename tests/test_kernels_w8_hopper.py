@@ -192,6 +192,16 @@ def test_rows_of_x_at_any_address(random: Random):
 
 
 @gpu
+def test_codes_at_any_address(random: Random):
+    M, N, K = 5, 256, 256
+    held = random.bytes8(1, N * K + 1, torch.int8)[0]
+    x, scales = random.x(M, K, torch.bfloat16), random.scales(N, 1)
+    codes = held[1:].view(N, K)
+    y = torch.ops.quantkit.w8a8(x, codes, scales, None, None)
+    assert torch.equal(y, torch.ops.quantkit.w8a8(x, codes.clone(), scales, None, None))
+
+
+@gpu
 @pytest.mark.parametrize("label", ["w8a16", "fp8-w8a16"])
 def test_a_linear_holds_its_weight_once_and_gives_it_back(random: Random, label):
     N, K = 264, 392
