@@ -119,7 +119,8 @@ def test_scales_without_rounding_keep_the_function(architecture, label, method, 
     error = (logits(model) - before).abs().max().item()
     assert error <= 16 * noise, f"logits are {error:.2e} off, rounding explains {16 * noise:.2e}"
     after = [p for name, p in model.named_parameters() if name.endswith("input_layernorm.weight")]
-    assert all(torch.equal(a, b) is not mixture for a, b in zip(norms, after, strict=True))
+    folded = [not torch.equal(a, b) for a, b in zip(norms, after, strict=True)]
+    assert any(folded) is mixture  # a block of random weights may do best with scales of 1
 
 
 @pytest.mark.parametrize("architecture", UNKNOWN)
@@ -159,9 +160,10 @@ def test_from_directory_to_logits(architecture, label, method, outliers, tokens,
     }
     if label == "w8a8":
         plain = logits(with_effective_weights(source, folder))
-        error = (y - logits(rounding_inputs(source, folder))).norm()
-        # a sum in another order can tip one activation over to the next code; that is rare
-        assert error < 0.1 * (y - plain).norm()
+        error = (y - logits(rounding_inputs(source, folder))).norm(dim=-1)
+        # a sum in another order can tip one activation over to the next code; that is rare, but the tokens after it
+        # in its sequence see it
+        assert (error / (y - plain).norm(dim=-1)).median() < 1e-3
     else:
         assert (logits(model.dequantize()) - y).abs().max() <= 4 * rounding_noise(expected)
 
