@@ -149,6 +149,12 @@ def _check_8bit(
     return *x.shape[:-1], N
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as rows with contiguous columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _run(
     op: str,
     y_shape: tuple[int, ...],
@@ -164,9 +170,7 @@ def _run(
     if M == 0 or N == 0:
         return x.new_empty(y_shape)
     kernel, launch = choose(op, Problem(target_of(x.device), M, N, K, x.dtype, codes.dtype, group_size))
-    rows = x.reshape(M, K)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = _rows(x)
     y = kernel.run(rows, codes, *rest) if launch is None else kernel.run(rows, codes, *rest, launch=launch)
     return y.view(y_shape)
 
@@ -537,12 +541,6 @@ def _empty_rounded(
     groups = -(-K // group_size) if group_size else 1
     shape = (1, 1) if input_scale is not None else (groups, codes.numel() // K)
     return codes, x.new_empty((0,) if dtype is None else shape, dtype=torch.float32).movedim(0, -1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., K] as rows with contiguous columns."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _producer(x: Tensor, K: int, together: int, dtype: torch.dtype | None, group_size: int) -> Problem:

@@ -267,12 +267,10 @@ def quantize_activations(
             static scale.
     """
     M, K = x.shape
-    codes = x.new_empty(M, K, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
     whole_rows = input_scale is None and group_size == 0
-    if input_scale is not None:
+    codes, scales, found = outputs(x, K, dtype, input_scale, group_size)
+    if input_scale is not None:  # which is there to be returned
         found, scales = None, input_scale.view(1, 1)
-    else:
-        found = scales = x.new_empty(triton.cdiv(K, group_size or K), M, dtype=torch.float32).T
     if whole_rows and K > (MAX_ROW if x.element_size() == 2 else MAX_ROW // 4):
         quantize_long_rows_kernel[(M,)](
             x, codes, scales, K, x.stride(0), BLOCK_K=4096, num_warps=8, **capabilities(x)
