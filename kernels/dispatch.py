@@ -32,7 +32,7 @@ WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
 HOPPER_LAUNCH = ("block_m", "rows", "warps", "stages", "programs")
-W8_HOPPER_LAUNCH = ("block_m", "warps", "stages", "programs")
+W8_HOPPER_LAUNCH = ("block_m", "block_n", "stages", "programs")
 
 
 @dataclass(frozen=True)

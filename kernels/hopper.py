@@ -126,3 +126,47 @@ def store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, S
         fence_async_shared()
         barrier()
         store_tile(y_desc, [m0, first], staging)
+
+
+@gluon.jit
+def add_parts(
+    sums, tile, from_start, steps, total, partial_ptr, counter_ptr, GROUP: gl.constexpr, GROUPS: gl.constexpr
+):
+    """Leaves this program's part of a shared tile in the workspace (`stream_k.py`).
+
+    Args:
+        from_start: whether the part begins where the tile does.
+        steps, total: of a tile, and of all.
+        GROUP, GROUPS: the partition that these sums are of, and how many there are.
+
+    Returns:
+        The sums of all parts, added in the order of the programs, and whether this was the last part to come: only then
+        are they whole.
+    """
+    LAYOUT: gl.constexpr = sums.type.layout
+    ROWS: gl.constexpr = sums.shape[0]
+    COLUMNS: gl.constexpr = sums.shape[1]
+    FLIGHT: gl.constexpr = max(1, min(8, 1024 * gl.num_warps() // (ROWS * COLUMNS)))
+    programs = gl.num_programs(0)
+    first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
+    last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total
+    last_sharer = last_sharer.to(gl.int32)
+    at = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1) * COLUMNS
+    at += gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # a program shares at most the tile it begins in and the tile it ends in
+    mine = (2 * gl.program_id(0) + (1 - from_start.to(gl.int32))) * GROUPS + GROUP
+    gl.store(partial_ptr + mine.to(gl.int64) * (ROWS * COLUMNS) + at, sums)
+    barrier()
+    arrived = gl.atomic_add(counter_ptr + tile * GROUPS + GROUP, 1, sem="acq_rel")
+    last = arrived == last_sharer - first_sharer
+    if last:
+        sums = gl.zeros_like(sums)
+        for flight in range(first_sharer, last_sharer + 1, FLIGHT):
+            for j in gl.static_range(FLIGHT):  # loads in flight
+                sharer = flight + j
+                theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)) * GROUPS + GROUP
+                mask = (at >= 0) & (sharer <= last_sharer)
+                part = partial_ptr + theirs.to(gl.int64) * (ROWS * COLUMNS) + at
+                sums += gl.load(part, mask=mask, other=0, cache_modifier=".cg")
+        gl.store(counter_ptr + tile * GROUPS + GROUP, 0)
+    return sums, last

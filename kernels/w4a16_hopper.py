@@ -41,7 +41,7 @@ from quantkit.kernels.hopper import (
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
-    barrier,
+    add_parts,
     even_share,
     let_next_kernel_start,
     load_tile,
@@ -323,7 +323,6 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     P_OF_TILE: gl.constexpr = max(1, P // 2)
-    FLIGHT: gl.constexpr = max(1, min(8, 64 // (R * BLOCK_M)))
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
@@ -394,29 +393,8 @@ def _consume(
                 gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32), 1
             )
         if STREAM and s1 - s0 < steps:
-            programs = gl.num_programs(0)
-            pid = gl.program_id(0)
-            first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
-            last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total
-            last_sharer = last_sharer.to(gl.int32)
-            at = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA)), 1) * BLOCK_M
-            at += gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA)), 0)
-            # a program shares at most the tile it begins in and the tile it ends in
-            mine = (2 * pid + (s0 > 0).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
-            gl.store(partial_ptr + mine + at, y)
-            barrier()
-            arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-            if arrived == last_sharer - first_sharer:
-                y = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-                for i in range(first_sharer, last_sharer + 1, FLIGHT):
-                    for j in gl.static_range(FLIGHT):  # loads in flight
-                        sharer = i + j
-                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (
-                            BLOCK_N * BLOCK_M
-                        )
-                        mask = (at >= 0) & (sharer <= last_sharer)
-                        y += gl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
-                gl.store(counter_ptr + tile, 0)
+            y, whole = add_parts(y, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, 0, 1)
+            if whole:
                 store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)
         else:
             store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, SWIGLU)

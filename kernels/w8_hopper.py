@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -39,6 +40,7 @@ from quantkit.kernels.hopper import (
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
+    add_parts,
     barrier,
     even_share,
     let_next_kernel_start,
@@ -46,6 +48,7 @@ from quantkit.kernels.hopper import (
     multiprocessors_of,
     parts,
     rows_of_block,
+    store_tile,
     store_transposed,
     wait_for_kernel_before,
     worth,
@@ -53,44 +56,66 @@ from quantkit.kernels.hopper import (
 from quantkit.kernels.interleave import STEP
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 
-ROWS_OF_WARP = 16  # of the weight
-# rows of x: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
+GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
+# columns: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
 WIDEST_PRODUCT = gl.constexpr(128)
+WHOLE_SLOT_ROWS = 128  # a slot of 16-bit x of more rows has 64 columns: five of them fit then
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
 CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
-# block_m, warps, and the rate of such tiles beside the first's, where they fill an H100 equally well
-LARGE = ((256, 8, 1.0), (128, 8, 0.8), (128, 4, 0.6), (64, 4, 0.45))
-PART = 1.0  # what a part more of a tile costs: o at M = 256 took 60 us in four parts of tiles of 256 rows
+# columns and rows of a tile, and the rate of such tiles beside the first's, where they fill an H100 equally well
+LARGE = ((256, 128, 1.0), (128, 128, 0.8), (128, 64, 0.6), (64, 64, 0.45))
+PART = 1.0  # what a part more of a tile costs: o at M = 256 took 60 us in four parts of tiles of 256 columns
 
 Config = dict[str, int]
 
 
+def x_is_left(M: int, blocks: bool) -> bool:
+    """Whether x is the left operand: its scales of blocks then take two registers instead of one a column."""
+    return blocks and M > 64
+
+
 def tiles_of(launch: Config, M: int, N: int) -> int:
     """Tiles of y."""
-    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["warps"] * ROWS_OF_WARP)
+    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["block_n"])
 
 
-def shared_bytes(launch: Config, x_bytes: int = 1) -> int:
+def slot_columns(launch: Config, x_bytes: int) -> int:
+    """Columns of a slot."""
+    return STEP // 2 if x_bytes == 2 and launch["block_m"] > WHOLE_SLOT_ROWS else STEP
+
+
+def staged(launch: Config, x_left: bool) -> tuple[int, int]:
+    """Rows and columns of y that are in shared memory on their way out."""
+    if x_left:
+        return launch["block_m"], GROUP_ROWS
+    return min(STAGED_ROWS, launch["block_m"]), launch["block_n"]
+
+
+def shared_bytes(launch: Config, x_bytes: int = 1, x_left: bool = False) -> int:
     """Shared memory of a program."""
-    rows, block_m = launch["warps"] * ROWS_OF_WARP, launch["block_m"]
-    slot = STEP * (rows + block_m * x_bytes)
-    return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, block_m) * rows * 2
+    slot = slot_columns(launch, x_bytes) * (launch["block_n"] + launch["block_m"] * x_bytes)
+    rows, columns = staged(launch, x_left)
+    return RESERVED + launch["stages"] * slot + 2 * rows * columns
 
 
-def two_fit(launch: Config, x_bytes: int = 1) -> bool:
+def two_fit(launch: Config, x_bytes: int = 1, x_left: bool = False) -> bool:
     """Whether a multiprocessor may run two programs at once."""
-    return launch["block_m"] // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes) <= SHARED
+    columns = launch["block_n"] if x_left else launch["block_m"]
+    return columns // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes, x_left) <= SHARED
 
 
-def deepest(launch: Config, x_bytes: int, most: int, two: bool = False) -> Config:
+def consumer_registers(two: bool) -> int:
+    """Registers of a thread of the second partition that multiplies: what is left of a multiprocessor's, or of half."""
+    return 104 if two else 240
+
+
+def deepest(launch: Config, x_bytes: int, x_left: bool, most: int, two: bool = False) -> Config:
     """The launch with as many slots as a multiprocessor's memory has for one program, or for two."""
     room = SHARED // 2 if two else SHARED
-    stages = max(
-        (d for d in range(2, most + 1) if shared_bytes(launch | dict(stages=d), x_bytes) <= room), default=0
-    )
-    return launch | dict(stages=stages)
+    fits = (d for d in range(2, most + 1) if shared_bytes(launch | dict(stages=d), x_bytes, x_left) <= room)
+    return launch | dict(stages=max(fits, default=0))
 
 
 @lru_cache(maxsize=4096)
@@ -98,26 +123,21 @@ def config(
     M: int, N: int, K: int, x_bytes: int = 1, blocks: bool = False, multiprocessors: int = 132
 ) -> Config:
     """Launch parameters that are good for an H100; `blocks`: scales of blocks come with every product."""
-    block_m = rows_of_block(M)
+    block_m, x_left = rows_of_block(M), x_is_left(M, blocks)
     if block_m <= 64:
-        chosen = dict(block_m=block_m, warps=8, stages=0, programs=0)
+        chosen = dict(block_m=block_m, block_n=128, stages=0, programs=0)
         if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
-            return deepest(chosen, x_bytes, 4, two=True)
-        chosen["warps"] = 4
+            return deepest(chosen, x_bytes, x_left, 4, two=True)
+        chosen["block_n"] = 64
         two = block_m <= 16 and K <= 8192
         chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
-        return deepest(chosen, x_bytes, 6 if two else 10, two)
+        return deepest(chosen, x_bytes, x_left, 6 if two else 10, two)
     best = 0.0
-    for size, warps, rate in LARGE:
-        one = deepest(dict(block_m=size, warps=warps, programs=0), x_bytes, 8)
+    for columns, rows, rate in LARGE:
+        m, n = (rows, columns) if x_left else (columns, rows)
+        one = deepest(dict(block_m=m, block_n=n, stages=0, programs=0), x_bytes, x_left, 8)
         score = rate * worth(tiles_of(one, M, N), multiprocessors, PART)
-        # x in 16 bits has no room for three slots of 256 rows, scales of blocks no registers
-        if (
-            size <= block_m
-            and one["stages"] > 2
-            and not (blocks and size > WIDEST_PRODUCT.value)
-            and score > best
-        ):
+        if m <= block_m and score > best:
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -126,10 +146,10 @@ def config(
 
 @gluon.constexpr_function
 def _bytes_layout(W):
-    """Words of interleaved bytes [16 W, 32] as lanes (c, g) hold them: 2 x 16 bytes (kt, half) of two rows (h)."""
+    """Words of interleaved bytes [16 W, 16] as lanes (c, g) hold them: 16 bytes (kt) of two rows (h)."""
     warps = [[16 << i, 0] for i in range(W.bit_length() - 1)]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [8, 0]], lanes, warps, [], [16 * W, 32])
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, warps, [], [16 * W, 16])
 
 
 # a word holds bytes (e, c8) = 00 01 10 11: the pair of c8 = 0 is in its even bytes, that of 1 in its odd ones
@@ -181,10 +201,9 @@ mul.rn.f16x2 $1, odd, by;
 
 @gluon.jit
 def _words(ring, W: gl.constexpr):
-    """A slot's interleaved bytes: words [warp, h, g, c, kt] of its first and of its second half."""
+    """Interleaved bytes of 64 columns: words [warp, h, g, c, kt]."""
     LAYOUT: gl.constexpr = _bytes_layout(W)
-    words = ring.load(LAYOUT).reshape((W, 2, 8, 4, 2, 4))  # warp h g c half kt
-    return gl.split(words.permute((0, 1, 2, 3, 5, 4)))
+    return ring.load(LAYOUT).reshape((W, 2, 8, 4, 4))
 
 
 @gluon.jit
@@ -210,6 +229,14 @@ def _after(step, tile, steps, stride):
 
 
 @gluon.jit
+def _next_slot(slot, phase, STAGES: gl.constexpr):
+    """The slot that comes after one, and the phase of its barriers."""
+    slot += 1
+    over = slot == STAGES
+    return gl.where(over, 0, slot), phase ^ over.to(gl.int32)
+
+
+@gluon.jit
 def _produce(descs, ring, work, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
@@ -217,67 +244,86 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     begin, stop, steps, tiles_m, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
+    X_COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    W_COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
+    SLOTS: gl.constexpr = 128 // X_COLUMNS  # of a step
     BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
-    count = stop - begin
+    count = (stop - begin) * SLOTS
     tile = begin // steps
-    step, x_step, x_tile = begin - tile * steps, begin - tile * steps, tile
+    step = (begin - tile * steps) * SLOTS
+    x_step, x_tile = step, tile
     slot, phase = 0, 1
     for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
         m, n = tile % tiles_m, tile // tiles_m
-        load_tile(
-            w_desc, [n * BLOCK_N, step * w_desc.block_type.shape[1]], full.index(slot), w_ring.index(slot)
-        )
+        load_tile(w_desc, [n * BLOCK_N, step * W_COLUMNS], full.index(slot), w_ring.index(slot))
         if i >= STAGES:
-            load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile = _after(step, tile, steps, stride)
-        slot += 1
-        over = slot == STAGES
-        slot = gl.where(over, 0, slot)
-        phase ^= over.to(gl.int32)
+            load_tile(x_desc, [m * BLOCK_M, step * X_COLUMNS], full.index(slot), x_ring.index(slot))
+        step, tile = _after(step, tile, steps * SLOTS, stride)
+        slot, phase = _next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
-                load_tile(x_desc, [x_tile % tiles_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile = _after(x_step, x_tile, steps, stride)
+                at = [x_tile % tiles_m * BLOCK_M, x_step * X_COLUMNS]
+                load_tile(x_desc, at, full.index(j), x_ring.index(j))
+                x_step, x_tile = _after(x_step, x_tile, steps * SLOTS, stride)
 
 
 @gluon.jit
-def _of_rows(scales_ptr, m0, stride, M, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scales of ROWS rows of x from m0 on [1, ROWS], beside sums in this layout."""
-    m = m0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+def _of_columns(scales_ptr, first, stride, M, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales of COLUMNS rows of x from `first` on, [1, COLUMNS], beside sums in this layout."""
+    m = first + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     return gl.expand_dims(gl.load(scales_ptr + m * stride, mask=m < M, other=0.0), 0)
 
 
 @gluon.jit
-def _add(acc, w, x, scales, step, m0, M, BLOCKS: gl.constexpr):
-    """acc + the product of a step, by itself: Hopper keeps 14 bits of a sum of e4m3 products.
+def _block_scales(
+    scales,
+    step,
+    m0,
+    n0,
+    M,
+    N,
+    X_LEFT: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HALVES: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Scales of a step: of the tile's rows of x, and of the weight's block, or the two blocks of two halves."""
+    x_scales_ptr, stride_sm, stride_sk, scales_ptr, steps = scales
+    x_scales_ptr += step * stride_sk
+    of_w = gl.load(scales_ptr + n0 // 128 * steps + step)
+    if X_LEFT:
+        m = m0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+        of_x = gl.expand_dims(gl.load(x_scales_ptr + m * stride_sm, mask=m < M, other=0.0), 1)
+        second = of_w
+        if HALVES == 2:
+            second = gl.load(scales_ptr + gl.minimum(n0 // 128 + 1, (N - 1) // 128) * steps + step)
+        return of_x, of_w, second
+    else:
+        return _of_columns(x_scales_ptr, m0, stride_sm, M, COLUMNS, LAYOUT), of_w, of_w
 
-    scales: x's and their strides, and of the weight those of the rows at work.
-    """
-    x_scales_ptr, stride_sm, stride_sk, scales_ptr = scales
-    if BLOCKS:  # asked for before the product
-        ROWS: gl.constexpr = acc.shape[1]
-        LAYOUT: gl.constexpr = acc.type.layout
-        of_x = _of_rows(x_scales_ptr + step * stride_sk, m0, stride_sm, M, ROWS, LAYOUT)
-        factors = gl.load(scales_ptr + step) * of_x
-    product = warpgroup_mma(w, x, gl.zeros_like(acc), use_acc=False, is_async=True)
+
+@gluon.jit
+def _add(acc, left, right, of_x, of_w, BLOCKS: gl.constexpr):
+    """acc + the product of a step, by itself: Hopper keeps 14 bits of a sum of e4m3 products."""
+    product = warpgroup_mma(left, right, gl.zeros_like(acc), use_acc=False, is_async=True)
     product = warpgroup_mma_wait(0, deps=(product,))
     if BLOCKS:
-        return acc + product * factors
+        return acc + product * (of_x * of_w)
     else:
         return acc + product
 
 
 @gluon.jit
 def _consume(
-    ring, work, rest,
-    INT8: gl.constexpr, FLOATS: gl.constexpr, BLOCKS: gl.constexpr, STREAM: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    ring, work, others,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, X_LEFT: gl.constexpr, INT8: gl.constexpr, FLOATS: gl.constexpr,
+    BLOCKS: gl.constexpr, FAST: gl.constexpr, STREAM: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """All other warps: products of what is in the ring, and what follows them."""
-    x_ring, w_ring, full, empty = ring
+    """A partition of the warps: products of its rows of the left operand in the ring, and what follows them."""
+    left_ring, right_ring, full, empty = ring
     begin, stop, steps, tiles_m, stride = work
     (
         total,
@@ -285,22 +331,23 @@ def _consume(
         scales_ptr,
         bias_ptr,
         y_desc,
-        staging,
+        all_staging,
         partial_ptr,
         counter_ptr,
         M,
         N,
         stride_sm,
         stride_sk,
-    ) = rest
+    ) = others
+    staging = all_staging.index(GROUP)
     W: gl.constexpr = gl.num_warps()
-    BLOCK_N: gl.constexpr = W * 16
+    ROWS: gl.constexpr = W * 16
     SUM: gl.constexpr = gl.int32 if INT8 and not FLOATS else gl.float32
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16 if FLOATS else 32])
-    HALVES: gl.constexpr = 2 if BLOCK_M > WIDEST_PRODUCT and not FLOATS else 1
-    PART: gl.constexpr = BLOCK_M // HALVES
-    PART_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, PART, 16 if FLOATS else 32])
-    FLIGHT: gl.constexpr = max(1, min(8, 64 // BLOCK_M))
+    HALVES: gl.constexpr = 2 if COLUMNS > WIDEST_PRODUCT and not FLOATS else 1
+    HALF: gl.constexpr = COLUMNS // HALVES
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, HALF, 16 if FLOATS else 32])
+    SLOTS: gl.constexpr = 128 // right_ring.shape[2]  # of a step
+    scales = (x_scales_ptr, stride_sm, stride_sk, scales_ptr, steps)
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
@@ -308,88 +355,116 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m0 = tile % tiles_m * BLOCK_M
-        n0 = tile // tiles_m * BLOCK_N
-        scales = (x_scales_ptr, stride_sm, stride_sk, scales_ptr + n0 // 128 * steps)
-        acc = gl.zeros((BLOCK_N, PART), SUM, PART_MMA)
-        other = gl.zeros((BLOCK_N, PART), SUM, PART_MMA)
+        m, n = tile % tiles_m, tile // tiles_m
+        if X_LEFT:
+            m0, n0 = (m * GROUPS + GROUP) * ROWS, n * COLUMNS
+        else:
+            m0, n0 = m * COLUMNS, (n * GROUPS + GROUP) * ROWS
+        acc = gl.zeros((ROWS, HALF), SUM, MMA)
+        other = gl.zeros((ROWS, HALF), SUM, MMA)
         if FLOATS:
-            held = gl.zeros((BLOCK_N, 64), x_ring.dtype, gl.DotOperandLayout(0, MMA, 2))
+            held = gl.zeros((ROWS, 64), right_ring.dtype, gl.DotOperandLayout(0, MMA, 2))
+        coming = (0.0, 0.0, 0.0)
+        if BLOCKS and not X_LEFT:  # asked for a step before they are used
+            coming = _block_scales(scales, s0, m0, n0, M, N, X_LEFT, COLUMNS, HALVES, MMA)
         for step in range(s0, s1):
             mbarrier.wait(full.index(slot), phase)
-            x = x_ring.index(slot)
+            left = left_ring.index(slot).slice(GROUP * ROWS, ROWS, dim=0)
+            right = right_ring.index(slot)
             if FLOATS:
-                words = _words(w_ring.index(slot), W)
+                words = _words(left.slice(0, 16, dim=1), W)
+                if SLOTS == 1:
+                    rest = _words(left.slice(16, 16, dim=1), W)
                 # an operand is made where no product reads the registers that it had in the step before
-                first = _operand(words[0], INT8, x_ring.dtype, W, MMA)
-                acc = warpgroup_mma(first, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+                first = _operand(words, INT8, right_ring.dtype, W, MMA)
+                acc = warpgroup_mma(first, right.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
                 acc, held = warpgroup_mma_wait(1, deps=(acc, held))  # ends the step before: its slot is free
                 mbarrier.arrive(empty.index(free), pred=step > s0)
-                second = _operand(words[1], INT8, x_ring.dtype, W, MMA)
-                acc = warpgroup_mma(second, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
+                if SLOTS == 2:
+                    free = slot
+                    slot, phase = _next_slot(slot, phase, STAGES)
+                    mbarrier.wait(full.index(slot), phase)
+                    rest = _words(left_ring.index(slot), W)
+                second = _operand(rest, INT8, right_ring.dtype, W, MMA)
+                right = right_ring.index(slot).slice((2 - SLOTS) * 64, 64, dim=1)
+                acc = warpgroup_mma(second, right.permute((1, 0)), acc, is_async=True)
                 acc, first = warpgroup_mma_wait(1, deps=(acc, first))
+                if SLOTS == 2:
+                    mbarrier.arrive(empty.index(free))
                 held = second
-            elif INT8:
-                w = w_ring.index(slot)
-                acc = warpgroup_mma(w, x.slice(0, PART, dim=0).permute((1, 0)), acc, is_async=True)
+            elif INT8 or FAST:
+                acc = warpgroup_mma(left, right.slice(0, HALF, dim=0).permute((1, 0)), acc, is_async=True)
                 if HALVES == 2:
-                    other = warpgroup_mma(w, x.slice(PART, PART, dim=0).permute((1, 0)), other, is_async=True)
+                    right = right.slice(HALF, HALF, dim=0)
+                    other = warpgroup_mma(left, right.permute((1, 0)), other, is_async=True)
                 # ends the products of the step before: its slot is free
                 acc, other = warpgroup_mma_wait(HALVES, deps=(acc, other))
                 mbarrier.arrive(empty.index(free), pred=step > s0)
             else:
-                w = w_ring.index(slot)
-                acc = _add(acc, w, x.slice(0, PART, dim=0).permute((1, 0)), scales, step, m0, M, BLOCKS)
+                of_x, of_w, of_w_other = coming
+                if X_LEFT:  # their way is shorter than a product of so many columns
+                    of_x, of_w, of_w_other = _block_scales(
+                        scales, step, m0, n0, M, N, X_LEFT, COLUMNS, HALVES, MMA
+                    )
+                elif BLOCKS:
+                    after = gl.minimum(step + 1, steps - 1)
+                    coming = _block_scales(scales, after, m0, n0, M, N, X_LEFT, COLUMNS, HALVES, MMA)
+                acc = _add(acc, left, right.slice(0, HALF, dim=0).permute((1, 0)), of_x, of_w, BLOCKS)
                 if HALVES == 2:
-                    half = x.slice(PART, PART, dim=0).permute((1, 0))
-                    other = _add(other, w, half, scales, step, m0 + PART, M, BLOCKS)
+                    if BLOCKS:  # a branch, over which ptxas does not begin the second product: it would spill
+                        acc = gl.inline_asm_elementwise(
+                            "mov.b32 $0, $1;", "=r,r", [acc], dtype=gl.float32, is_pure=False, pack=1
+                        )
+                        mbarrier.wait(full.index(slot), phase)
+                    right = right.slice(HALF, HALF, dim=0)
+                    other = _add(other, left, right.permute((1, 0)), of_x, of_w_other, BLOCKS)
                 mbarrier.arrive(empty.index(slot))
             free = slot
-            slot += 1
-            over = slot == STAGES
-            slot = gl.where(over, 0, slot)
-            phase ^= over.to(gl.int32)
-        if FLOATS or INT8:
+            slot, phase = _next_slot(slot, phase, STAGES)
+        if FLOATS or INT8 or FAST:
             if FLOATS:
                 acc, held = warpgroup_mma_wait(0, deps=(acc, held))
             else:
                 acc, other = warpgroup_mma_wait(0, deps=(acc, other))
             mbarrier.arrive(empty.index(free))
         if HALVES == 2:
-            sums = gl.join(acc, other).permute((0, 2, 1)).reshape((BLOCK_N, BLOCK_M))
+            sums = gl.join(acc, other).permute((0, 2, 1)).reshape((ROWS, COLUMNS))
         else:
             sums = acc
-        LAYOUT: gl.constexpr = sums.type.layout
-        if STREAM and s1 - s0 < steps:
-            programs = gl.num_programs(0)
-            pid = gl.program_id(0)
-            first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
-            last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total
-            last_sharer = last_sharer.to(gl.int32)
-            at = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1) * BLOCK_M
-            at += gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
-            # a program shares at most the tile it begins in and the tile it ends in
-            mine = (2 * pid + (s0 > 0).to(gl.int32)).to(gl.int64) * (BLOCK_N * BLOCK_M)
-            gl.store(partial_ptr + mine + at, sums)
-            barrier()
-            arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-            if arrived == last_sharer - first_sharer:
-                sums = gl.zeros((BLOCK_N, BLOCK_M), SUM, LAYOUT)
-                for flight in range(first_sharer, last_sharer + 1, FLIGHT):
-                    for j in gl.static_range(FLIGHT):  # loads in flight
-                        sharer = flight + j
-                        theirs = (2 * sharer + (sharer > first_sharer).to(gl.int32)).to(gl.int64) * (
-                            BLOCK_N * BLOCK_M
-                        )
-                        mask = (at >= 0) & (sharer <= last_sharer)
-                        sums += gl.load(partial_ptr + theirs + at, mask=mask, other=0, cache_modifier=".cg")
-                gl.store(counter_ptr + tile, 0)
+        whole = True
+        if STREAM:
+            if s1 - s0 < steps:
+                sums, whole = add_parts(
+                    sums, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, GROUP, GROUPS
+                )
+        if whole:
+            if X_LEFT:
+                _store(sums.to(gl.float32), n0, m0, y_desc, staging, bias_ptr, N)
+            else:
                 y = _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS)
                 store_transposed(y, n0, m0, y_desc, staging, bias_ptr, None, M, N, False)
-        else:
-            y = _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS)
-            store_transposed(y, n0, m0, y_desc, staging, bias_ptr, None, M, N, False)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(y, n0, m0, y_desc, staging, bias_ptr, N):
+    """y [rows, columns] by TMA in the columns that `staging` holds. TMA leaves out what is past M and N."""
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    if COLUMNS > staging.shape[1]:
+        halves = gl.split(y.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)))
+        _store(halves[0], n0, m0, y_desc, staging, bias_ptr, N)
+        _store(halves[1], n0 + COLUMNS // 2, m0, y_desc, staging, bias_ptr, N)
+    else:
+        if bias_ptr is not None:
+            n = n0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, y.type.layout))
+            y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 0)
+        tma.store_wait(0)  # `staging` has been read
+        barrier()
+        staging.store(y.to(y_desc.dtype))
+        fence_async_shared()
+        barrier()
+        store_tile(y_desc, [m0, n0], staging)
 
 
 @gluon.jit
@@ -401,8 +476,7 @@ def _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS: gl.
         n = n0 + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, LAYOUT))
         y *= gl.expand_dims(gl.load(scales_ptr + n, mask=n < N, other=0.0), 1)
         if x_scales_ptr is not None:
-            ROWS: gl.constexpr = sums.shape[1]
-            y *= _of_rows(x_scales_ptr, m0, stride_sm, M, ROWS, LAYOUT)
+            y *= _of_columns(x_scales_ptr, m0, stride_sm, M, sums.shape[1], LAYOUT)
     return y
 
 
@@ -410,7 +484,8 @@ def _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS: gl.
 def w8_hopper_kernel(
     x_desc, w_desc, y_desc, x_scales_ptr, scales_ptr, bias_ptr, partial_ptr, counter_ptr,
     M, N, K, stride_sm, stride_sk,
-    INT8: gl.constexpr, BLOCKS: gl.constexpr, STREAM: gl.constexpr, STAGES: gl.constexpr,
+    X_LEFT: gl.constexpr, INT8: gl.constexpr, BLOCKS: gl.constexpr, FAST: gl.constexpr, STREAM: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     let_next_kernel_start()
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
@@ -429,19 +504,22 @@ def w8_hopper_kernel(
         begin = gl.program_id(0) * steps
         stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
         stride = programs
-
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
-    w_ring = gl.allocate_shared_memory(
-        w_desc.dtype, [STAGES, BLOCK_N, w_desc.block_type.shape[1]], w_desc.layout
-    )
-    staging = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    ROWS: gl.constexpr = BLOCK_M if X_LEFT else BLOCK_N
+    COLUMNS: gl.constexpr = BLOCK_N if X_LEFT else BLOCK_M
+    # x in 16 bits: ptxas does not follow two partitions, and waits after every instruction of the tensor cores
+    GROUPS: gl.constexpr = 1 if FLOATS else ROWS // 64
+    staging = gl.allocate_shared_memory(y_desc.dtype, [GROUPS] + y_desc.block_type.shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    descs = (x_desc, w_desc)
+        mbarrier.init(empty.index(i), count=GROUPS)
     ring = (x_ring, w_ring, full, empty)
+    sides = (w_ring, x_ring, full, empty)
+    if X_LEFT:
+        sides = ring
     work = (begin, stop, steps, tiles_m, stride)
     rest = (
         total,
@@ -457,14 +535,34 @@ def w8_hopper_kernel(
         stride_sm,
         stride_sk,
     )
-    gl.warp_specialize(
-        [
-            (_consume, (ring, work, rest, INT8, FLOATS, BLOCKS, STREAM, BLOCK_M, STAGES)),
-            (_produce, (descs, ring, work, STAGES)),
-        ],
-        [1],
-        [PRODUCER_REGISTERS],
-    )
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (sides, work, rest, 0, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
+                ),
+                (
+                    _consume,
+                    (sides, work, rest, 1, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
+                ),
+                (_produce, ((x_desc, w_desc), ring, work, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (sides, work, rest, 0, 1, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
+                ),
+                (_produce, ((x_desc, w_desc), ring, work, STAGES)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -482,6 +580,7 @@ def product(
     dtype: torch.dtype,
     int8: bool,
     launch: Config | None,
+    fast: bool = False,
 ) -> Tensor:
     """x times the weight, scaled: y of a dtype [M, N].
 
@@ -493,33 +592,39 @@ def product(
         int8: what the weight's bytes are; else e4m3.
     """
     (M, K), N = x.shape, len(w)
-    floats, blocks = x.element_size() == 2, scales.shape != (N, 1)
+    x_bytes, blocks = x.element_size(), scales.shape != (N, 1)
+    floats, x_left = x_bytes == 2, x_is_left(M, blocks)
     multiprocessors = multiprocessors_of(x.device)
-    chosen = launch or config(M, N, K, x.element_size(), blocks, multiprocessors)
-    block_m, rows = chosen["block_m"], chosen["warps"] * ROWS_OF_WARP
+    chosen = launch or config(M, N, K, x_bytes, blocks, multiprocessors)
+    block_m, block_n = chosen["block_m"], chosen["block_n"]
     y = x.new_empty(M, N, dtype=dtype)
-    y_block = [min(block_m, STAGED_ROWS), rows]
     describe = TensorDescriptor.from_tensor
+    columns = slot_columns(chosen, x_bytes)
+    w_columns = columns // 4 if floats else columns
+    group = block_n if floats else GROUP_ROWS  # rows of the left operand of a partition
+    rows, y_columns = staged(chosen, x_left)
+    y_block = [group, y_columns] if x_left else [rows, group]
     strides = (0, 0) if x_scales is None or len(x_scales) != M else x_scales.stride()
     tiles = tiles_of(chosen, M, N)
     programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
     stream = tiles % programs != 0
-    if stream and tiles > COUNTERS:
+    if stream and 2 * tiles > COUNTERS:
         programs, stream = tiles, False
     partial = counters = None
     if stream:
-        sums = torch.int32 if int8 and not floats else torch.float32
-        partial = x.new_empty(2 * programs * rows * block_m, dtype=sums)
+        sums = torch.int32 if x.dtype == torch.int8 else torch.float32
+        partial = x.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x.device)
-    two = programs > multiprocessors and two_fit(chosen, x.element_size())
+    two = programs > multiprocessors and two_fit(chosen, x_bytes, x_left)
     w8_hopper_kernel[(programs,)](
-        describe(x, [block_m, STEP], X_LAYOUT if floats else CODES_LAYOUT),
-        describe(w, [rows, 32], WORDS_LAYOUT) if floats else describe(w, [rows, STEP], CODES_LAYOUT),
-        describe(y, y_block, gl.NVMMASharedLayout(min(128, 2 * rows), element_bitwidth=16, rank=2)),
+        describe(x, [block_m, columns], X_LAYOUT if floats else CODES_LAYOUT),
+        describe(w, [block_n, w_columns], WORDS_LAYOUT if floats else CODES_LAYOUT),
+        describe(y, y_block, gl.NVMMASharedLayout(128, element_bitwidth=16, rank=2)),
         x_scales, scales, bias, partial, counters, M, N, K,
         *strides,
-        INT8=int8, BLOCKS=blocks, STREAM=stream, STAGES=chosen["stages"],
-        num_warps=chosen["warps"], launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+        X_LEFT=x_left, INT8=int8, BLOCKS=blocks, FAST=fast, STREAM=stream, STAGES=chosen["stages"],
+        REGISTERS=consumer_registers(two),
+        num_warps=group // 16, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y
 

@@ -160,25 +160,31 @@ def eight_bit_hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w8_hopper
-    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO
 
     for x, w, blocks, products in EIGHT_BIT:
         floats = x != w
         for M, (N, K) in products:
             chosen = w8_hopper.config(M, N, K, 2 if floats else 1, blocks)
-            block_m, rows = chosen["block_m"], chosen["warps"] * w8_hopper.ROWS_OF_WARP
-            y_layout = gl.NVMMASharedLayout(min(128, 2 * rows), element_bitwidth=16, rank=2)
+            block_m, block_n = chosen["block_m"], chosen["block_n"]
+            x_bytes, x_left = 2 if floats else 1, w8_hopper.x_is_left(M, blocks)
+            columns = w8_hopper.slot_columns(chosen, x_bytes)
+            group = block_n if floats else w8_hopper.GROUP_ROWS
+            staged_rows, staged_columns = w8_hopper.staged(chosen, x_left)
+            y_block = [group, staged_columns] if x_left else [staged_rows, group]
+            y_layout = gl.NVMMASharedLayout(128, element_bitwidth=16, rank=2)
             x_layout = w8_hopper.X_LAYOUT if floats else w8_hopper.CODES_LAYOUT
             tiles = w8_hopper.tiles_of(chosen, M, N)
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
+            two = programs > 132 and w8_hopper.two_fit(chosen, x_bytes, x_left)
             y, sums = "fp16" if x == "fp16" else "bf16", "i32" if x == "i8" else "fp32"
             types = {
-                "x_desc": f"tensordesc<{x}[{block_m}, 128],{x_layout!r}>",
-                "w_desc": f"tensordesc<i32[{rows}, 32],{w8_hopper.WORDS_LAYOUT!r}>"
+                "x_desc": f"tensordesc<{x}[{block_m}, {columns}],{x_layout!r}>",
+                "w_desc": f"tensordesc<i32[{block_n}, {columns // 4}],{w8_hopper.WORDS_LAYOUT!r}>"
                 if floats
-                else f"tensordesc<{w}[{rows}, 128],{w8_hopper.CODES_LAYOUT!r}>",
-                "y_desc": f"tensordesc<{y}[{min(block_m, STAGED_ROWS)}, {rows}],{y_layout!r}>",
+                else f"tensordesc<{w}[{block_n}, {columns}],{w8_hopper.CODES_LAYOUT!r}>",
+                "y_desc": f"tensordesc<{y}{y_block},{y_layout!r}>",
                 "x_scales_ptr": None if floats else "*fp32",
                 "scales_ptr": "*fp32",
                 "bias_ptr": f"*{y}",
@@ -186,10 +192,11 @@ def eight_bit_hopper_jobs():
                 "counter_ptr": "*i32" if stream else None,
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
                 **{"stride_sm": 0 if floats else 1, "stride_sk": "i32" if blocks else 1 - floats},
-                **{"INT8": w == "i8", "BLOCKS": blocks, "STREAM": stream, "STAGES": chosen["stages"]},
+                **{"X_LEFT": x_left, "INT8": w == "i8", "BLOCKS": blocks, "FAST": False, "STREAM": stream},
+                **{"STAGES": chosen["stages"], "REGISTERS": w8_hopper.consumer_registers(two)},
             }
-            options = {"num_warps": chosen["warps"]}
-            if programs > 132 and w8_hopper.two_fit(chosen, 2 if floats else 1):
+            options = {"num_warps": group // 16}
+            if two:
                 options["maxnreg"] = REGISTERS_OF_TWO
             name = f"w8_hopper {x} {w}{' blocks' * blocks} M={M} N={N}"
             yield name, w8_hopper.w8_hopper_kernel, types, options
@@ -411,7 +418,7 @@ def resources(kernel) -> dict[str, int]:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the innermost loop that has the most of the tensor cores' ones."""
+    """Instructions of the loop that has the most of the tensor cores' ones, of those that hold no other such loop."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -422,8 +429,11 @@ def main_loop(sass: str) -> list[str]:
             lines.append(instruction[1])
             back = re.search(r"BRA.*`\(\.(L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
-                loops.append(lines[labels[back[1]] :])
-    return max(loops, key=lambda loop: (sum("MMA" in i for i in loop), -len(loop)))
+                loops.append(range(labels[back[1]], len(lines)))
+    products = {loop: sum("MMA" in lines[i] for i in loop) for loop in loops}
+    multiply = [loop for loop in loops if products[loop]]
+    inner = [loop for loop in multiply if not any(o != loop and set(o) <= set(loop) for o in multiply)]
+    return [lines[i] for i in max(inner, key=lambda loop: (products[loop], -len(loop)))]
 
 
 def in_the_main_loop(kernel) -> dict[str, int]:

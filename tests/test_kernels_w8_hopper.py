@@ -35,13 +35,13 @@ def test_interleaving_moves_each_byte_to_its_place_and_back(random: Random, N, K
     assert words.shape == (N, 32 * -(-K // 128))
     assert torch.equal(deinterleave(words, K, dtype).view(torch.uint8), codes.view(torch.uint8))
     placed = words.view(torch.uint8)
-    for c, half, kt, e, c8 in torch.cartesian_prod(
-        torch.arange(4), torch.arange(2), torch.arange(4), torch.arange(2), torch.arange(2)
+    for half, c, kt, e, c8 in torch.cartesian_prod(
+        torch.arange(2), torch.arange(4), torch.arange(4), torch.arange(2), torch.arange(2)
     ).tolist():
         column = 64 * half + 16 * kt + 8 * c8 + 2 * c + e
         if column < K:
             expected = codes.view(torch.uint8)[:, column]
-            assert torch.equal(placed[:, 32 * c + 16 * half + 4 * kt + 2 * e + c8], expected)
+            assert torch.equal(placed[:, 64 * half + 16 * c + 4 * kt + 2 * e + c8], expected)
 
 
 @codes_dtypes
@@ -64,13 +64,14 @@ def test_the_interleaved_op_is_the_neutral_one(random: Random, dtype, x_dtype):
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 4096), (4096, 14336), (8, 16), (57344, 8192)])
 def test_launches_fit_a_multiprocessor(M, N, K, x_bytes, blocks):
     hopper = pytest.importorskip("quantkit.kernels.w8_hopper")
-    launch = hopper.config(M, N, K, x_bytes, blocks and x_bytes == 1)
-    assert hopper.shared_bytes(launch, x_bytes) <= hopper.SHARED
+    blocks = blocks and x_bytes == 1
+    launch, x_left = hopper.config(M, N, K, x_bytes, blocks), hopper.x_is_left(M, blocks)
+    assert hopper.shared_bytes(launch, x_bytes, x_left) <= hopper.SHARED
     assert launch["stages"] >= 3
-    assert not (blocks and x_bytes == 1 and launch["block_m"] > 128)
+    assert launch["block_m" if x_left else "block_n"] in (64, 128)
     programs = launch["programs"] or hopper.tiles_of(launch, M, N)
     if 132 < programs <= 264 and launch["block_m"] <= 64:
-        assert hopper.two_fit(launch, x_bytes)
+        assert hopper.two_fit(launch, x_bytes, x_left)
 
 
 @gpu
