@@ -77,8 +77,9 @@ def bench_linears(
 
     Returns:
         One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named; two more for
-        8-bit activations, whose `variant` says where x is rounded. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x
-        unrounded and the product in float64: for schemes that round x to 8 bits it holds that rounding too.
+        8-bit activations, whose `variant` says where x is rounded, and for `fp8` a third, `set_fp8_accumulation`'s fast
+        mode. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x unrounded and the product in float64: for
+        schemes that round x to 8 bits it holds that rounding too.
         `limit_us` counts each weight, input and output byte once, and is null on a CPU. Where `rel_error`
         exceeds `ERROR_BOUNDS`, the times are null and `refused` says why.
     """
@@ -166,7 +167,8 @@ def time_ours(
         yield M, *measure(modules, x, exact, replays), timed
         if scheme.op in ("w8a8", "fp8_block") and scheme.activation_scale != "static":
             alone, fused = rounded_products(modules, x)
-            yield M, *measure(alone, x, exact, replays), timed | {"variant": "x in 8 bits"}
+            for variant, products in alone.items():
+                yield M, *measure(products, x, exact, replays), timed | {"variant": variant}
             error = relative_error(fused[0](x), rms_norm(x), exact)
             timing = time_launches(launches(fused, x), device, replays)
             yield M, timing, error, timed | {"variant": "after residual and norm"}
@@ -176,8 +178,11 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def rounded_products(modules: Sequence[QuantLinear], x: torch.Tensor) -> tuple[list[Product], list[Product]]:
-    """W8A8 products of x that is rounded already, and of what residual + RMS norm + rounding in one kernel make of x."""
+def rounded_products(
+    modules: Sequence[QuantLinear], x: torch.Tensor
+) -> tuple[dict[str, list[Product]], list[Product]]:
+    """W8A8 products of x that is rounded already, by variant, and of what residual + RMS norm + rounding in one kernel
+    make of x."""
     scheme, op = modules[0].scheme, torch.ops.quantkit
     codes = modules[0].codes
     assert codes is not None
@@ -190,10 +195,13 @@ def rounded_products(modules: Sequence[QuantLinear], x: torch.Tensor) -> tuple[l
         x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, codes.dtype, None, group_size)
         return multiply(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
 
-    def alone(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        return multiply(*ready, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+    def alone(x: torch.Tensor, m: QuantLinear, fast: tuple[bool, ...] = ()) -> torch.Tensor:
+        return multiply(*ready, m.codes, m.scales, m.bias, x.dtype, *fast)  # type: ignore[no-any-return]
 
-    return [partial(alone, m=m) for m in modules], [partial(after_norm, m=m) for m in modules]
+    variants: dict[str, list[Product]] = {"x in 8 bits": [partial(alone, m=m) for m in modules]}
+    if scheme.op == "w8a8" and scheme.weight == "fp8":
+        variants["x in 8 bits, fast sums"] = [partial(alone, m=m, fast=(True,)) for m in modules]
+    return variants, [partial(after_norm, m=m) for m in modules]
 
 
 def time_peer(

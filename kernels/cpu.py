@@ -276,9 +276,15 @@ def w8a16_int8pack(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
 
 
 def w8a8_cpu(
-    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
-    """y = (x_codes @ codes^T) * x_scale * scales + bias: int8 in exact int32 sums, e4m3 in float32."""
+    """y = (x_codes @ codes^T) * x_scale * scales + bias: int8 in exact int32 sums, e4m3 in float32, fast or not."""
     if codes.dtype == torch.int8:
         y = torch._int_mm(x_codes, codes.t()).float() * x_scales * scales.t()
         return (y if bias is None else y + bias).to(dtype)

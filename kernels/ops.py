@@ -56,11 +56,16 @@ SCHEMAS = {
     "w4a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
     "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
     "w8a16_interleaved": "(Tensor x, Tensor words, Tensor scales, Tensor? bias, bool int8) -> Tensor",
-    "w8a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias) -> Tensor",
+    "w8a8": (
+        "(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale, Tensor? bias, bool fast=False) -> Tensor"
+    ),
     "fp8_block": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
-    **dict.fromkeys(
-        ("w8a8_rounded", "fp8_block_rounded"),
-        "(Tensor x_codes, Tensor x_scales, Tensor codes, Tensor scales, Tensor? bias, ScalarType dtype) -> Tensor",
+    "w8a8_rounded": (
+        "(Tensor x_codes, Tensor x_scales, Tensor codes, Tensor scales, Tensor? bias, ScalarType dtype, "
+        "bool fast=False) -> Tensor"
+    ),
+    "fp8_block_rounded": (
+        "(Tensor x_codes, Tensor x_scales, Tensor codes, Tensor scales, Tensor? bias, ScalarType dtype) -> Tensor"
     ),
     "rms_norm_quantize": (
         "(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType? dtype, Tensor? input_scale, int group_size)"
@@ -374,12 +379,24 @@ def w8a16_interleaved(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | N
 
 
 def _check_w8a8(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    fast: bool = False,
 ) -> tuple[int, ...]:
     return _check_8bit("w8a8", x, codes, scales, bias, input_scale)
 
 
-def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def w8a8(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    fast: bool = False,
+) -> Tensor:
     """8-bit weights times activations rounded to the same type.
 
     Args:
@@ -388,13 +405,13 @@ def w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, b
         scales: float32 [N, 1].
         input_scale: float32 [1], x is divided by it and saturates; None: found from every row of x.
         bias: float [N] or None.
+        fast: leave sums of e4m3 products to the tensor cores, which keep 14 bits of them on Hopper (`w8a8.py`).
 
     Returns and raises as `w4a16`.
     """
     y_shape = _check_w8a8(x, codes, scales, input_scale, bias)
-    return _multiply_rounded(
-        "w8a8", y_shape, *_round(x, codes.dtype, input_scale), codes, scales, bias, x.dtype
-    )
+    rounded = _round(x, codes.dtype, input_scale)
+    return _multiply_rounded("w8a8", y_shape, *rounded, codes, scales, bias, x.dtype, fast)
 
 
 def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -428,6 +445,7 @@ def _multiply_rounded(
     scales: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    *modes: bool,
 ) -> Tensor:
     """The kernel of `w8a8` or `fp8_block` over rows that are rounded already; y in a dtype."""
     (M, K), N = x_codes.shape, len(codes)
@@ -435,7 +453,7 @@ def _multiply_rounded(
         return scales.new_empty(y_shape, dtype=dtype)
     kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype))
     launched = {} if launch is None else {"launch": launch}
-    return kernel.run(x_codes, x_scales, codes, scales, bias, dtype, **launched).view(y_shape)
+    return kernel.run(x_codes, x_scales, codes, scales, bias, dtype, *modes, **launched).view(y_shape)
 
 
 def _check_rounded(
@@ -479,6 +497,7 @@ def w8a8_rounded(
     scales: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
     """`w8a8` of activations that their producer has rounded (`rms_norm_quantize`, `swiglu_quantize`).
 
@@ -491,7 +510,7 @@ def w8a8_rounded(
     """
     y_shape = _check_rounded("w8a8", x_codes, x_scales, codes, scales, bias, dtype)
     rows = x_codes.view(-1, x_codes.shape[-1])
-    return _multiply_rounded("w8a8", y_shape, rows, x_scales, codes, scales, bias, dtype)
+    return _multiply_rounded("w8a8", y_shape, rows, x_scales, codes, scales, bias, dtype, fast)
 
 
 def fp8_block_rounded(
@@ -662,6 +681,7 @@ def _fake_rounded(
     scales: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
     return x_scales.new_empty(_check_rounded(op, x_codes, x_scales, codes, scales, bias, dtype), dtype=dtype)
 

@@ -1,7 +1,6 @@
 """FP8 x FP8 through torch._scaled_mm: y = (x_q codes^T) * x_scale * scales^T + bias, at large M.
 
-The vendor's kernel scales rows and columns in its epilogue and promotes the tensor cores' 14-bit sums to
-float32 as it goes (use_fast_accum=False, the accurate mode). It wants bfloat16 out and K, N in multiples of 16.
+The vendor's kernel scales rows and columns in its epilogue; use_fast_accum is the accumulation mode of `w8a8.py`. It wants bfloat16 out and K, N in multiples of 16.
 Bytes and operations are those of `w8a8.py`, which runs what this one does not take.
 """
 
@@ -10,7 +9,13 @@ from torch import Tensor
 
 
 def w8a8_scaled_mm(
-    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
     """Arguments as in `ops.w8a8_rounded`, x_codes float8_e4m3fn [M, K], the dtype bfloat16.
 
@@ -24,5 +29,5 @@ def w8a8_scaled_mm(
         scale_b=scales.t().contiguous(),
         bias=None if bias is None else bias.bfloat16(),
         out_dtype=dtype,
-        use_fast_accum=False,
+        use_fast_accum=fast,
     )

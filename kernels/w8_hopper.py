@@ -579,8 +579,8 @@ def product(
     bias: Tensor | None,
     dtype: torch.dtype,
     int8: bool,
+    fast: bool,
     launch: Config | None,
-    fast: bool = False,
 ) -> Tensor:
     """x times the weight, scaled: y of a dtype [M, N].
 
@@ -590,6 +590,7 @@ def product(
         w: of the dtype of x [N, K], or interleaved, int32 [N, 32 ceil(K/128)].
         scales: float32 [N, 1], or of blocks [ceil(N/128), ceil(K/128)].
         int8: what the weight's bytes are; else e4m3.
+        fast: leave a whole sum of e4m3 products to the tensor cores.
     """
     (M, K), N = x.shape, len(w)
     x_bytes, blocks = x.element_size(), scales.shape != (N, 1)
@@ -636,6 +637,7 @@ def w8a8_hopper(
     scales: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    fast: bool = False,
     launch: Config | None = None,
 ) -> Tensor:
     """Equation (1) of `w8a8.py`; arguments as in `ops.w8a8_rounded`, x_codes [M, K], K in multiples of 16, N of 8.
@@ -644,7 +646,7 @@ def w8a8_hopper(
         y of the dtype [M, N], within the bound of `w8a8.w8a8_rounded`.
     """
     int8 = codes.dtype == torch.int8
-    return product(aligned(x_codes), x_scales, aligned(codes), scales, bias, dtype, int8, launch)
+    return product(aligned(x_codes), x_scales, aligned(codes), scales, bias, dtype, int8, fast, launch)
 
 
 def fp8_block_hopper(
@@ -664,7 +666,7 @@ def fp8_block_hopper(
     by_block = (
         x_scales.T.contiguous().T
     )  # the rows of a block side by side, as `quantize_activations` has them
-    return product(aligned(x_codes), by_block, aligned(codes), scales, bias, dtype, False, launch)
+    return product(aligned(x_codes), by_block, aligned(codes), scales, bias, dtype, False, False, launch)
 
 
 def w8a16_hopper(
@@ -675,4 +677,4 @@ def w8a16_hopper(
     Returns:
         y of x.dtype [M, N], within the bound of `w8a16.w8a16_triton`.
     """
-    return product(aligned(x), None, aligned(words), scales, bias, x.dtype, int8, launch)
+    return product(aligned(x), None, aligned(words), scales, bias, x.dtype, int8, False, launch)

@@ -4,8 +4,9 @@
 
 x is rounded first by `quantize_activations`. int8 products are summed exactly in int32. e4m3 products go to FP8 tensor
 cores where a GPU has them (sm_89 and newer); elsewhere both operands are decoded to float16, in which every product
-is exact, and summed in float32. Hopper's FP8 tensor cores keep about 14 bits of a running sum: the sum is moved to
-float32 registers after every 128 columns (`max_num_imprecise_acc`), which is the accurate mode of cuBLAS and DeepGEMM.
+is exact, and summed in float32. Hopper's FP8 tensor cores keep about 14 bits of a running sum. Two accumulation modes:
+accurate, the default, adds their sums to float32 registers after every 128 columns (`max_num_imprecise_acc`), as
+DeepGEMM does; fast leaves the whole sum to them (use_fast_accum of cuBLAS). Other tensor cores keep float32 in both.
 Bytes: K a row of weights and K a row of x; no instruction touches a weight on its way to the tensor cores.
 """
 
@@ -18,7 +19,8 @@ from quantkit.kernels.block import grid, rows_and_columns, store_block
 from quantkit.kernels.dispatch import native_fp8, target_of
 from quantkit.kernels.w8a16 import decode_e4m3
 
-PROMOTE_EVERY: tl.constexpr = tl.constexpr(128)  # columns; BLOCK_K of the FP8 path must not be smaller
+PROMOTE_EVERY = 128  # columns; BLOCK_K of the FP8 path must not be smaller
+NEVER = 2**30
 
 
 def reference(
@@ -42,7 +44,7 @@ def config(M: int, N: int, K: int) -> dict[str, int]:
 def w8a8_kernel(
     x_ptr, codes_ptr, x_scales_ptr, scales_ptr, bias_ptr, y_ptr,
     M, N, K, stride_sm,
-    NATIVE_FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE_FP8: tl.constexpr, PROMOTE_EVERY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m, n, in_m, in_n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     is_int8: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
@@ -73,6 +75,7 @@ def w8a8_rounded(
     bias: Tensor | None,
     dtype: torch.dtype,
     native: bool,
+    fast: bool = False,
 ) -> Tensor:
     """Equation (1) for activations that are already rounded.
 
@@ -84,10 +87,12 @@ def w8a8_rounded(
         bias: float [N] or None.
         dtype: of the result.
         native: multiply e4m3 on FP8 tensor cores.
+        fast: leave a whole sum to those.
 
     Returns:
         y [M, N], within u |y| + (K + 8) 2^-23 (|x| @ |w|) of `reference`, u the unit roundoff of dtype; on Hopper's
-        FP8 tensor cores a sum of 128 products is good to about 2^-13 of its largest partial sum.
+        FP8 tensor cores a sum of 128 products is good to about 2^-13 of its largest partial sum, and in the fast mode one
+        of all K.
     """
     (M, K), N = x_codes.shape, codes.shape[0]
     y = x_codes.new_empty(M, N, dtype=dtype)
@@ -106,14 +111,21 @@ def w8a8_rounded(
         K,
         stride_sm,
         NATIVE_FP8=native,
+        PROMOTE_EVERY=NEVER if fast else PROMOTE_EVERY,
         **launch,
     )
     return y
 
 
 def w8a8_triton(
-    x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
     """`w8a8_rounded` on the GPU that holds the tensors; arguments as in `ops.w8a8_rounded`, x_codes [M, K]."""
     native = native_fp8(target_of(codes.device))
-    return w8a8_rounded(x_codes, x_scales, codes, scales, bias, dtype, native)
+    return w8a8_rounded(x_codes, x_scales, codes, scales, bias, dtype, native, fast)

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 from quantkit.errors import QuantKitError
 from quantkit.hf import QuantKitConfig
-from quantkit.linear import QuantLinear
+from quantkit.linear import QuantLinear, set_fp8_accumulation
 from quantkit.load import load
 from quantkit.packing import QuantizedTensor
 from quantkit.quantize import quantize
@@ -31,4 +31,5 @@ __all__ = [
     "parse_scheme",
     "quantize",
     "quantize_checkpoint",
+    "set_fp8_accumulation",
 ]

@@ -36,7 +36,7 @@ from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writabl
 from quantkit.experts import describe_experts
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.tuned import TableError, user_table
-from quantkit.linear import QuantLinear, kernel_of
+from quantkit.linear import QuantLinear, kernel_of, set_fp8_accumulation
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.packing import PARTS
@@ -80,6 +80,12 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(help="To compute in: float32 (default on a CPU), bfloat16, float16; else the model's."),
+]
+Accumulation = Annotated[
+    str,
+    typer.Option(
+        help="Sums of e4m3 products on Hopper: accurate (float32 every 128 columns) or fast (14 bits)."
+    ),
 ]
 
 
@@ -485,6 +491,7 @@ def evaluate_command(
     dataset: Annotated[str | None, typer.Option(help="wikitext, c4 or ORG/NAME[:CONFIG][:SPLIT].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; windows do not overlap.")] = 1024,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    fp8_accumulation: Accumulation = "accurate",
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -497,6 +504,7 @@ def evaluate_command(
     where = pick_device(device)
     computed = compute_dtype(where, dtype)
     subject = open_model(model, where, computed)
+    set_fp8_accumulation(subject, fp8_accumulation)
     reference = open_model(against, where, computed) if against else None
     tokens = text_tokens(load_tokenizer(resolve(model)), text or dataset)
     with Bar(
@@ -548,6 +556,7 @@ def bench(
         ),
     ] = True,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Time prefill and decode.")] = True,
+    fp8_accumulation: Accumulation = "accurate",
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -596,12 +605,15 @@ def bench(
         schemes = [parse_scheme(label) for label in scheme or DEFAULT_BENCHED]
         time_linears(list(SHAPES[shapes]), schemes)
         for one in [None, *schemes] if decode and shapes in CONFIGS else []:
-            time_decode(random_model(shapes, one, device=where), shapes)
+            made = random_model(shapes, one, device=where)
+            set_fp8_accumulation(made, fp8_accumulation)
+            time_decode(made, shapes)
             if where.type == "cuda":
                 torch.cuda.empty_cache()
     else:
         computed = compute_dtype(where, dtype)
         subject = open_model(str(model), where, computed)
+        set_fp8_accumulation(subject, fp8_accumulation)
         name = Path(against or str(model)).name
         time_decode(subject, name)
         packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}

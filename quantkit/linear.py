@@ -17,6 +17,7 @@ from quantkit.packing import PARTS, QuantizedTensor, words_of
 from quantkit.scheme import Scheme
 
 REPACKED = ("packed", "packed_scales", "packed_zeros")
+FP8_ACCUMULATION = ("accurate", "fast")
 CODE_DTYPES = {
     **dict.fromkeys(("int2", "int3", "int4"), torch.int32),
     "int8": torch.int8,
@@ -104,6 +105,7 @@ class QuantLinear(nn.Module):
             `kernels/int4tiles.py` does; of 8 bits beside 16-bit x on sm_90 the codes as `kernels/interleave.py` has
             them, and `scales` stay; None unless repacked.
         repacked_for: the dtype of x that they were packed for, or None.
+        fast_accumulation: of `fp8` and `fp8-static`, see `set_fp8_accumulation`.
         bias: [out_features] in the model's dtype, or None.
         weight: int64 [2], the numbers (N, K). In a checkpoint it stands under the name that a plain model
             gives its weight, so that a reader that does not know quantkit meets a shape mismatch and stops,
@@ -121,6 +123,7 @@ class QuantLinear(nn.Module):
     packed_scales: torch.Tensor | None
     packed_zeros: torch.Tensor | None
     repacked_for: torch.dtype | None = None
+    fast_accumulation: bool = False
     _hf_quantized_needs_local_tp = True  # transformers hands such a module its local shard
 
     def __init__(
@@ -258,7 +261,7 @@ class QuantLinear(nn.Module):
         if self.scheme.op == "w8a16":
             return ops.w8a16(x, self.codes, self.scales, self.bias)
         if self.scheme.op == "w8a8":
-            return ops.w8a8(x, self.codes, self.scales, self.input_scale, self.bias)
+            return ops.w8a8(x, self.codes, self.scales, self.input_scale, self.bias, self.fast_accumulation)
         return ops.fp8_block(x, self.codes, self.scales, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantLinear":
@@ -278,6 +281,26 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, bias={self.bias is not None}"
+
+
+def set_fp8_accumulation(model: nn.Module, mode: str) -> None:
+    """How the products of `fp8` and `fp8-static` linears are summed; other schemes are left as they are.
+
+    Args:
+        mode: "accurate", the default: Hopper's tensor cores keep about 14 bits of a sum, which is added to a float32 one
+            after every 128 columns. "fast": they sum all columns (cuBLAS calls it use_fast_accum). Other devices sum in
+            float32 in both modes.
+
+    Raises:
+        QuantKitError: it is another mode.
+    """
+    if mode not in FP8_ACCUMULATION:
+        raise QuantKitError(
+            f"fp8 accumulation: found {mode!r}, expected {' or '.join(map(repr, FP8_ACCUMULATION))}"
+        )
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.fast_accumulation = mode == "fast"
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> Any:

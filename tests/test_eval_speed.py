@@ -89,7 +89,10 @@ def test_a_record_a_shape_scheme_and_m(label):
     )
     assert seen == records
     rounds_x = label in ("w8a8", "fp8", "fp8-block")
-    variants = [None, "x in 8 bits", "after residual and norm"] if rounds_x else [None]
+    variants = [None]
+    if rounds_x:
+        fast = ["x in 8 bits, fast sums"] if label == "fp8" else []
+        variants = [None, "x in 8 bits", *fast, "after residual and norm"]
     assert [(r["shape"], r["M"], r.get("variant")) for r in records] == [
         (shape, M, variant) for shape in ("square", "ragged") for M in (1, 17) for variant in variants
     ]

@@ -96,6 +96,31 @@ def test_w8a8(random: Random, product, dtype, x_dtype):
 
 
 @gpu
+@pytest.mark.parametrize("K", [4096, 14336])
+@pytest.mark.parametrize("M", [16, 300])
+def test_sums_of_e4m3_products(random: Random, M, K):
+    """Accurate: as good as sums in float32. Fast: an error that grows with the tensor cores' sum, and no more."""
+    from quantkit.kernels.w8_hopper import w8a8_hopper
+
+    N, x_dtype = 4096, torch.bfloat16
+    x, codes, scales = random.x(M, K, x_dtype), random.bytes8(N, K, FP8), random.scales(N, 1)
+    x_codes, x_scales = quantize_activations(x, FP8)
+    operands = (x_codes.view(FP8), x_scales, codes, scales, None)
+    expected = w8a8.reference(*operands)
+    in_float32 = (x_codes.view(FP8).float() @ codes.float().T * x_scales * scales.T).to(x_dtype)
+
+    def error(y):
+        return ((y.double() - expected).norm() / expected.norm()).item()
+
+    assert error(w8a8_hopper(*operands, x_dtype)) <= 1.1 * error(in_float32)
+    fast = w8a8_hopper(*operands, x_dtype, fast=True)
+    magnitude = (x_codes.view(FP8).double().abs() * x_scales) @ (codes.double().abs() * scales).T
+    # each instruction adds 32 columns to a sum of which 13 bits stay
+    assert_within(fast, expected, magnitude, K, lost=K / 32 * 2**-13)
+    assert error(fast) > 1.01 * error(in_float32)  # or the mode does nothing
+
+
+@gpu
 @products
 def test_fp8_block(random: Random, product):
     from quantkit.kernels.w8_hopper import fp8_block_hopper

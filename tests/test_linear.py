@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from quantkit.calibration.rtn import rtn
-from quantkit.linear import QuantLinear
+from quantkit.errors import QuantKitError
+from quantkit.kernels import dispatch
+from quantkit.linear import QuantLinear, set_fp8_accumulation
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import parse_scheme
 
@@ -107,3 +109,27 @@ def test_weights_are_held_once():
     module.repack(torch.bfloat16)
     # the kernel wants an offset beside each scale: 4 bytes a group on top of the 2 that are stored
     assert module.weight_bytes == neutral + 128 * 8 * 4
+
+
+def test_fp8_accumulation_is_a_mode_of_the_loaded_model(monkeypatch):
+    module, other = linear("fp8").bfloat16(), linear("w8a8").bfloat16()
+    model = torch.nn.ModuleList([module, other])
+    seen = []
+    monkeypatch.setattr("quantkit.kernels.cpu.w8a8_cpu", seen_by(seen))
+    dispatch._load.cache_clear()
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for mode in ("fast", "accurate"):
+        set_fp8_accumulation(model, mode)
+        module(x)
+    assert seen == [True, False]
+    dispatch._load.cache_clear()
+    with pytest.raises(QuantKitError, match="found 'quick', expected 'accurate' or 'fast'"):
+        set_fp8_accumulation(model, "quick")
+
+
+def seen_by(seen: list[bool]):
+    def product(x_codes, x_scales, codes, scales, bias, dtype, fast=False):
+        seen.append(fast)
+        return torch.zeros(len(x_codes), len(codes), dtype=dtype)
+
+    return product
