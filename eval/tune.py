@@ -2,14 +2,15 @@
 
 A launch that does not compile, fails or gives a wrong product is left out and named. The others are timed twice, first
 all of them briefly, then the best few and the default; the weights of one timing are together larger than the L2 cache.
-Weights have no zeros: a table serves both kinds.
+Weights have no zeros: a table serves both kinds. Where a scheme rounds x to 8 bits, x is rounded beforehand: what is timed
+is the product alone, and its error is that of the rounded x's product.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,14 +24,19 @@ from quantkit.eval.linears import ERROR_BOUNDS, WORKING_SET, random_copies
 from quantkit.eval.records import Record, environment
 from quantkit.eval.timing import LAUNCHES, time_launches
 from quantkit.kernels import tuned
+from quantkit.kernels.cpu import quantize_activations
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, target_of
 from quantkit.kernels.int4tiles import pack_tiles
-from quantkit.scheme import Scheme
+from quantkit.kernels.interleave import interleave
+from quantkit.linear import CODE_DTYPES
+from quantkit.packing import QuantizedTensor
+from quantkit.scheme import PRESETS, Scheme
 from quantkit.source import first_line
 
-Weight = tuple[int, int, int]  # N, K, group_size (0: one scale a row)
+Weight = tuple[int, int, Scheme]  # N, K, and a scheme of `tunable`
 
-OP = "w4a16_tiles"
+# What a GPU runs for a scheme's op, where that has launches to choose from.
+OPS = {"w4a16": "w4a16_tiles", "w8a16": "w8a16_interleaved", "w8a8": "w8a8", "fp8_block": "fp8_block"}
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 FINALISTS = 5
 QUICK_REPLAYS = 3
@@ -51,45 +57,96 @@ class Candidate:
     def __str__(self) -> str:
         return " ".join([self.kernel.name, *(f"{name}={value}" for name, value in self.launch.items())])
 
-    def run(self, x: Tensor, weight: Sequence[Any]) -> Tensor:
-        """y [M, N]; weight: tiles, scales, zeros, group_size, N."""
-        tiles, scales, zeros, group_size, N = weight
+    def run(self, x: Tensor, rest: Sequence[Any]) -> Tensor:
+        """y [M, N]; rest: what the op's kernels take after x."""
         chosen = {"launch": self.launch} if self.launch else {}
-        return self.kernel.run(x, tiles, scales, zeros, None, None, group_size, N, False, **chosen)
+        return self.kernel.run(x, *rest, **chosen)
 
 
-def candidates(problem: Problem, multiprocessors: int) -> list[Candidate]:
+def tunable(scheme: Scheme) -> Scheme:
+    """The scheme that is measured for this one: zeros and static scales of x take the launches of those without.
+
+    Raises:
+        QuantKitError: its kernels have no launches to choose from.
+    """
+    if scheme.op not in OPS:
+        those = ", ".join(name for name, preset in PRESETS.items() if preset.op in OPS)
+        raise QuantKitError(
+            f"scheme {scheme.label}: its kernels have no launches to tune; those of {those} have"
+        )
+    return replace(PRESETS[scheme.name.removesuffix("-static")], group_size=scheme.group_size)
+
+
+def candidates(op: str, problem: Problem, multiprocessors: int) -> list[Candidate]:
     """What can run the problem, the default first.
 
     Raises:
         ValueError: nothing can; the message has every kernel's reason.
     """
-    first = default(OP, problem)
+    first = default(op, problem)
+    # what launches depend on besides M, N, K: for 8 bits the bytes of x, and whether scales are of blocks
+    given: tuple[int, ...] = (2 if op == "w8a16_interleaved" else 1, op == "fp8_block")
+    if op == "w4a16_tiles":
+        given = (problem.group_size,)
     found = []
-    for kernel in (first, *(other for other in KERNELS[OP] if other != first)):
+    for kernel in (first, *(other for other in KERNELS[op] if other != first)):
         if kernel.unsupported(problem) is None:
             launches: list[dict[str, int]] = [{}]
             if kernel.parameters:
                 of_kernel = import_module(f"quantkit.kernels.{kernel.module}").candidates
-                launches = of_kernel(problem.M, problem.N, problem.K, problem.group_size, multiprocessors)
+                launches = of_kernel(problem.M, problem.N, problem.K, *given, multiprocessors)
             found += [Candidate(kernel, launch) for launch in launches]
     return found
 
 
 def plan(
-    weights: Sequence[Weight], Ms: Sequence[int], device: torch.device, x_dtype: torch.dtype = torch.bfloat16
+    weights: Sequence[Weight],
+    Ms: Sequence[int],
+    device: torch.device,
+    x_dtype: torch.dtype = torch.bfloat16,
+    say: Callable[[str], None] = print,
 ) -> dict[Weight, dict[int, list[Candidate]]]:
-    """The candidates by weight and M, every weight and M once; see `candidates` for the errors."""
+    """The candidates by weight and M, every weight and M once. Weights that no kernel runs are left out and named.
+
+    Raises:
+        QuantKitError: none is left.
+    """
     target, multiprocessors = target_of(device), 132
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return {
-        (N, K, group_size): {
-            M: candidates(Problem(target, M, N, K, x_dtype, torch.int32, group_size), multiprocessors)
-            for M in sorted(set(Ms))
-        }
-        for N, K, group_size in dict.fromkeys(weights)
-    }
+    planned = {}
+    for N, K, scheme in dict.fromkeys(weights):
+        codes, group_size = CODE_DTYPES[scheme.weight], scheme.group_size or 0
+        problems = [Problem(target, M, N, K, x_dtype, codes, group_size) for M in sorted(set(Ms))]
+        try:
+            of_M = {p.M: candidates(OPS[scheme.op], p, multiprocessors) for p in problems}
+        except ValueError as error:
+            say(f"({N}, {K}) {scheme.label} left out: {error}")
+        else:
+            planned[N, K, scheme] = of_M
+    if not planned:
+        raise QuantKitError(f"nothing to tune on {target}: it has no kernel for any of these weights")
+    return planned
+
+
+def pack(q: QuantizedTensor, x_dtype: torch.dtype) -> tuple[Any, ...]:
+    """A weight as the kernels of its op in `OPS` take it, and what they take after it."""
+    (N, K), group_size = q.shape, q.scheme.group_size or 0
+    if q.scheme.op == "w4a16":
+        return *pack_tiles(q.codes, q.scales, q.zeros, group_size, K), None, None, group_size, N, False
+    if q.scheme.op == "w8a16":
+        return interleave(q.codes), q.scales, None, q.scheme.weight == "int8"
+    return q.codes, q.scales, None, x_dtype
+
+
+def rounded(x: Tensor, scheme: Scheme) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x [M, K] as the kernels of a scheme take it, its scales if it is rounded, and the numbers that it holds in float64."""
+    if scheme.activation is None:
+        return x, [], x.double()
+    group_size = scheme.block_size or 0
+    codes, scales = quantize_activations(x, CODE_DTYPES[scheme.activation], group_size=group_size)
+    K = x.shape[1]
+    return codes, [scales], codes.double() * scales.double().repeat_interleave(group_size or K, 1)[:, :K]
 
 
 def tune(
@@ -107,10 +164,10 @@ def tune(
     on_candidate: Callable[[], None] | None = None,
     on_entry: Callable[[Record], None] | None = None,
 ) -> Record:
-    """A table of the fastest launches of `w4a16_tiles`, as `kernels/tuned.py` reads it.
+    """A table of the fastest launches, as `kernels/tuned.py` reads it.
 
     Args:
-        weights: (N, K, group_size).
+        weights: (N, K, scheme), the scheme one that `tunable` returns.
         Ms: rows of x. An entry holds for fewer rows too, down to the next smaller of these and of `BUCKETS`.
         replays: samples of a time that decides.
         working_set, seed, commit: as in `bench_linears`.
@@ -120,37 +177,38 @@ def tune(
         on_entry: called with each entry as it is found.
 
     Returns:
-        `records.environment` and `entries`, each with `us`, `rel_error`, and `default_us`, the time without a table
-        (None if that launch failed).
+        `records.environment` and `entries`, each with `scheme`, `us`, `rel_error`, and `default_us`, the time without a
+        table (None if that launch failed).
 
     Raises:
-        ValueError: no kernel can run on the device.
-        QuantKitError: the GPU stopped working.
+        QuantKitError: no kernel can run any of it on the device, or the GPU stopped working.
     """
     device = torch.device(device)
-    planned = plan(weights, Ms, device, x_dtype)
+    planned = plan(weights, Ms, device, x_dtype, say)
     total = sum(len(of_M) for by_M in planned.values() for of_M in by_M.values())
     generator = torch.Generator(device).manual_seed(seed)
     entries: list[Record] = []
-    for (N, K, group_size), by_M in planned.items():
-        scheme = Scheme("w4a16", "int4", group_size or None)
+    for (N, K, scheme), by_M in planned.items():
         copies = random_copies(scheme, N, K, generator, working_set)
         exact = copies[0].dequantize(torch.float64)
-        packed = [(*pack_tiles(q.codes, q.scales, q.zeros, group_size, K), group_size, N) for q in copies]
+        packed = [pack(q, x_dtype) for q in copies]
         del copies
         for M, of_M in by_M.items():
             where = f"({N}, {K}) {scheme.label} M = {M}"
             if on_start is not None:
                 on_start(where, total)
             x = torch.randn(M, K, generator=generator, device=device).to(x_dtype)
-            trial = Trial(x, packed, x.double() @ exact.T, where, say)
+            x, x_scales, numbers = rounded(x, scheme)
+            trial = Trial(x, [(*x_scales, *weight) for weight in packed], numbers @ exact.T, where, say)
             found = trial.best(of_M, replays, on_candidate)
             if found is None:
                 say(f"{where}: no launch worked, the table gets no entry")
                 continue
             best, us, default_us = found
-            key = {"op": OP, "N": N, "K": K, "group_size": group_size, "M": M, "least_M": least_M(M, Ms)}
-            chosen = {"kernel": best.kernel.name, "launch": best.launch}
+            codes = str(CODE_DTYPES[scheme.weight]).removeprefix("torch.")
+            weight = {"N": N, "K": K, "group_size": scheme.group_size or 0}
+            key = {"op": OPS[scheme.op], "codes": codes, **weight, "M": M, "least_M": least_M(M, Ms)}
+            chosen = {"scheme": scheme.label, "kernel": best.kernel.name, "launch": best.launch}
             times = {"us": us, "default_us": default_us, "rel_error": trial.error(best)}
             entries.append({**key, **chosen, **times})
             if on_entry is not None:
@@ -161,7 +219,10 @@ def tune(
 
 @dataclass
 class Trial:
-    """One x [M, K] with copies of a weight; `expected` is its product with the first, float64 [M, N]."""
+    """One x [M, K] with copies of a weight; `expected` is its product with the first, float64 [M, N].
+
+    weights: what kernels take after x, for each copy.
+    """
 
     x: Tensor
     weights: Sequence[Sequence[Any]]
@@ -248,13 +309,10 @@ def least_M(M: int, Ms: Sequence[int]) -> int:
     return max((other for other in (*Ms, *BUCKETS) if other < M), default=0) + 1
 
 
-KEY = ("op", "N", "K", "group_size", "M")
-
-
 def merged(old: Record | None, new: Record) -> Record:
     """The new table with those entries of the old one that it has no other for. What it was made with is the new one's."""
     entries = {
-        tuple(entry[name] for name in KEY): entry
+        (*tuned.weight_of(entry), entry["M"]): entry
         for table in (old, new)
         if table is not None
         for entry in table["entries"]
@@ -300,13 +358,13 @@ def writable(path: Path) -> None:
 
 
 def chosen_rows(entries: Sequence[Record]) -> Iterator[tuple[str, ...]]:
-    """Cells of a table: weight, groups, M, what was chosen, its time, the default's, and how many times faster."""
+    """Cells of a table: weight, scheme, M, what was chosen, its time, the default's, and how many times faster."""
     for e in entries:
         launch = " ".join(f"{name}={value}" for name, value in e["launch"].items())
         before = e["default_us"]
         yield (
             f"({e['N']}, {e['K']})",
-            str(e["group_size"] or "channel"),
+            e["scheme"],
             str(e["M"]),
             e["kernel"],
             launch,

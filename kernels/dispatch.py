@@ -48,7 +48,7 @@ class Problem:
     N: int
     K: int
     x_dtype: torch.dtype
-    codes_dtype: torch.dtype  # int32 (2 to 4 bits, packed), int8 or float8_e4m3fn
+    codes_dtype: torch.dtype  # int32 (2 to 4 bits, packed), int8 or float8_e4m3fn (interleaved too)
     group_size: int = 0
 
 
@@ -59,9 +59,8 @@ class Kernel:
     name: str
     module: str
     unsupported: Callable[[Problem], str | None]  # why this kernel cannot run the problem, None when it can
-    slower_past: int | None = (
-        None  # rows of x past which the next kernel is taken, unless a table says otherwise
-    )
+    # why the next kernel is taken for a problem that this one can run, unless a table says otherwise
+    slower: Callable[[Problem], str | None] | None = None
     parameters: tuple[str, ...] = ()  # of its launch, all of which a table must give
 
     @property
@@ -86,8 +85,6 @@ def _cpu(problem: Problem) -> str | None:
 def _int8pack(problem: Problem) -> str | None:
     if problem.codes_dtype != torch.int8 or problem.x_dtype != torch.bfloat16:
         return f"takes bfloat16 x and int8 codes, not {problem.x_dtype} and {problem.codes_dtype}"
-    if problem.M > INT8PACK_MAX_M:
-        return f"is the slower one past M = {INT8PACK_MAX_M}, not for M = {problem.M}"
     if problem.K % 16 or problem.N % 4:
         return f"needs K in multiples of 16 and N in multiples of 4, not {problem.K} and {problem.N}"
     return _cpu(problem)
@@ -96,8 +93,6 @@ def _int8pack(problem: Problem) -> str | None:
 def _int4pack(problem: Problem) -> str | None:
     if problem.x_dtype != torch.bfloat16:
         return f"takes bfloat16 x, not {problem.x_dtype}"
-    if problem.M > INT4PACK_MAX_M:
-        return f"is the slower one past M = {INT4PACK_MAX_M}, not for M = {problem.M}"
     return _cpu(problem)
 
 
@@ -145,17 +140,6 @@ def _decode(problem: Problem) -> str | None:
     return _floats(problem)
 
 
-def _vendor(min_M: dict[torch.dtype, int]) -> Callable[[Problem], str | None]:
-    """Dequantize and call the vendor's GEMM: on a GPU, from the M on at which that was measured to be faster."""
-
-    def unsupported(problem: Problem) -> str | None:
-        if problem.M < min_M[problem.codes_dtype]:
-            return f"is the slower one below M = {min_M[problem.codes_dtype]}"
-        return _triton(problem)
-
-    return unsupported
-
-
 def _vendor_w4a16(problem: Problem) -> str | None:
     if problem.group_size % 8:  # it reads one scale a word of eight codes
         return f"needs a group_size that is a multiple of 8, or 0, not {problem.group_size}"
@@ -189,12 +173,25 @@ def _scaled_mm(problem: Problem) -> str | None:
         return f"takes bfloat16 x and e4m3 codes, not {problem.x_dtype} and {problem.codes_dtype}"
     if not problem.target.startswith("sm_") or int(problem.target[3:]) < SCALED_MM_NVIDIA:
         return f"scales rows on NVIDIA sm_{SCALED_MM_NVIDIA} and newer, not on {problem.target}"
-    least = SCALED_MM_MIN_M.get(problem.target, SCALED_MM_MIN_M_ELSEWHERE)
-    if problem.M < least:
-        return f"is the slower one below M = {least}"
     if problem.K % 16 or problem.N % 16:
         return f"needs N and K in multiples of 16, not {problem.N} and {problem.K}"
     return None
+
+
+def _past(most: int) -> Callable[[Problem], str | None]:
+    return lambda problem: f"is the slower one past M = {most}" if problem.M > most else None
+
+
+def _below(least: int, problem: Problem) -> str | None:
+    return f"is the slower one below M = {least}" if problem.M < least else None
+
+
+def _vendor_loses(problem: Problem) -> str | None:
+    return _below(VENDOR_MIN_M[problem.codes_dtype], problem)
+
+
+def _scaled_mm_loses(problem: Problem) -> str | None:
+    return _below(SCALED_MM_MIN_M.get(problem.target, SCALED_MM_MIN_M_ELSEWHERE), problem)
 
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -205,12 +202,12 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a16_tiles": (
         Kernel("w4a16_decode", "w4a16_decode", _decode, parameters=DECODE_LAUNCH),
         Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=HOPPER_LAUNCH),
-        Kernel("w4a16_wide", "w4a16_wide", _wide, slower_past=WIDE_MAX_M, parameters=WIDE_LAUNCH),
+        Kernel("w4a16_wide", "w4a16_wide", _wide, _past(WIDE_MAX_M), WIDE_LAUNCH),
         Kernel("w4a16_tiles_vendor", "dequantize", _triton),
         Kernel("w4a16_tiles_dequantize", "cpu", _cpu),
     ),
     "w4a16_cpu": (
-        Kernel("w4a16_int4pack", "int4pack", _int4pack),
+        Kernel("w4a16_int4pack", "int4pack", _int4pack, _past(INT4PACK_MAX_M)),
         Kernel("w4a16_int4pack_dequantize", "int4pack", _cpu),
     ),
     "wna16": (
@@ -222,9 +219,9 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w4a8_cpu", "cpu", _cpu),
     ),
     "w8a16": (
-        Kernel("w8a16_vendor", "dequantize", _vendor(VENDOR_MIN_M)),
+        Kernel("w8a16_vendor", "dequantize", _triton, _vendor_loses),
         Kernel("w8a16_triton", "w8a16", _triton),
-        Kernel("w8a16_int8pack", "cpu", _int8pack),
+        Kernel("w8a16_int8pack", "cpu", _int8pack, _past(INT8PACK_MAX_M)),
         Kernel("w8a16_dequantize", "cpu", _cpu),
     ),
     "w8a16_interleaved": (
@@ -232,7 +229,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w8a16_interleaved_dequantize", "cpu", _cpu),
     ),
     "w8a8": (
-        Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm),
+        Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm, _scaled_mm_loses),
         Kernel("w8a8_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
         Kernel("w8a8_triton", "w8a8", _triton),
         Kernel("w8a8_cpu", "cpu", _cpu),
@@ -279,7 +276,8 @@ def choose(op: str, problem: Problem) -> tuple[Kernel, dict[str, int] | None]:
         ValueError: the op is unknown, or no kernel supports the problem; the message has every kernel's reason.
         TableError: a table of this target cannot be read.
     """
-    measured = tuned.lookup(op, problem.target, problem.M, problem.N, problem.K, problem.group_size)
+    codes = str(problem.codes_dtype).removeprefix("torch.")
+    measured = tuned.lookup(op, codes, problem.target, problem.M, problem.N, problem.K, problem.group_size)
     if measured:
         name, launch = measured
         for kernel in KERNELS.get(op, ()):
@@ -296,8 +294,8 @@ def default(op: str, problem: Problem) -> Kernel:
     reasons = []
     for kernel in KERNELS[op]:
         reason = kernel.unsupported(problem)
-        if reason is None and kernel.slower_past is not None and problem.M > kernel.slower_past:
-            reason = f"is the slower one past M = {kernel.slower_past}"
+        if reason is None and kernel.slower is not None:
+            reason = kernel.slower(problem)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name} {reason}")

@@ -168,13 +168,15 @@ def _run(
     *rest: Tensor | int | None,
     N: int,
     group_size: int = 0,
+    codes_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Choose the kernel and run it over the rows of x [..., K]."""
+    """Choose the kernel and run it over the rows of x [..., K]; codes_dtype: if codes are held as another one."""
     K = x.shape[-1]
     M = x.numel() // K
     if M == 0 or N == 0:
         return x.new_empty(y_shape)
-    kernel, launch = choose(op, Problem(target_of(x.device), M, N, K, x.dtype, codes.dtype, group_size))
+    of_codes = codes_dtype or codes.dtype
+    kernel, launch = choose(op, Problem(target_of(x.device), M, N, K, x.dtype, of_codes, group_size))
     rows = _rows(x)
     y = kernel.run(rows, codes, *rest) if launch is None else kernel.run(rows, codes, *rest, launch=launch)
     return y.view(y_shape)
@@ -375,7 +377,9 @@ def w8a16_interleaved(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | N
     The rest as in `w8a16`.
     """
     y_shape = _check_w8a16_interleaved(x, words, scales, bias, int8)
-    return _run("w8a16_interleaved", y_shape, x, words, scales, bias, int8, N=len(words))
+    codes_dtype = EIGHT_BIT[0] if int8 else EIGHT_BIT[1]
+    rest = (scales, bias, int8)
+    return _run("w8a16_interleaved", y_shape, x, words, *rest, N=len(words), codes_dtype=codes_dtype)
 
 
 def _check_w8a8(

@@ -2,11 +2,12 @@
 
 One JSON file a target (`sm_90`): the one shipped here, in tuned/, and the user's own, which `quantkit tune` writes and
 which comes first. A file has what it was measured with and `entries`; an entry holds for `M` rows of x and for fewer,
-down to the next smaller entry of the same op, N, K and group_size, and in any case to `least_M`:
+down to the next smaller entry of the same op, codes, N, K and group_size, and in any case to `least_M`:
 
-    {"op", "N", "K", "group_size", "M", "least_M", "kernel", "launch": {parameter: value}, "us", ...}
+    {"op", "codes", "N", "K", "group_size", "M", "least_M", "kernel", "launch": {parameter: value}, "us", ...}
 
-`least_M` (1 if it is absent) keeps a table of prefill alone from deciding over decode. group_size 0 is one scale a row.
+`codes` is the dtype of the weight's: int32 (INT4, packed, and so if it is absent), int8 or float8_e4m3fn. `least_M` (1 if it
+is absent) keeps a table of prefill alone from deciding over decode. group_size 0 is one scale a row, or a block of fp8_block.
 An empty `launch` is the kernel's own. Shapes that are in no table take the kernels' defaults: nothing is measured at first
 use.
 """
@@ -20,6 +21,7 @@ from typing import Any
 SHIPPED = Path(__file__).parent / "tuned"
 ENTRY: dict[str, type] = {
     "op": str,
+    "codes": str,
     "N": int,
     "K": int,
     "group_size": int,
@@ -28,6 +30,7 @@ ENTRY: dict[str, type] = {
     "kernel": str,
     "launch": dict,
 }
+ABSENT = {"codes": "int32", "least_M": 1}  # what an entry means that does not say
 MEND = "delete it and run quantkit tune"
 
 
@@ -41,27 +44,32 @@ def user_table(target: str) -> Path:
     return Path(folder) / f"{target}.json"
 
 
+def weight_of(entry: dict[str, Any]) -> tuple[str, str, int, int, int]:
+    """What an entry is of: op, codes, N, K, group_size."""
+    codes = entry.get("codes", ABSENT["codes"])
+    return entry["op"], codes, entry["N"], entry["K"], entry["group_size"]
+
+
 def lookup(
-    op: str, target: str, M: int, N: int, K: int, group_size: int
+    op: str, codes: str, target: str, M: int, N: int, K: int, group_size: int
 ) -> tuple[str, dict[str, int]] | None:
     """(kernel, launch parameters) for this problem, or None if no table has it; see `read` for the errors."""
     for table in _tables(target):
-        entries = table.get((op, N, K, group_size), [])
+        entries = table.get((op, codes, N, K, group_size), [])
         for entry in entries:  # by rising M
-            if entry.get("least_M", 1) <= M <= entry["M"]:
+            if entry.get("least_M", ABSENT["least_M"]) <= M <= entry["M"]:
                 return entry["kernel"], entry["launch"]
     return None
 
 
 @cache
-def _tables(target: str) -> list[dict[tuple[str, int, int, int], list[dict[str, Any]]]]:
+def _tables(target: str) -> list[dict[tuple[str, str, int, int, int], list[dict[str, Any]]]]:
     tables = []
     for path in (user_table(target), SHIPPED / f"{target}.json"):
         if os.path.isfile(path):  # unlike Path's, false in a folder that may not be searched
-            table: dict[tuple[str, int, int, int], list[dict[str, Any]]] = {}
+            table: dict[tuple[str, str, int, int, int], list[dict[str, Any]]] = {}
             for entry in sorted(read(path)["entries"], key=lambda entry: entry["M"]):
-                key = (entry["op"], entry["N"], entry["K"], entry["group_size"])
-                table.setdefault(key, []).append(entry)
+                table.setdefault(weight_of(entry), []).append(entry)
             tables.append(table)
     return tables
 
@@ -83,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(entry, dict):
             raise TableError(f"{path}: an entry is {entry!r}, expected an object; {MEND}")
         for name, kind in ENTRY.items():
-            value = entry.get(name, 1 if name == "least_M" else None)
+            value = entry.get(name, ABSENT.get(name))
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TableError(f"{path}: an entry has {name} = {value!r}, expected {kind.__name__}; {MEND}")
         for name, value in entry["launch"].items():

@@ -144,6 +144,31 @@ def config(
     return chosen | dict(programs=0 if share == tiles else share)
 
 
+def candidates(
+    M: int, N: int, K: int, x_bytes: int = 1, blocks: bool = False, multiprocessors: int = 132
+) -> list[Config]:
+    """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit."""
+    found = [config(M, N, K, x_bytes, blocks, multiprocessors)]
+    largest = rows_of_block(M)
+    for block_m in (256, 128, 64) if M > 128 else (largest, max(8, largest // 2)):
+        for warps in (8, 4):
+            for two in (False, True):
+                one = dict(block_m=block_m, warps=warps, stages=0, programs=0)
+                one = deepest(one, x_bytes, 6 if two else 10, two)
+                too_wide = blocks and block_m > WIDEST_PRODUCT.value
+                if too_wide or one["stages"] < 3 or (two and not two_fit(one, x_bytes)):
+                    continue
+                tiles, at_once = tiles_of(one, M, N), multiprocessors * (2 if two else 1)
+                for share in (parts(tiles, at_once), even_share(tiles, at_once), 0, at_once):
+                    programs = share or tiles
+                    alone = two and programs <= multiprocessors
+                    idle = programs > tiles * triton.cdiv(K, STEP)
+                    uncounted = tiles % programs != 0 and tiles > COUNTERS
+                    if not (alone or idle or uncounted):
+                        found.append(one | dict(programs=0 if programs == tiles else programs))
+    return [launch for i, launch in enumerate(found) if launch not in found[:i]]
+
+
 @gluon.constexpr_function
 def _bytes_layout(W):
     """Words of interleaved bytes [16 W, 16] as lanes (c, g) hold them: 16 bytes (kt) of two rows (h)."""

@@ -32,7 +32,7 @@ from quantkit.eval.quality import evaluate
 from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import number, quality_tables, rich_table, tables
-from quantkit.eval.tune import BUCKETS, Weight, chosen_rows, save, tune, writable
+from quantkit.eval.tune import BUCKETS, OPS, Weight, chosen_rows, save, tunable, tune, writable
 from quantkit.experts import describe_experts
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.tuned import TableError, user_table
@@ -636,7 +636,11 @@ def tune_command(
         list[str] | None, typer.Option(metavar="N,K", help="Output and input features, one an option.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The shapes and groups of a directory's int4 linears.")
+        Path | None, typer.Option(metavar="DIR", help="The shapes and schemes of a directory's linears.")
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="Schemes, one an option; w4a16, or the model's own, by default."),
     ] = None,
     m: Annotated[
         list[int] | None,
@@ -655,8 +659,8 @@ def tune_command(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time the int4 kernels' launches on this GPU and keep the fastest for each shape and M."""
-    weights = tuned_weights(shapes or [], shape or [], model, group_size or [])
+    """Time the kernels' launches on this GPU and keep the fastest for each shape, scheme and M."""
+    weights = tuned_weights(shapes or [], shape or [], model, scheme or [], group_size or [])
     where = pick_device(device)
     if where.type != "cuda":
         raise QuantKitError(
@@ -696,7 +700,7 @@ def tune_command(
             raise
     right = [Column(name, justify="right") for name in ("us", "default us", "speed-up")]
     table = Table(
-        "weight (N, K)", "group", "M", "kernel", Column("launch", overflow="fold"), *right, box=None
+        "weight (N, K)", "scheme", "M", "kernel", Column("launch", overflow="fold"), *right, box=None
     )
     for cells in chosen_rows(found):
         table.add_row(*cells)
@@ -706,9 +710,9 @@ def tune_command(
 
 
 def tuned_weights(
-    named: list[str], given: list[str], model: Path | None, group_sizes: list[str]
+    named: list[str], given: list[str], model: Path | None, schemes: list[str], group_sizes: list[str]
 ) -> list[Weight]:
-    """(N, K, group_size) of what the options of `quantkit tune` name, each once."""
+    """(N, K, scheme) of what the options of `quantkit tune` name, each once."""
     if not named and not given and model is None:
         raise QuantKitError("give at least one of --shapes, --shape and --model")
     pairs: list[tuple[int, int]] = []
@@ -721,30 +725,38 @@ def tuned_weights(
         if len(sizes) != 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
             raise QuantKitError(f"--shape {text}: expected N,K, two positive numbers such as 28672,4096")
         pairs.append((int(sizes[0]), int(sizes[1])))
-    groups = [read_scheme("w4a16", size, False).group_size or 0 for size in group_sizes]
-    weights = [(N, K, group) for N, K in pairs for group in groups or [128]]
+    labels = schemes or ["w4a16"]
+    groups: list[str | None] = [*group_sizes] or [None]
+    asked = [tunable(read_scheme(label, group, False)) for label in labels for group in groups]
+    weights = [(N, K, scheme) for N, K in pairs for scheme in asked]
     if model is not None:
-        packed = int4_weights(model)
-        weights += [(N, K, group) for N, K, _ in packed for group in groups] if groups else packed
+        packed = tunable_weights(model)
+        own = not schemes and not group_sizes
+        weights += packed if own else [(N, K, scheme) for N, K, _ in packed for scheme in asked]
     return list(dict.fromkeys(weights))
 
 
-def int4_weights(folder: Path) -> list[Weight]:
-    """The distinct (N, K, group_size) of a directory's int4 linears, of those that a GPU puts into tiles."""
+def tunable_weights(folder: Path) -> list[Weight]:
+    """The distinct (N, K, scheme) of a directory's linears, of those whose kernels have launches to tune."""
     config = read_quantized_config(folder)
     reader = CheckpointReader(folder)
     stored = reader.tensors
-    names = [name for name in config.modules if config.scheme_of(name).op == "w4a16"]
+    names = [name for name in config.modules if config.scheme_of(name).op in OPS]
     absent = [t for name in names for t in (f"{name}.scales", f"{name}.weight") if t not in stored]
     if absent:
         raise QuantKitError(f"{folder}: {absent[0]} is missing; run quantkit verify {folder}")
-    names = [name for name in names if stored[f"{name}.scales"].dtype in TILED_SCALES]
+
+    def tiled(name: str) -> bool:
+        return config.scheme_of(name).op != "w4a16" or stored[f"{name}.scales"].dtype in TILED_SCALES
+
+    names = [name for name in names if tiled(name)]
     if not names:
         raise QuantKitError(
-            f"{folder}: no int4 linear with scales in float16 or bfloat16; only w4a16's launches can be tuned"
+            f"{folder}: no linear of 8 bits, nor of w4a16 with scales in float16 or bfloat16; only their launches "
+            f"can be tuned"
         )
     shapes = reader.load([f"{name}.weight" for name in names])
-    weights = [(*shapes[f"{name}.weight"].tolist(), config.scheme_of(name).group_size or 0) for name in names]
+    weights = [(*shapes[f"{name}.weight"].tolist(), tunable(config.scheme_of(name))) for name in names]
     return list(dict.fromkeys(weights))
 
 

@@ -22,6 +22,7 @@ from quantkit import cli, streaming
 from quantkit.calibration import pipeline
 from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
 from quantkit.kernels import dispatch
+from quantkit.scheme import PRESETS
 
 VERBS = ("quantize", "inspect", "verify", "eval", "bench", "tune", "demo")
 QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
@@ -724,6 +725,7 @@ def test_other_runtime_errors_are_not_hidden(monkeypatch, model, tmp_path):
 
 def tuned_entry(N: int, K: int, group_size: int, M: int, kernel: str) -> dict:
     key = {"op": "w4a16_tiles", "N": N, "K": K, "group_size": group_size, "M": M, "least_M": 1}
+    key |= {"scheme": "w4a16-g128"}
     return key | {"kernel": kernel, "launch": {}, "us": 2.0, "default_us": 3.0, "rel_error": 0.002}
 
 
@@ -745,12 +747,12 @@ def on_a_gpu(monkeypatch, tables):
 
     def tune(weights, Ms, device, *, say, on_start, on_candidate, on_entry):
         calls.append((weights, list(Ms)))
-        for N, K, group_size in weights:
+        for N, K, scheme in weights:
             for M in Ms:
                 on_start(f"({N}, {K})", 2)
                 say(f"w4a16_wide M = {M} left out: [out of resource]")
                 on_candidate()
-                on_entry(tuned_entry(N, K, group_size, M, "w4a16_wide"))
+                on_entry(tuned_entry(N, K, scheme.group_size or 0, M, "w4a16_wide"))
             if N == 666:
                 raise KeyboardInterrupt
 
@@ -765,10 +767,10 @@ def test_tune_prints_and_writes_what_was_chosen(run, on_a_gpu, tables, tmp_path)
     arguments = ("--shape", "64,128", "--m", "1", "--m", "16", "--json", tmp_path / "tune.json")
     code, out, err = run("tune", *arguments)
     assert (code, err) == (0, "")
-    assert on_a_gpu == [([(64, 128, 128)], [1, 16])]
+    assert on_a_gpu == [([(64, 128, PRESETS["w4a16"])], [1, 16])]
     assert "w4a16_wide M = 16 left out: [out of resource]" in out
     assert any(
-        line.split() == ["(64,", "128)", "128", "16", "w4a16_wide", "2.0", "3.0", "1.50"]
+        line.split() == ["(64,", "128)", "w4a16-g128", "16", "w4a16_wide", "2.0", "3.0", "1.50"]
         for line in out.splitlines()
     )
     path = tables / "sm_90.json"
@@ -792,14 +794,35 @@ def test_tune_takes_shapes_by_name_by_number_and_of_a_model(run, on_a_gpu, packe
         run("tune", "--model", folder, "--group-size", "channel", "--group-size", "32", "--m", "1", *file)[0]
         == 0
     )
-    llama = [(6144, 4096, 128), (4096, 4096, 128), (28672, 4096, 128), (4096, 14336, 128)]
+    llama = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
     tiny = [(64, 64), (32, 64), (96, 64)]
-    by_name, of_model, with_groups = (set(weights) for weights, _ in on_a_gpu)
-    assert by_name == {*llama}
+    by_name, of_model, with_groups = (
+        {(N, K, scheme.label) for N, K, scheme in weights} for weights, _ in on_a_gpu
+    )
+    assert by_name == {(N, K, "w4a16-g128") for N, K in llama}
     assert len(on_a_gpu[0][0]) == 4
-    assert of_model == {*((N, K, 64) for N, K in tiny), (64, 96, 32)}
-    assert with_groups == {(N, K, g) for N, K in [*tiny, (64, 96)] for g in (0, 32)}
+    assert of_model == {*((N, K, "w4a16-g64") for N, K in tiny), (64, 96, "w4a16-g32")}
+    assert with_groups == {
+        (N, K, f"w4a16-{group}") for N, K in [*tiny, (64, 96)] for group in ("channel", "g32")
+    }
     assert (tmp_path / "deeper" / "table.json").is_file()
+
+
+def test_tune_takes_schemes_by_name_and_of_a_model(run, on_a_gpu, packed, tmp_path):
+    static, file = packed("llama", "w8a8-static"), ("--m", "1", "--out", tmp_path / "table.json")
+    schemes = ("--scheme", "w8a8", "--scheme", "fp8-static", "--scheme", "fp8", "--scheme", "w4a16-g64")
+    assert run("tune", "--shape", "64,128", "--shape", "32,128", *schemes, *file)[0] == 0
+    assert run("tune", "--model", static, *file)[0] == 0
+    assert run("tune", "--model", static, "--scheme", "fp8-block", *file)[0] == 0
+    groups = ("--scheme", "w4a16", "--group-size", "32", "--group-size", "channel")
+    assert run("tune", "--shape", "64,128", *groups, *file)[0] == 0
+    found = [[(N, K, scheme.label) for N, K, scheme in weights] for weights, _ in on_a_gpu]
+    tiny = [(64, 64), (32, 64), (96, 64), (64, 96)]
+    # what static scales take is what scales found at run time take: once
+    assert found[0] == [(N, 128, label) for N in (64, 32) for label in ("w8a8", "fp8", "w4a16-g64")]
+    assert sorted(found[1]) == sorted((N, K, "w8a8") for N, K in tiny)
+    assert sorted(found[2]) == sorted((N, K, "fp8-block") for N, K in tiny)
+    assert found[3] == [(64, 128, "w4a16-g32"), (64, 128, "w4a16-channel")]
 
 
 def test_ctrl_c_keeps_what_was_tuned(run, on_a_gpu, tables):
@@ -817,6 +840,12 @@ def test_ctrl_c_keeps_what_was_tuned(run, on_a_gpu, tables):
         (("--shape", "4096"), ("--shape 4096", "expected N,K", "28672,4096")),
         (("--shape", "4096,0"), ("--shape 4096,0", "expected N,K")),
         (("--shape", "8,8", "--group-size", "48"), ("group_size 48", "32, 64, 128")),
+        (
+            ("--shape", "8,8", "--scheme", "w3a16"),
+            ("scheme w3a16-g128", "w4a16, fp8, fp8-static", "fp8-block"),
+        ),
+        (("--shape", "8,8", "--scheme", "w8"), ("unknown scheme 'w8'", "fp8-block")),
+        (("--shape", "8,8", "--scheme", "w8a8", "--group-size", "64"), ("w8a8 has no groups",)),
         (("--shape", "8,8", "--m", "0"), ("--m", "greater than or equal to 1")),
         (("--model", "absent"), ("absent", "no such directory")),
     ],
@@ -827,10 +856,11 @@ def test_wrong_options_of_tune_are_named(refused, on_a_gpu, arguments, words):
     assert not on_a_gpu
 
 
-def test_tune_needs_a_gpu_int4_linears_and_a_file(
-    refused, on_a_gpu, quantized, tables, tmp_path, monkeypatch
+def test_tune_needs_a_gpu_linears_with_launches_and_a_file(
+    refused, on_a_gpu, packed, tables, tmp_path, monkeypatch
 ):
-    refused("tune", "--model", quantized, words=(str(quantized), "no int4 linear"))
+    folder = packed("llama", "w3a16")
+    refused("tune", "--model", folder, words=(str(folder), "no linear of 8 bits, nor of w4a16"))
     refused("tune", "--shape", "8,8", "--out", tables, words=(str(tables), "is a directory"))
     (tmp_path / "file").touch()
     refused(

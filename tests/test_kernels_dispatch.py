@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.kernels import tuned
-from quantkit.kernels.dispatch import KERNELS, choose, kernel_name
+from quantkit.kernels.dispatch import KERNELS, Problem, choose, kernel_name
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 CODES = {
@@ -18,7 +18,7 @@ CODES = {
     "wna16": torch.int32,
     "w4a8": torch.int32,
     "w8a16": INT8,
-    "w8a16_interleaved": torch.int32,
+    "w8a16_interleaved": INT8,
     "w8a8": INT8,
     "fp8_block": FP8,
     "quantize_activations": INT8,
@@ -99,11 +99,38 @@ def check_rows(target, M, name):
         ("w8a8", 64, 4096, 4104, INT8, "w8a8_triton"),  # TMA moves rows of multiples of 16 bytes
         ("w8a8", 64, 4100, 4096, INT8, "w8a8_triton"),
         ("fp8_block", 64, 4096, 4104, FP8, "fp8_block_triton"),
-        ("w8a16_interleaved", 4096, 4096, 4096, torch.int32, "w8a16_hopper"),
+        ("w8a16_interleaved", 4096, 4096, 4096, INT8, "w8a16_hopper"),
+        ("w8a16_interleaved", 1, 4096, 4096, FP8, "w8a16_hopper"),
     ],
 )
 def test_hopper_multiplies_8_bits_by_its_own_kernel_where_tma_can(op, M, N, K, codes, name):
     assert kernel_name(op, "sm_90", M, N, K, BF16, codes) == name
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "M", "codes", "slower", "taken"),
+    [
+        ("w8a8", "sm_90", 64, FP8, "w8a8_scaled_mm", "w8a8_hopper"),
+        ("w8a8", "sm_100", 16, FP8, "w8a8_scaled_mm", "w8a8_triton"),
+        ("w8a16", "sm_80", 64, FP8, "w8a16_vendor", "w8a16_triton"),
+        ("w4a16_tiles", "sm_80", 512, torch.int32, "w4a16_wide", "w4a16_tiles_vendor"),
+        ("w8a16", "cpu", 17, INT8, "w8a16_int8pack", "w8a16_dequantize"),
+    ],
+)
+def test_the_slower_kernel_could_run_all_the_same(op, target, M, codes, slower, taken):
+    problem = Problem(target, M, 4096, 4096, BF16, codes)
+    (kernel,) = (kernel for kernel in KERNELS[op] if kernel.name == slower)
+    assert kernel.unsupported(problem) is None
+    assert kernel.slower(problem).startswith("is the slower one")
+    assert choose(op, problem)[0].name == taken
+
+
+def test_tables_are_asked_by_the_type_of_the_codes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuned, "lookup", lambda *key: asked.append(key))
+    for codes in (INT8, FP8):
+        choose("w8a8", Problem("sm_90", 64, 512, 256, BF16, codes))
+    assert asked == [("w8a8", name, "sm_90", 64, 512, 256, 0) for name in ("int8", "float8_e4m3fn")]
 
 
 @pytest.mark.parametrize("op", KERNELS)

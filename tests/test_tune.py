@@ -12,21 +12,24 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.errors import QuantKitError
 from quantkit.eval import tune as tuner
+from quantkit.eval.linears import random_copies
 from quantkit.eval.timing import Timing
-from quantkit.eval.tune import Candidate, Trial, least_M, merged, save, tune
-from quantkit.kernels import dispatch, tuned, w4a16, w4a16_decode, w4a16_wide
+from quantkit.eval.tune import Candidate, Trial, least_M, merged, save, tunable, tune
+from quantkit.kernels import cpu, dispatch, ops, stream_k, tuned, w4a16, w4a16_decode, w4a16_wide, w8_hopper
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, choose
 from quantkit.kernels.int4tiles import pack_tiles
 from quantkit.kernels.tuned import TableError
 from quantkit.linear import kernel_of
-from quantkit.scheme import PRESETS
+from quantkit.scheme import PRESETS, parse_scheme
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (57344, 8192), (48, 256), (130, 100)]
 MODULES = {"w4a16_decode": w4a16_decode, "w4a16_wide": w4a16_wide}
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DECODE = w4a16_decode.config(1, 4096, 4096, 128)
 WIDE = w4a16_wide.config(64, 4096, 4096, 128)
+W8 = w8_hopper.config(64, 4096, 4096)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +110,27 @@ def test_the_sums_and_inputs_of_a_wide_candidate_fit(M):
     widest = min(256, max(32, M))
     assert {launch["block_m"] for launch in found} <= {widest, widest // 2, widest // 4}
     assert widest in {launch["block_m"] for launch in found}
+
+
+@pytest.mark.parametrize(("x_bytes", "blocks"), [(1, False), (1, True), (2, False)])
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 64, 65, 128, 129, 300, 1024, 4096])
+def test_launches_of_8_bits_are_worth_their_time(M, x_bytes, blocks):
+    (kernel,) = (kernel for kernel in KERNELS["fp8_block"] if kernel.name == "fp8_block_hopper")
+    for N, K in [*SHAPES[:5], (8, 16), (336, 272)]:
+        for multiprocessors in (78, 132):
+            found = w8_hopper.candidates(M, N, K, x_bytes, blocks, multiprocessors)
+            assert found[0] == w8_hopper.config(M, N, K, x_bytes, blocks, multiprocessors)
+            assert 1 <= len(found) <= 25
+            assert all(set(launch) == set(kernel.parameters) for launch in found)
+            assert len({tuple(sorted(launch.items())) for launch in found}) == len(found)
+            for launch in found[1:]:
+                tiles = w8_hopper.tiles_of(launch, M, N)
+                programs = launch["programs"] or tiles
+                assert launch["stages"] >= 3
+                assert w8_hopper.shared_bytes(launch, x_bytes) <= w8_hopper.SHARED
+                assert launch["block_m"] <= (128 if blocks else 256)
+                assert programs <= tiles * -(-K // 128)
+                assert tiles % programs == 0 or tiles <= stream_k.COUNTERS
 
 
 def distinct(launches: list[dict], *names: str) -> list[dict]:
@@ -238,7 +262,8 @@ def test_long_launches_need_few_in_a_graph(monkeypatch):
 
 def test_candidates_are_of_every_kernel_that_runs_and_the_default_is_first():
     def names(M: int, target: str = "sm_89") -> list[str]:
-        found = tuner.candidates(Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, 128), 132)
+        problem = Problem(target, M, 4096, 4096, torch.bfloat16, torch.int32, 128)
+        found = tuner.candidates("w4a16_tiles", problem, 132)
         assert found[0].launch == (
             MODULES[n].config(M, 4096, 4096, 128) if (n := found[0].kernel.name) in MODULES else {}
         )
@@ -252,6 +277,49 @@ def test_candidates_are_of_every_kernel_that_runs_and_the_default_is_first():
         names(1, "sm_75")
 
 
+@pytest.mark.parametrize(
+    ("op", "codes", "M", "expected"),
+    [
+        ("w8a8", INT8, 64, ["w8a8_hopper", "w8a8_triton"]),
+        # the other one is slower for most shapes at such an M: measured all the same
+        ("w8a8", FP8, 64, ["w8a8_hopper", "w8a8_scaled_mm", "w8a8_triton"]),
+        ("w8a8", FP8, 4096, ["w8a8_scaled_mm", "w8a8_hopper", "w8a8_triton"]),
+        ("fp8_block", FP8, 64, ["fp8_block_hopper", "fp8_block_triton"]),
+        ("w8a16_interleaved", FP8, 64, ["w8a16_hopper"]),
+    ],
+    ids=str,
+)
+def test_candidates_of_8_bits_are_those_of_their_op(op, codes, M, expected):
+    found = tuner.candidates(op, Problem("sm_90", M, 28672, 4096, torch.bfloat16, codes), 132)
+    assert list(dict.fromkeys(candidate.kernel.name for candidate in found)) == expected
+    launches = [c.launch for c in found if c.kernel.module == "w8_hopper"]
+    x_bytes = 2 if op == "w8a16_interleaved" else 1
+    assert launches == w8_hopper.candidates(M, 28672, 4096, x_bytes, op == "fp8_block", 132)
+
+
+def test_zeros_and_static_scales_are_measured_as_the_scheme_without():
+    measured = {"w8a8-static": "w8a8", "fp8-static": "fp8", "w4a16-g64-asym": "w4a16-g64"}
+    for label in ("w8a16", "w8a8", "w4a16-channel", "fp8", "fp8-block", "fp8-w8a16", *measured):
+        assert tunable(parse_scheme(label)) == parse_scheme(measured.get(label, label))
+    for label in ("w3a16-g128", "w2a16-g128", "w4a8-g128"):
+        with pytest.raises(QuantKitError, match=f"scheme {label}: .* no launches to tune; .* w8a8, .* have"):
+            tunable(parse_scheme(label))
+
+
+def test_weights_that_no_kernel_runs_are_left_out_with_a_line(monkeypatch):
+    monkeypatch.setattr(tuner, "target_of", lambda device: "sm_80")
+    said: list[str] = []
+    weights = [(256, 256, PRESETS[name]) for name in ("w8a16", "w8a8")]
+    planned = tuner.plan(weights, [1, 16], torch.device("cpu"), say=said.append)
+    assert [*planned] == weights[1:]
+    assert [*planned[weights[1]]] == [1, 16]
+    (line,) = said
+    assert line.startswith("(256, 256) w8a16 left out: ")
+    assert "w8a16_hopper is written for sm_90, not for sm_80" in line
+    with pytest.raises(QuantKitError, match="nothing to tune on sm_80"):
+        tuner.plan(weights[:1], [1], torch.device("cpu"), say=said.append)
+
+
 def test_an_entry_reaches_down_to_the_next_bucket():
     assert [least_M(M, tuner.BUCKETS) for M in (1, 8, 16, 4096)] == [1, 2, 9, 1025]
     assert least_M(4096, [4096]) == 1025
@@ -259,15 +327,16 @@ def test_an_entry_reaches_down_to_the_next_bucket():
     assert least_M(3, [3]) == 2
 
 
-@pytest.mark.parametrize(("M", "least", "group_size"), [(3, 2, 32), (20, 17, 0)])
-def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
+@pytest.mark.parametrize(("M", "least", "label"), [(3, 2, "w4a16-g32"), (20, 17, "w4a16-channel")])
+def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, label):
     """The whole way in Triton's interpreter, on a CPU that calls itself sm_89: tune, save, choose, multiply."""
-    N, K = 32, 128
+    N, K, scheme = 32, 128, parse_scheme(label)
+    group_size = scheme.group_size or 0
     if not GPU:
         monkeypatch.setattr(tuner, "target_of", lambda device: "sm_89")
     seen: list = []
     table = tune(
-        [(N, K, group_size)] * 2,
+        [(N, K, scheme)] * 2,
         [M],
         DEVICE,
         replays=3,
@@ -278,11 +347,11 @@ def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
         on_entry=seen.append,
         say=pytest.fail,
     )
-    label = f"g{group_size}" if group_size else "channel"
     (one,) = table["entries"]  # a weight that is named twice is measured once
-    assert seen[0][0] == f"(32, 128) w4a16-{label} M = {M}"
+    assert seen[0][0] == f"(32, 128) {label} M = {M}"
     assert seen[1:] == [one]
     assert (one["M"], one["least_M"], one["group_size"]) == (M, least, group_size)
+    assert (one["op"], one["codes"], one["scheme"]) == ("w4a16_tiles", "int32", label)
     assert {"device", "torch", "triton", "commit", "date"} <= set(table)
     assert 0 < one["us"] <= one["default_us"]
     assert 0 < one["rel_error"] < 0.01
@@ -291,6 +360,40 @@ def test_a_table_is_made_and_obeyed(monkeypatch, folder, M, least, group_size):
     problem = Problem("sm_89", M, N, K, torch.float16, torch.int32, group_size)
     kernel, launch = choose("w4a16_tiles", problem)
     assert (kernel.name, launch or {}) == (one["kernel"], one["launch"])
+
+
+@pytest.mark.parametrize(
+    ("label", "op", "codes"),
+    [
+        ("w4a16-g64", "w4a16_tiles", "int32"),
+        ("w8a16", "w8a16_interleaved", "int8"),
+        ("fp8-w8a16", "w8a16_interleaved", "float8_e4m3fn"),
+        ("w8a8", "w8a8", "int8"),
+        ("fp8", "w8a8", "float8_e4m3fn"),
+        ("fp8-block", "fp8_block", "float8_e4m3fn"),
+    ],
+)
+def test_every_scheme_is_measured_by_the_kernels_of_its_op(label, op, codes):
+    """On a CPU, whose kernels have no launches; x in 8 bits costs no error, as it is rounded beforehand."""
+    weight = 40, 200, parse_scheme(label)
+    (one,) = tune([weight], [3], "cpu", replays=3, working_set=3000, say=pytest.fail)["entries"]
+    assert (one["op"], one["codes"], one["scheme"], one["launch"]) == (op, codes, label, {})
+    assert (one["N"], one["K"], one["M"]) == (40, 200, 3)
+    assert one["kernel"] in {kernel.name for kernel in KERNELS[op] if kernel.module == "cpu"}
+    assert 0 < one["rel_error"] < 0.004
+
+
+def test_a_product_of_other_scales_is_wrong():
+    scheme, said = PRESETS["w8a8"], []
+    generator = torch.Generator().manual_seed(0)
+    (q,) = random_copies(scheme, 40, 200, generator, 1)
+    x, scales, numbers = tuner.rounded(torch.randn(3, 200, generator=generator), scheme)
+    expected = numbers @ q.dequantize(torch.float64).T
+    problem = Problem("cpu", 3, 40, 200, torch.float32, INT8)
+    (candidate,) = tuner.candidates("w8a8", problem, 132)
+    for scale, right in ((1.0, True), (1.1, False)):
+        rest = (scales[0] * scale, *tuner.pack(q, torch.float32))
+        assert (Trial(x, [rest], expected, "", said.append).fault(candidate) is None) == right
 
 
 def test_a_gpu_that_stopped_is_said(monkeypatch):
@@ -319,6 +422,12 @@ def test_tables_merge_by_shape_and_rows():
         (4096, 16, 1.0),
     ]
     assert merged(None, new)["entries"] == [entry(1, us=3.0), entry(8)]
+    # an entry that does not name its codes is of int4
+    assert merged({"entries": [entry(1)]}, {"entries": [entry(1, codes="int32", us=2.0)]})["entries"] == [
+        entry(1, codes="int32", us=2.0)
+    ]
+    both = [entry(1, codes=codes, op="w8a8") for codes in ("float8_e4m3fn", "int8")]
+    assert merged({"entries": both[:1]}, {"entries": both[1:]})["entries"] == both
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
@@ -351,10 +460,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(folder, monkeypatch):
         ('{"entries": ["w4a16"]}', "an entry is 'w4a16', expected an object"),
         (json.dumps({"entries": [entry(1) | {"M": "1"}]}), "an entry has M = '1', expected int"),
         (json.dumps({"entries": [entry(1) | {"N": True}]}), "an entry has N = True, expected int"),
+        (json.dumps({"entries": [entry(1) | {"codes": 8}]}), "an entry has codes = 8, expected str"),
         (json.dumps({"entries": [entry(1) | {"least_M": None}]}), "an entry has least_M = None"),
         (json.dumps({"entries": [entry(1, launch={"rows": 1.5})]}), "a launch has rows = 1.5, expected int"),
     ],
-    ids=["empty", "list", "object", "text", "M", "N", "least_M", "launch"],
+    ids=["empty", "list", "object", "text", "M", "N", "codes", "least_M", "launch"],
 )
 def test_a_broken_table_is_named_with_the_mend(folder, text, words):
     path = folder / "sm_89.json"
@@ -406,6 +516,72 @@ def test_an_entry_does_not_reach_below_its_least_rows(folder):
     assert chosen(1) == ("w4a16_decode", None)
 
 
+def eight_bit_entry(op: str, codes: str, launch: dict | None = None, **changes) -> dict:
+    kernel = "w8a16_hopper" if op == "w8a16_interleaved" else f"{op}_hopper"
+    return entry(4096, kernel, W8 if launch is None else launch, op=op, codes=codes, group_size=0, **changes)
+
+
+def test_int8_and_e4m3_of_one_shape_do_not_mix(folder):
+    of_int8, of_fp8 = dict(W8, stages=3), dict(W8, stages=4)
+    write(
+        folder / "sm_90.json",
+        eight_bit_entry("w8a8", "int8", of_int8),
+        eight_bit_entry("w8a8", "float8_e4m3fn", of_fp8),
+        eight_bit_entry("w8a16_interleaved", "float8_e4m3fn", of_fp8),
+    )
+
+    def launch(op: str, codes: torch.dtype) -> dict | None:
+        return choose(op, Problem("sm_90", 64, 4096, 4096, torch.bfloat16, codes))[1]
+
+    assert launch("w8a8", INT8) == of_int8
+    assert launch("w8a8", FP8) == of_fp8
+    assert launch("w8a16_interleaved", FP8) == of_fp8
+    assert launch("w8a16_interleaved", INT8) is None
+    assert launch("fp8_block", FP8) is None
+
+
+def test_a_table_overrules_the_rows_from_which_on_another_kernel_is_the_default(folder):
+    def name(M: int) -> str:
+        return choose("w8a8", Problem("sm_90", M, 4096, 4096, torch.bfloat16, FP8))[0].name
+
+    assert (name(64), name(4096)) == ("w8a8_hopper", "w8a8_scaled_mm")
+    vendor = eight_bit_entry("w8a8", "float8_e4m3fn", {}) | {"kernel": "w8a8_scaled_mm", "M": 64}
+    write(folder / "sm_90.json", vendor, eight_bit_entry("w8a8", "float8_e4m3fn"))
+    assert (name(64), name(4096)) == ("w8a8_scaled_mm", "w8a8_hopper")
+
+
+def test_the_launch_of_a_table_reaches_the_kernel_through_every_op(folder, monkeypatch):
+    """On a CPU that calls itself sm_90, with kernels that only say how they were launched."""
+    M, N, K = 3, 256, 256
+    of = {("w8a8", "int8"): 3, ("w8a8", "float8_e4m3fn"): 4, ("fp8_block", "float8_e4m3fn"): 5}
+    of |= {("w8a16_interleaved", "int8"): 6, ("w8a16_interleaved", "float8_e4m3fn"): 7}
+    entries = [eight_bit_entry(*key, dict(W8, stages=n), N=N, K=K) for key, n in of.items()]
+    write(folder / "sm_90.json", *entries)
+    seen = []
+
+    def kernel(x, *rest, launch):
+        seen.append(launch["stages"])
+        return x.new_zeros(M, N, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(ops, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(
+        dispatch, "_load", lambda module, name: kernel if module == "w8_hopper" else getattr(cpu, name)
+    )
+    op, x = torch.ops.quantkit, torch.ones(M, K, dtype=torch.bfloat16)
+    scales, tiles = torch.ones(N, 1), torch.ones(2, 2)
+    for codes in (torch.ones(N, K, dtype=INT8), torch.ones(N, K).to(FP8)):
+        x_codes, x_scales = cpu.quantize_activations(x, codes.dtype)
+        op.w8a8(x, codes, scales, None, None)
+        op.w8a8(x, codes, scales, torch.ones(1), None)  # a static scale: the same entry
+        op.w8a8_rounded(x_codes, x_scales, codes, scales, None, torch.bfloat16)
+        words = torch.ones(N, K // 4, dtype=torch.int32)
+        op.w8a16_interleaved(x, words, scales, None, codes.dtype == INT8)
+    op.fp8_block(x, codes, tiles, None)
+    rounded = cpu.quantize_activations(x, FP8, group_size=128)
+    op.fp8_block_rounded(*rounded, codes, tiles, None, torch.bfloat16)
+    assert seen == [3, 3, 3, 6, 4, 4, 4, 7, 5, 5]
+
+
 def test_the_users_table_comes_before_the_shipped_one(folder, monkeypatch):
     own, shipped = dict(DECODE, depth=1), dict(DECODE, depth=2)
     write(folder / "sm_89.json", entry(4, launch=own))
@@ -447,8 +623,11 @@ def test_a_table_may_name_a_kernel_without_its_launch(folder):
 
 @pytest.mark.gpu
 def test_a_small_weight_is_tuned_on_the_gpu(folder):
-    table = tune([(1024, 1024, 128)], [1, 16, 64], "cuda", replays=3)
-    assert [e["M"] for e in table["entries"]] == [1, 16, 64]
+    labels = ("w4a16", "w8a8", "fp8", "fp8-block", "w8a16", "fp8-w8a16")
+    table = tune([(1024, 1024, PRESETS[label]) for label in labels], [1, 16, 64], "cuda", replays=3)
+    assert [(e["scheme"], e["M"]) for e in table["entries"]] == [
+        (PRESETS[label].label, M) for label in labels for M in (1, 16, 64)
+    ]
     assert all(0 < e["us"] and e["rel_error"] < 0.01 for e in table["entries"])
 
 
@@ -461,7 +640,8 @@ def test_dispatch_takes_every_entry_that_is_shipped(tmp_path, monkeypatch, path)
     assert entries
     for entry in entries:
         size = (entry[name] for name in ("M", "N", "K"))
-        problem = dispatch.Problem(path.stem, *size, torch.bfloat16, torch.int32, entry["group_size"])
+        codes = getattr(torch, entry.get("codes", "int32"))
+        problem = dispatch.Problem(path.stem, *size, torch.bfloat16, codes, entry["group_size"])
         kernel, launch = dispatch.choose(entry["op"], problem)
         assert (kernel.name, launch) == (entry["kernel"], entry["launch"])
     dispatch.forget()
