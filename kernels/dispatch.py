@@ -22,9 +22,7 @@ INT4PACK_MAX_M = 128
 SCALED_MM_NVIDIA = 90  # the first whose torch._scaled_mm takes one scale a row
 # Rows of x from which on, for a weight [28672, 4096] on an H200, the vendor's GEMM is the faster one.
 VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of the codes
-# Rows of x from which on torch._scaled_mm is the faster one: on sm_90 than w8_hopper, elsewhere than w8a8
-SCALED_MM_MIN_M = {"sm_90": 1536}
-SCALED_MM_MIN_M_ELSEWHERE = 32
+SCALED_MM_MIN_M = 32  # rows of x from which on torch._scaled_mm is faster than w8a8_triton
 # columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
 MAX_ROW = 32768
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
@@ -191,7 +189,7 @@ def _vendor_loses(problem: Problem) -> str | None:
 
 
 def _scaled_mm_loses(problem: Problem) -> str | None:
-    return _below(SCALED_MM_MIN_M.get(problem.target, SCALED_MM_MIN_M_ELSEWHERE), problem)
+    return _below(SCALED_MM_MIN_M, problem)
 
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -229,8 +227,8 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w8a16_interleaved_dequantize", "cpu", _cpu),
     ),
     "w8a8": (
-        Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm, _scaled_mm_loses),
         Kernel("w8a8_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm, _scaled_mm_loses),
         Kernel("w8a8_triton", "w8a8", _triton),
         Kernel("w8a8_cpu", "cpu", _cpu),
     ),

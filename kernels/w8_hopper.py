@@ -129,7 +129,8 @@ def config(
         if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
             return deepest(chosen, x_bytes, x_left, 4, two=True)
         chosen["block_n"] = 64
-        two = block_m <= 16 and K <= 8192
+        # a step's scales of blocks take a while to come, of which many steps one after the other make a lot
+        two = block_m <= 16 if K <= 8192 else blocks and block_m > 8
         chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
         return deepest(chosen, x_bytes, x_left, 6 if two else 10, two)
     best = 0.0
@@ -149,21 +150,21 @@ def candidates(
 ) -> list[Config]:
     """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit."""
     found = [config(M, N, K, x_bytes, blocks, multiprocessors)]
-    largest = rows_of_block(M)
-    for block_m in (256, 128, 64) if M > 128 else (largest, max(8, largest // 2)):
-        for warps in (8, 4):
+    x_left, largest = x_is_left(M, blocks), rows_of_block(M)
+    for columns in (256, 128, 64) if x_left or M > 128 else (largest, max(8, largest // 2)):
+        for rows in (128, 64):
             for two in (False, True):
-                one = dict(block_m=block_m, warps=warps, stages=0, programs=0)
-                one = deepest(one, x_bytes, 6 if two else 10, two)
-                too_wide = blocks and block_m > WIDEST_PRODUCT.value
-                if too_wide or one["stages"] < 3 or (two and not two_fit(one, x_bytes)):
+                m, n = (rows, columns) if x_left else (columns, rows)
+                one = dict(block_m=m, block_n=n, stages=0, programs=0)
+                one = deepest(one, x_bytes, x_left, 6 if two else 10, two)
+                if one["stages"] < 3 or (two and not two_fit(one, x_bytes, x_left)):
                     continue
                 tiles, at_once = tiles_of(one, M, N), multiprocessors * (2 if two else 1)
                 for share in (parts(tiles, at_once), even_share(tiles, at_once), 0, at_once):
                     programs = share or tiles
                     alone = two and programs <= multiprocessors
                     idle = programs > tiles * triton.cdiv(K, STEP)
-                    uncounted = tiles % programs != 0 and tiles > COUNTERS
+                    uncounted = tiles % programs != 0 and 2 * tiles > COUNTERS
                     if not (alone or idle or uncounted):
                         found.append(one | dict(programs=0 if programs == tiles else programs))
     return [launch for i, launch in enumerate(found) if launch not in found[:i]]

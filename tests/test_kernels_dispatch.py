@@ -94,7 +94,7 @@ def check_rows(target, M, name):
     ("op", "M", "N", "K", "codes", "name"),
     [
         ("w8a8", 1024, 4096, 4096, FP8, "w8a8_hopper"),
-        ("w8a8", 4096, 4096, 4096, FP8, "w8a8_scaled_mm"),
+        ("w8a8", 4096, 4096, 4096, FP8, "w8a8_hopper"),
         ("w8a8", 4096, 4096, 4096, INT8, "w8a8_hopper"),
         ("w8a8", 64, 4096, 4104, INT8, "w8a8_triton"),  # TMA moves rows of multiples of 16 bytes
         ("w8a8", 64, 4100, 4096, INT8, "w8a8_triton"),
@@ -110,7 +110,6 @@ def test_hopper_multiplies_8_bits_by_its_own_kernel_where_tma_can(op, M, N, K, c
 @pytest.mark.parametrize(
     ("op", "target", "M", "codes", "slower", "taken"),
     [
-        ("w8a8", "sm_90", 64, FP8, "w8a8_scaled_mm", "w8a8_hopper"),
         ("w8a8", "sm_100", 16, FP8, "w8a8_scaled_mm", "w8a8_triton"),
         ("w8a16", "sm_80", 64, FP8, "w8a16_vendor", "w8a16_triton"),
         ("w4a16_tiles", "sm_80", 512, torch.int32, "w4a16_wide", "w4a16_tiles_vendor"),
