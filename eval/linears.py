@@ -43,6 +43,7 @@ SHAPES: dict[str, list[Shape]] = {
 }
 WORKING_SET = 300_000_000  # bytes of distinct weights in one graph: five times the H200's L2
 MOST_COPIES = 64
+ROUNDED = "x in 8 bits"  # the variant of a product alone, of x that is rounded beforehand
 EPS = 1e-5  # of the norm before a product
 # ||y - x w^T|| / ||x w^T|| for standard normal x, by what x is rounded to, about twice what rounding alone gives:
 # bfloat16 w and y 0.4 %; int8 one scale a row 0.9 %; e4m3 with its 3 bits of mantissa 2.6 %, static scales alike.
@@ -77,8 +78,8 @@ def bench_linears(
 
     Returns:
         One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named; two more for
-        8-bit activations, whose `variant` says where x is rounded, and for `fp8` a third, `set_fp8_accumulation`'s fast
-        mode. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x unrounded and the product in float64: for
+        8-bit activations (a peer has one), whose `variant` says where x is rounded, and for `fp8` a third,
+        `set_fp8_accumulation`'s fast mode. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x unrounded and the product in float64: for
         schemes that round x to 8 bits it holds that rounding too.
         `limit_us` counts each weight, input and output byte once, and is null on a CPU. Where `rel_error`
         exceeds `ERROR_BOUNDS`, the times are null and `refused` says why.
@@ -198,9 +199,9 @@ def rounded_products(
     def alone(x: torch.Tensor, m: QuantLinear, fast: tuple[bool, ...] = ()) -> torch.Tensor:
         return multiply(*ready, m.codes, m.scales, m.bias, x.dtype, *fast)  # type: ignore[no-any-return]
 
-    variants: dict[str, list[Product]] = {"x in 8 bits": [partial(alone, m=m) for m in modules]}
+    variants: dict[str, list[Product]] = {ROUNDED: [partial(alone, m=m) for m in modules]}
     if scheme.op == "w8a8" and scheme.weight == "fp8":
-        variants["x in 8 bits, fast sums"] = [partial(alone, m=m, fast=(True,)) for m in modules]
+        variants[f"{ROUNDED}, fast sums"] = [partial(alone, m=m, fast=(True,)) for m in modules]
     return variants, [partial(after_norm, m=m) for m in modules]
 
 
@@ -217,6 +218,7 @@ def time_peer(
         "kernel": peer.name,
         "library": f"{peer.library} {version(peer.library)}",
         "x_dtype": str(peer.x_dtype).removeprefix("torch."),
+        **({"variant": ROUNDED} if peer.rounded else {}),
     }
     where = f"{peer.name} {weights[0].scheme.label} {weights[0].shape}"
     try:
@@ -228,11 +230,18 @@ def time_peer(
         if peer.max_M is not None and M > peer.max_M:
             continue
         try:
-            timing, error = measure(products, x.to(peer.x_dtype), exact, replays)
+            of_x = of_rounded(products, x, weights[0].codes.dtype) if peer.rounded else products
+            timing, error = measure(of_x, x.to(peer.x_dtype), exact, replays)
         except Exception as failure:
             say(f"{where}, M = {M}: {first_line(failure)}")
         else:
             yield M, timing, error, timed
+
+
+def of_rounded(products: Sequence[Product], x: torch.Tensor, dtype: torch.dtype) -> list[Product]:
+    """Products of x's codes in a dtype and their scales -> products of this x alone, rounded before they are called."""
+    ready = quantize_activations(x, dtype)
+    return [lambda x, product=product: product(*ready) for product in products]
 
 
 def measure(

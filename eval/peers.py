@@ -7,6 +7,7 @@ first in the lowest bits; GPTQ's qweight int32 [K/8, N], which Marlin and Machet
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -16,7 +17,7 @@ from quantkit.packing import QuantizedTensor, unpack_codes
 from quantkit.scheme import PRESETS, Scheme
 from quantkit.source import first_line
 
-Product = Callable[[Tensor], Tensor]  # x [M, K] -> y [M, N]
+Product = Callable[..., Tensor]  # x [M, K], or its codes and scales -> y [M, N]
 
 W4A16, W8A16, W8A8, FP8 = (PRESETS[name] for name in ("w4a16", "w8a16", "w8a8", "fp8"))
 INNER_K_TILES = 8  # of tinygemm's order: 128 columns at a time
@@ -32,6 +33,7 @@ class Peer:
         scheme: the weights that it multiplies by.
         build: packs a weight of that scheme.
         x_dtype: what x is given in, as is y returned.
+        rounded: its product takes x in 8 bits, as codes of the weight's dtype [M, K] and float32 scales [M, 1].
         max_M: rows of x past which it is not timed, so slow is it there.
         device: type of the devices that it runs on.
     """
@@ -41,6 +43,7 @@ class Peer:
     scheme: Scheme
     build: Callable[[QuantizedTensor], Product]
     x_dtype: torch.dtype = torch.bfloat16
+    rounded: bool = False
     max_M: int | None = None
     device: str = "cuda"
 
@@ -161,6 +164,20 @@ def cutlass(q: QuantizedTensor) -> Product:
     return product
 
 
+def scaled_mm(q: QuantizedTensor, fast: bool) -> Product:
+    """torch._scaled_mm, cuBLAS or CUTLASS: sums promoted to float32 as they grow, or, fast, left in the tensor cores."""
+    codes, scales = q.codes.t(), q.scales.t().contiguous()
+    return lambda x, x_scales: torch._scaled_mm(
+        x, codes, scale_a=x_scales, scale_b=scales, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+
+
+def int_mm(q: QuantizedTensor) -> Product:
+    """torch._int_mm, which knows no scales: its int32 sums are read again and scaled in PyTorch, as its users have to."""
+    codes, scales = q.codes.t(), q.scales.t()
+    return lambda x, x_scales: (torch._int_mm(x, codes) * x_scales * scales).bfloat16()
+
+
 VLLM = "vllm._custom_ops"
 PEERS = (
     Peer("tinygemm", "torch", W4A16, tinygemm, max_M=256),
@@ -170,4 +187,7 @@ PEERS = (
     Peer("marlin", VLLM, W8A16, marlin),
     Peer("cutlass", VLLM, W8A8, cutlass),
     Peer("cutlass", VLLM, FP8, cutlass),
+    Peer("_int_mm", "torch", W8A8, int_mm, rounded=True),
+    Peer("_scaled_mm", "torch", FP8, partial(scaled_mm, fast=False), rounded=True),
+    Peer("_scaled_mm fast", "torch", FP8, partial(scaled_mm, fast=True), rounded=True),
 )

@@ -115,9 +115,8 @@ def in_series(records: Sequence[Record]) -> list[Record]:
 
 
 def series_of(record: Record) -> str:
-    if is_peer(record):
-        return f"{record['scheme']} {record['kernel']}"
-    return ", ".join(filter(None, (record["scheme"], record.get("variant"))))
+    name = f"{record['scheme']} {record['kernel']}" if is_peer(record) else record["scheme"]
+    return ", ".join(filter(None, (name, record.get("variant"))))
 
 
 def linear_cell(record: Record) -> str:

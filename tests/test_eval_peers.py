@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from quantkit import cli
-from quantkit.eval.linears import ERROR_BOUNDS, SHAPES, bench_linears, random_copies, relative_error
+from quantkit.eval.linears import (
+    ERROR_BOUNDS,
+    SHAPES,
+    bench_linears,
+    of_rounded,
+    random_copies,
+    relative_error,
+)
 from quantkit.eval.peers import PEERS, Peer, present
 from quantkit.eval.records import read_records
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, parse_scheme
 
-W4A16, W8A16 = PRESETS["w4a16"], PRESETS["w8a16"]
+W4A16, W8A16, FP8 = PRESETS["w4a16"], PRESETS["w8a16"], PRESETS["fp8"]
 CPU = torch.device("cpu")
 SMALL = dict(replays=2, working_set=20_000, commit="abc1234")
 
@@ -24,7 +31,9 @@ def dequantized(q: QuantizedTensor):
 
 
 def stand_in(name="stand-in", build=dequantized, **changes) -> Peer:
-    return Peer(name, "torch", W4A16, build, **{"device": "cpu", **changes})
+    return Peer(
+        **{"name": name, "module": "torch", "scheme": W4A16, "build": build, "device": "cpu", **changes}
+    )
 
 
 def bench(peers, schemes=(W4A16,), Ms=(1, 17), **more):
@@ -152,7 +161,10 @@ def test_a_peer_gets_the_weight_in_its_own_layout(peer, libraries):
     generator = torch.Generator().manual_seed(0)
     (q,) = random_copies(peer.scheme, 64, 256, generator, working_set=1)
     x = torch.randn(5, 256, generator=generator).to(peer.x_dtype)
-    error = relative_error(peer.build(q)(x), x, q.dequantize(torch.float64))
+    product = peer.build(q)
+    if peer.rounded:
+        (product,) = of_rounded([product], x, q.codes.dtype)
+    error = relative_error(product(x), x, q.dequantize(torch.float64))
     assert error <= ERROR_BOUNDS[peer.scheme.activation]
 
 
@@ -181,6 +193,26 @@ def test_a_peer_is_timed_for_its_scheme_alone_and_up_to_its_largest_m():
     records, _ = bench([stand_in(max_M=16)], (W8A16, W4A16))
     assert [(r["scheme"], r["M"]) for r in records if "library" in r] == [("w4a16-g128", 1)]
     assert not [r for r in bench([stand_in()], (parse_scheme("w4a16-g32"),))[0] if "library" in r]
+
+
+def test_a_peer_of_rounded_x_stands_beside_the_product_alone():
+    seen = []
+
+    def build(q):
+        def product(x, x_scales):
+            seen.append((x.dtype, tuple(x_scales.shape)))
+            return (x.double() * x_scales @ q.dequantize(torch.float64).t()).bfloat16()
+
+        return product
+
+    records, said = bench([stand_in(scheme=FP8, build=build, rounded=True)], (FP8,), Ms=(3,))
+    assert not said
+    assert {*seen} == {(torch.float8_e4m3fn, (3, 1))}
+    (theirs,) = (r for r in records if "library" in r)
+    (ours,) = (r for r in records if "library" not in r and r.get("variant") == "x in 8 bits")
+    assert theirs["variant"] == ours["variant"]
+    assert theirs.keys() - ours.keys() == {"library"}
+    assert theirs["rel_error"] == pytest.approx(ours["rel_error"], rel=0.01)  # of the same codes of x
 
 
 def test_a_peer_with_a_wrong_product_gets_no_time():

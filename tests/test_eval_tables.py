@@ -72,7 +72,14 @@ def test_a_later_record_replaces_the_earlier_of_the_same_setting():
 
 def test_a_peer_has_a_row_of_its_own_below_the_schemes():
     (table,) = tables(
-        [peer(), linear(), peer("gemlite", 16, 15.0, "gemlite 0.6"), peer(us=11.0), linear("fp8")]
+        [
+            peer(),
+            linear(),
+            peer("gemlite", 16, 15.0, "gemlite 0.6"),
+            peer(us=11.0),
+            linear("fp8"),
+            peer("gemlite", 16, 14.0, "gemlite 0.6", variant="x in 8 bits"),
+        ]
     )
     assert [row[0] for row in table.rows] == [
         "bfloat16",
@@ -80,6 +87,7 @@ def test_a_peer_has_a_row_of_its_own_below_the_schemes():
         "fp8",
         "w4a16-g128 marlin",
         "w4a16-g128 gemlite",
+        "w4a16-g128 gemlite, x in 8 bits",
     ]
     assert table.rows[1][1] == "20.0 / 1.42 / 2.90"
     assert table.rows[3][1:] == ("11.0 / 0.78 / 5.27", "")

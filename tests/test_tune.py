@@ -127,10 +127,11 @@ def test_launches_of_8_bits_are_worth_their_time(M, x_bytes, blocks):
                 tiles = w8_hopper.tiles_of(launch, M, N)
                 programs = launch["programs"] or tiles
                 assert launch["stages"] >= 3
-                assert w8_hopper.shared_bytes(launch, x_bytes) <= w8_hopper.SHARED
-                assert launch["block_m"] <= (128 if blocks else 256)
+                x_left = w8_hopper.x_is_left(M, blocks)
+                assert w8_hopper.shared_bytes(launch, x_bytes, x_left) <= w8_hopper.SHARED
+                assert launch["block_m" if x_left else "block_n"] in (64, 128)
                 assert programs <= tiles * -(-K // 128)
-                assert tiles % programs == 0 or tiles <= stream_k.COUNTERS
+                assert tiles % programs == 0 or 2 * tiles <= stream_k.COUNTERS
 
 
 def distinct(launches: list[dict], *names: str) -> list[dict]:
@@ -644,5 +645,5 @@ def test_dispatch_takes_every_entry_that_is_shipped(tmp_path, monkeypatch, path)
         codes = getattr(torch, entry.get("codes", "int32"))
         problem = dispatch.Problem(path.stem, *size, torch.bfloat16, codes, entry["group_size"])
         kernel, launch = dispatch.choose(entry["op"], problem)
-        assert (kernel.name, launch) == (entry["kernel"], entry["launch"])
+        assert (kernel.name, launch or {}) == (entry["kernel"], entry["launch"])
     dispatch.forget()
