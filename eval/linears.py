@@ -164,7 +164,7 @@ def time_ours(
         kernel = kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16)
         timed = {"kernel": kernel, "x_dtype": "bfloat16"}
         yield M, *measure(modules, x, exact, replays), timed
-        if scheme.op in ("w8a8", "fp8_block") and scheme.activation_scale != "static":
+        if scheme.op in ("w8a8", "fp8_block", "w4a8") and scheme.activation_scale != "static":
             alone, fused = rounded_products(modules, x)
             yield M, *measure(alone, x, exact, replays), timed | {"variant": "x in 8 bits"}
             error = relative_error(fused[0](x), rms_norm(x), exact)
@@ -177,21 +177,29 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_products(modules: Sequence[QuantLinear], x: torch.Tensor) -> tuple[list[Product], list[Product]]:
-    """W8A8 products of x that is rounded already, and of what residual + RMS norm + rounding in one kernel make of x."""
+    """Products of x that is rounded already, and of what residual + RMS norm + rounding in one kernel make of x."""
     scheme, op = modules[0].scheme, torch.ops.quantkit
-    codes = modules[0].codes
-    assert codes is not None
     group_size = BLOCK if scheme.op == "fp8_block" else 0
-    multiply = op.fp8_block_rounded if group_size else op.w8a8_rounded
-    ready = quantize_activations(x, codes.dtype, group_size=group_size)
+    dtype = torch.float8_e4m3fn if scheme.activation == "fp8" else torch.int8
+    ready = quantize_activations(x, dtype, group_size=group_size)
     weight, residual = torch.ones_like(x[0]), torch.zeros_like(x)
 
+    def multiply(x_codes: torch.Tensor, x_scales: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        if scheme.op != "w4a8":
+            rounded = op.fp8_block_rounded if group_size else op.w8a8_rounded
+            return rounded(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+        if m.packed is None:
+            rounded, held = op.w4a8_rounded, (m.codes, m.scales, m.zeros)
+        else:
+            rounded, held = op.w4a8_interleaved_rounded, (m.packed, m.packed_scales, m.packed_zeros)
+        return rounded(x_codes, x_scales, *held, m.bias, scheme.group_size or 0, x.dtype)  # type: ignore[no-any-return]
+
     def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, codes.dtype, None, group_size)
-        return multiply(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, dtype, None, group_size)
+        return multiply(x_codes, x_scales, m)
 
     def alone(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        return multiply(*ready, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+        return multiply(*ready, m)
 
     return [partial(alone, m=m) for m in modules], [partial(after_norm, m=m) for m in modules]
 

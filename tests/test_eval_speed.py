@@ -88,7 +88,7 @@ def test_a_record_a_shape_scheme_and_m(label):
         on_record=seen.append,
     )
     assert seen == records
-    rounds_x = label in ("w8a8", "fp8", "fp8-block")
+    rounds_x = label in ("w8a8", "fp8", "fp8-block") or label.startswith("w4a8")
     variants = [None, "x in 8 bits", "after residual and norm"] if rounds_x else [None]
     assert [(r["shape"], r["M"], r.get("variant")) for r in records] == [
         (shape, M, variant) for shape in ("square", "ragged") for M in (1, 17) for variant in variants
