@@ -188,11 +188,11 @@ def rounded_products(modules: Sequence[QuantLinear], x: torch.Tensor) -> tuple[l
         if scheme.op != "w4a8":
             rounded = op.fp8_block_rounded if group_size else op.w8a8_rounded
             return rounded(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+        rest = (m.bias, scheme.group_size or 0, x.dtype)
         if m.packed is None:
-            rounded, held = op.w4a8_rounded, (m.codes, m.scales, m.zeros)
-        else:
-            rounded, held = op.w4a8_interleaved_rounded, (m.packed, m.packed_scales, m.packed_zeros)
-        return rounded(x_codes, x_scales, *held, m.bias, scheme.group_size or 0, x.dtype)  # type: ignore[no-any-return]
+            return op.w4a8_rounded(x_codes, x_scales, m.codes, m.scales, m.zeros, *rest)  # type: ignore[no-any-return]
+        repacked = (m.packed, m.packed_scales, m.packed_zeros)
+        return op.w4a8_interleaved_rounded(x_codes, x_scales, *repacked, *rest)  # type: ignore[no-any-return]
 
     def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
         x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, dtype, None, group_size)

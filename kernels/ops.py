@@ -363,7 +363,10 @@ def _check_w4a8_interleaved(
     return *x.shape[:-1], N
 
 
-CHECKS_W4A8 = {"w4a8": partial(_check_grouped, "w4a8"), "w4a8_interleaved": _check_w4a8_interleaved}
+CHECKS_W4A8: dict[str, Callable[..., tuple[int, ...]]] = {
+    "w4a8": partial(_check_grouped, "w4a8"),
+    "w4a8_interleaved": _check_w4a8_interleaved,
+}
 
 
 def _check_w4a8_rounded(

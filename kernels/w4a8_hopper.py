@@ -110,8 +110,11 @@ def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     best = 0.0
     for size, warps, rate in LARGE:
         one = deepest(dict(block_m=size, warps=warps, programs=0), 12)
-        score = rate * worth(tiles_of(one, M, N), multiprocessors, PART / K)
-        if size <= block_m and score > best:
+        tiles = tiles_of(one, M, N)
+        score = rate * worth(tiles, multiprocessors, PART / K)
+        shared = parts(tiles, multiprocessors) > tiles
+        # sums of 256 rows leave no registers for those of other programs
+        if size <= block_m and not (shared and size > WIDEST_PRODUCT.value) and score > best:
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -130,7 +133,9 @@ def _codes_layout(W):
     """Bytes of a partition's slot [16 W, 64] as lanes (c, g) hold them: 16 (i, kt) of two rows (h)."""
     warps = [[16 << i, 0] for i in range(W.bit_length() - 1)]
     lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], lanes, warps, [], [16 * W, 64])
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], lanes, warps, [], [16 * W, 64]
+    )
 
 
 @gluon.constexpr_function
@@ -192,9 +197,17 @@ def _row_of(ring, PART: gl.constexpr, W: gl.constexpr, LIKE: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(ring, slot, PART: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):
+def _fetch(
+    weights,
+    slot,
+    PART: gl.constexpr,
+    G: gl.constexpr,
+    ZEROS: gl.constexpr,
+    W: gl.constexpr,
+    MMA: gl.constexpr,
+):
     """A partition's left operand in a slot, and the scales that its product is to be multiplied by."""
-    x_ring, w_ring, scales_ring, zeros_ring, full, empty = ring
+    w_ring, scales_ring, zeros_ring = weights
     CODES: gl.constexpr = _codes_layout(W)
     codes = w_ring.index(slot).slice(16 * W * PART, 16 * W, dim=0).load(CODES)
     zeros = None
@@ -218,7 +231,8 @@ def _after(step, tile, steps, stride):
 def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc, scales_desc, zeros_desc = descs
-    x_ring, w_ring, scales_ring, zeros_ring, full, empty = ring
+    x_ring, weights, full, empty = ring
+    w_ring, scales_ring, zeros_ring = weights
     begin, stop, steps, tiles_m, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
@@ -283,9 +297,11 @@ def _consume(
     PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its rows of what is in the ring, and what follows them."""
-    x_ring, w_ring, scales_ring, zeros_ring, full, empty = ring
+    x_ring, weights, full, empty = ring
     begin, stop, steps, tiles_m, stride = work
-    total, x_scales_ptr, scales_ptr, bias_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N, stride_sm = rest
+    total, x_scales_ptr, scales_ptr, bias_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N, stride_sm = (
+        rest
+    )
     W: gl.constexpr = gl.num_warps()
     BLOCK_N: gl.constexpr = W * 16
     SUM: gl.constexpr = gl.float32 if G > 0 else gl.int32
@@ -305,7 +321,7 @@ def _consume(
         other = gl.zeros((BLOCK_N, ROWS), SUM, MMA)
         for _ in range(s0, s1):
             mbarrier.wait(full.index(slot), phase)
-            operand, scale = _fetch(ring, slot, PART, G, ZEROS, W, MMA)
+            operand, scale = _fetch(weights, slot, PART, G, ZEROS, W, MMA)
             x = x_ring.index(slot)
             if HALVES == 2:
                 acc = _added(acc, _product(acc, operand, x.slice(0, ROWS, dim=0), G), scale, G)
@@ -357,9 +373,7 @@ def _consume(
 
 
 @gluon.jit
-def _scaled(
-    sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, G: gl.constexpr, ZEROS: gl.constexpr
-):
+def _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, G: gl.constexpr, ZEROS: gl.constexpr):
     """Sums [rows of w, rows of x] in float32, times the scales that are not in them yet."""
     LAYOUT: gl.constexpr = sums.type.layout
     y = sums.to(gl.float32)
@@ -412,7 +426,7 @@ def w4a8_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, w_desc, scales_desc, zeros_desc)
-    ring = (x_ring, w_ring, scales_ring, zeros_ring, full, empty)
+    ring = (x_ring, (w_ring, scales_ring, zeros_ring), full, empty)
     work = (begin, stop, steps, tiles_m, stride)
     rest = (
         total,

@@ -472,7 +472,9 @@ def main_loop(sass: str) -> list[str]:
             if back and back[1] in labels:
                 loops.append((labels[back[1]], len(lines)))
     products = {loop: sum("MMA" in i for i in lines[slice(*loop)]) for loop in loops}
-    within = lambda loop: [other for other in loops if loop[0] <= other[0] and other[1] <= loop[1] and other != loop]
+    within = lambda loop: [
+        other for other in loops if loop[0] <= other[0] and other[1] <= loop[1] and other != loop
+    ]
     innermost = [loop for loop in loops if not any(products[other] for other in within(loop))]
     return lines[slice(*max(innermost, key=lambda loop: (products[loop], loop[0] - loop[1])))]
 
@@ -531,7 +533,9 @@ def compile_all(target: str) -> None:
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
-        if target == "sm_90" and name.startswith(("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper")):
+        if target == "sm_90" and name.startswith(
+            ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper")
+        ):
             record |= in_the_main_loop(kernel)
         print(json.dumps(record), flush=True)
 
