@@ -166,7 +166,7 @@ def time_ours(
         kernel = kernel_of(scheme, target_of(device), M, N, K, torch.bfloat16)
         timed = {"kernel": kernel, "x_dtype": "bfloat16"}
         yield M, *measure(modules, x, exact, replays), timed
-        if scheme.op in ("w8a8", "fp8_block") and scheme.activation_scale != "static":
+        if scheme.op in ("w8a8", "fp8_block", "w4a8") and scheme.activation_scale != "static":
             alone, fused = rounded_products(modules, x)
             for variant, products in alone.items():
                 yield M, *measure(products, x, exact, replays), timed | {"variant": variant}
@@ -182,26 +182,37 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 def rounded_products(
     modules: Sequence[QuantLinear], x: torch.Tensor
 ) -> tuple[dict[str, list[Product]], list[Product]]:
-    """W8A8 products of x that is rounded already, by variant, and of what residual + RMS norm + rounding in one kernel
-    make of x."""
+    """Products of x that is rounded already, by variant, and of what residual + RMS norm + rounding in one kernel make
+    of x."""
     scheme, op = modules[0].scheme, torch.ops.quantkit
-    codes = modules[0].codes
-    assert codes is not None
     group_size = BLOCK if scheme.op == "fp8_block" else 0
-    multiply = op.fp8_block_rounded if group_size else op.w8a8_rounded
-    ready = quantize_activations(x, codes.dtype, group_size=group_size)
+    dtype = torch.float8_e4m3fn if scheme.activation == "fp8" else torch.int8
+    ready = quantize_activations(x, dtype, group_size=group_size)
     weight, residual = torch.ones_like(x[0]), torch.zeros_like(x)
 
-    def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, codes.dtype, None, group_size)
-        return multiply(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+    def multiply(x_codes: torch.Tensor, x_scales: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        if scheme.op != "w4a8":
+            rounded = op.fp8_block_rounded if group_size else op.w8a8_rounded
+            return rounded(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
+        rest = (m.bias, scheme.group_size or 0, x.dtype)
+        if m.packed is None:
+            return op.w4a8_rounded(x_codes, x_scales, m.codes, m.scales, m.zeros, *rest)  # type: ignore[no-any-return]
+        repacked = (m.packed, m.packed_scales, m.packed_zeros)
+        return op.w4a8_interleaved_rounded(x_codes, x_scales, *repacked, *rest)  # type: ignore[no-any-return]
 
-    def alone(x: torch.Tensor, m: QuantLinear, fast: tuple[bool, ...] = ()) -> torch.Tensor:
-        return multiply(*ready, m.codes, m.scales, m.bias, x.dtype, *fast)  # type: ignore[no-any-return]
+    def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, dtype, None, group_size)
+        return multiply(x_codes, x_scales, m)
+
+    def alone(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        return multiply(*ready, m)
+
+    def fast(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
+        return op.w8a8_rounded(*ready, m.codes, m.scales, m.bias, x.dtype, True)  # type: ignore[no-any-return]
 
     variants: dict[str, list[Product]] = {ROUNDED: [partial(alone, m=m) for m in modules]}
     if scheme.op == "w8a8" and scheme.weight == "fp8":
-        variants[f"{ROUNDED}, fast sums"] = [partial(alone, m=m, fast=(True,)) for m in modules]
+        variants[f"{ROUNDED}, fast sums"] = [partial(fast, m=m) for m in modules]
     return variants, [partial(after_norm, m=m) for m in modules]
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.kernels.int4tiles import unpack_tiles
-from quantkit.kernels.interleave import deinterleave
+from quantkit.kernels.interleave import deinterleave, deinterleave_int4
 
 FP8 = torch.float8_e4m3fn
 TOP = {torch.int8: 127.0, FP8: torch.finfo(FP8).max}  # the largest code; 448 for e4m3
@@ -216,12 +216,33 @@ def wna16_dequantize(
 
 
 def w4a8_cpu(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """y = (x_codes @ dequantize(codes)^T) * x_scale + bias in float32."""
-    x_codes, x_scales = quantize_activations(x, torch.int8)
     y = w4a16_dequantize(x_codes.float(), codes, scales, zeros, None, group_size).mul_(x_scales)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def w4a8_interleaved_cpu(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8_cpu` of the neutral layout, which is made anew: what works anywhere, fast nowhere."""
+    weight = deinterleave_int4(words, scales, zeros, x_codes.shape[1])
+    return w4a8_cpu(x_codes, x_scales, *weight, bias, group_size, dtype)
 
 
 def epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:

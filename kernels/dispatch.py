@@ -115,12 +115,13 @@ def _hopper(problem: Problem) -> str | None:
     return _floats(problem)
 
 
-def _hopper_by_tma(least: int) -> Callable[[Problem], str | None]:
-    """On sm_90, where TMA can move rows of K and of N numbers, K in multiples of `least`."""
+def _hopper_by_tma(least: int, least_N: int = 8) -> Callable[[Problem], str | None]:
+    """On sm_90, where TMA can move rows of K and of N numbers, in multiples of `least` and `least_N`."""
 
     def unsupported(problem: Problem) -> str | None:
-        if problem.K % least or problem.N % 8:
-            return f"needs K in multiples of {least} and N in multiples of 8, not {problem.K} and {problem.N}"
+        K, N = problem.K, problem.N
+        if K % least or N % least_N:
+            return f"needs K in multiples of {least} and N in multiples of {least_N}, not {K} and {N}"
         return _hopper(problem)
 
     return unsupported
@@ -215,6 +216,10 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "w4a8": (
         Kernel("w4a8_triton", "w4a8", _one_scale_a_block),
         Kernel("w4a8_cpu", "cpu", _cpu),
+    ),
+    "w4a8_interleaved": (
+        Kernel("w4a8_hopper", "w4a8_hopper", _hopper_by_tma(16, 16), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w4a8_interleaved_cpu", "cpu", _cpu),
     ),
     "w8a16": (
         Kernel("w8a16_vendor", "dequantize", _triton, _vendor_loses),

@@ -62,6 +62,11 @@ def worth(tiles: int, multiprocessors: int, part: float = 0.1) -> float:
     return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
 
 
+def consumer_registers(two: bool) -> int:
+    """Registers of a thread of the second of two partitions that multiply: what is left of a multiprocessor's, or of half."""
+    return 104 if two else 240
+
+
 @gluon.jit
 def ptx(instruction: gl.constexpr):
     gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -86,6 +91,22 @@ def next_step(step, m, n, steps, tiles_m):
     m += over.to(gl.int32)
     over = m == tiles_m
     return step, gl.where(over, 0, m), n + over.to(gl.int32)
+
+
+@gluon.jit
+def step_after(step, tile, steps, stride):
+    """The step that comes after one along K, and its tile."""
+    step += 1
+    over = step == steps
+    return gl.where(over, 0, step), gl.where(over, tile + stride, tile)
+
+
+@gluon.jit
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """The slot that comes after one, and the phase of its barriers."""
+    slot += 1
+    over = slot == STAGES
+    return gl.where(over, 0, slot), phase ^ over.to(gl.int32)
 
 
 @gluon.jit

@@ -1,6 +1,6 @@
 """The products as torch ops: importing this file defines `torch.ops.quantkit.{w4a16, w4a16_tiles,
-w4a16_cpu, wna16, w4a8, w8a16, w8a16_interleaved, w8a8, w8a8_rounded, fp8_block, fp8_block_rounded,
-rms_norm_quantize, swiglu_quantize}`.
+w4a16_cpu, wna16, w4a8, w4a8_rounded, w4a8_interleaved, w4a8_interleaved_rounded, w8a16, w8a16_interleaved,
+w8a8, w8a8_rounded, fp8_block, fp8_block_rounded, rms_norm_quantize, swiglu_quantize}`.
 
 Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shape (no rows at all too), and returns
 [..., N] in x.dtype. Weights are in the neutral layout of `quantkit/packing.py` and contiguous:
@@ -12,10 +12,10 @@ Every op takes x [..., K] in float32, float16 or bfloat16, with any leading shap
     w8a8       y = (round(x / s) codes^T) * s * scales^T + bias      s: one scale a row of x, or `input_scale`
     fp8_block  y = sum over the 128-column blocks b of (round(x_b / s_b) codes_b^T) * s_b * scales_b + bias
     w4a16_tiles, w4a16_cpu: w4a16 for weights in the order of a GPU, `int4tiles.py`, and of a CPU, `int4pack.py`
-    w8a16_interleaved: w8a16 for weights in the order of `interleave.py`
+    w4a8_interleaved, w8a16_interleaved: w4a8 and w8a16 for weights in the order of `interleave.py`
 
-Two ops make the rounded x of an 8-bit product where it is computed, so that it is not written in 16 bits, and
-`w8a8_rounded` and `fp8_block_rounded` take it:
+Two ops make the rounded x of an 8-bit product where it is computed, so that it is not written in 16 bits, and the ops
+whose names end in `_rounded` take it:
 
     rms_norm_quantize  round(rms_norm(x + residual) * weight / s), s, and x + residual
     swiglu_quantize    round(silu(gate) * up / s) and s
@@ -36,6 +36,7 @@ from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.dispatch import Problem, choose, target_of
 from quantkit.kernels.int4pack import GROUP_SIZES
 from quantkit.kernels.int4tiles import tiled_shape
+from quantkit.kernels.interleave import STEP
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
@@ -54,6 +55,16 @@ SCHEMAS = {
         "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, int bits) -> Tensor"
     ),
     "w4a8": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
+    "w4a8_interleaved": (
+        "(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor"
+    ),
+    **{
+        f"{op}_rounded": (
+            f"(Tensor x_codes, Tensor x_scales, Tensor {codes}, Tensor scales, Tensor? zeros, Tensor? bias, "
+            f"int group_size, ScalarType dtype) -> Tensor"
+        )
+        for op, codes in (("w4a8", "codes"), ("w4a8_interleaved", "words"))
+    },
     "w8a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
     "w8a16_interleaved": "(Tensor x, Tensor words, Tensor scales, Tensor? bias, bool int8) -> Tensor",
     "w8a8": (
@@ -340,13 +351,158 @@ def wna16(
     return _run("wna16", y_shape, x, codes, *rest, N=len(codes), group_size=group_size)
 
 
+def _check_w4a8_interleaved(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> tuple[int, ...]:
+    op = "w4a8_interleaved"
+    N, K = _expect_x(op, x, words)
+    if group_size < 0 or group_size % STEP:
+        raise ValueError(
+            f"{op}: group_size is {group_size}, expected a multiple of {STEP}, or 0 for one scale a row; use w4a8"
+        )
+    groups = -(-K // group_size) if group_size else 1
+    _expect(op, "words", words, (N, 16 * -(-K // STEP)), (torch.int32,), x)
+    _expect(op, "scales", scales, (groups, N), FLOATS, x)
+    if zeros is not None:
+        _expect(op, "zeros", zeros, (groups, N), (torch.uint8,), x)
+    if bias is not None:
+        _expect(op, "bias", bias, (N,), FLOATS, x)
+    return *x.shape[:-1], N
+
+
+CHECKS_W4A8: dict[str, Callable[..., tuple[int, ...]]] = {
+    "w4a8": partial(_check_grouped, "w4a8"),
+    "w4a8_interleaved": _check_w4a8_interleaved,
+}
+
+
+def _check_w4a8_rounded(
+    op: str,
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    _expect_rounded(op, x_codes, torch.int8, codes, dtype)
+    x = scales.new_empty((1,), dtype=dtype).expand(x_codes.shape)  # stands for x before it was rounded
+    y_shape = CHECKS_W4A8[op](x, codes, scales, zeros, bias, group_size)
+    _expect_x_scales(op, x_scales, [(x_codes.numel() // x_codes.shape[-1], 1)])
+    return y_shape
+
+
+def _w4a8(
+    op: str,
+    y_shape: tuple[int, ...],
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    *rest: Tensor | int | torch.dtype | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The kernel of `w4a8` or `w4a8_interleaved` over rows that are rounded already; y in a dtype."""
+    (M, K), N = x_codes.shape, len(codes)
+    if M == 0 or N == 0:
+        return x_scales.new_empty(y_shape, dtype=dtype)
+    kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype, group_size))
+    launched = {} if launch is None else {"launch": launch}
+    return kernel.run(x_codes, x_scales, codes, *rest, group_size, dtype, **launched).view(y_shape)
+
+
+def _w4a8_of_floats(
+    op: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    y_shape = CHECKS_W4A8[op](x, codes, scales, zeros, bias, group_size)
+    rounded = _round(x, torch.int8)
+    return _w4a8(op, y_shape, *rounded, codes, scales, zeros, bias, group_size=group_size, dtype=x.dtype)
+
+
+def _w4a8_of_rounded(
+    op: str,
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weights = (codes, scales, zeros, bias)
+    y_shape = _check_w4a8_rounded(op, x_codes, x_scales, *weights, group_size, dtype)
+    rows = x_codes.view(-1, x_codes.shape[-1])
+    return _w4a8(op, y_shape, rows, x_scales, *weights, group_size=group_size, dtype=dtype)
+
+
 def w4a8(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """4-bit weights times activations rounded to int8, one scale a row of x; arguments as in `w4a16`."""
-    y_shape = _check_grouped("w4a8", x, codes, scales, zeros, bias, group_size)
-    rest = (scales, zeros, bias, group_size)
-    return _run("w4a8", y_shape, x, codes, *rest, N=len(codes), group_size=group_size)
+    return _w4a8_of_floats("w4a8", x, codes, scales, zeros, bias, group_size)
+
+
+def w4a8_interleaved(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """`w4a8` for weights as `interleave.interleave_int4` returns them.
+
+    Args:
+        words: int32 [N, 16 ceil(K/128)].
+        scales: float [groups, N].
+        zeros: uint8 of the same shape, or None: every zero is 8.
+        group_size: a multiple of 128, or 0 for one scale a row.
+
+    The rest as in `w4a16`.
+    """
+    return _w4a8_of_floats("w4a8_interleaved", x, words, scales, zeros, bias, group_size)
+
+
+def w4a8_rounded(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8` of activations that their producer has rounded (`rms_norm_quantize`, `swiglu_quantize`).
+
+    Args:
+        x_codes: int8 [..., K], contiguous.
+        x_scales: float32 [M, 1], M rows of x in all.
+        dtype: of y.
+
+    The rest as in `w4a8`.
+    """
+    return _w4a8_of_rounded("w4a8", x_codes, x_scales, codes, scales, zeros, bias, group_size, dtype)
+
+
+def w4a8_interleaved_rounded(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8_rounded` with the weight of `w4a8_interleaved`."""
+    return _w4a8_of_rounded(
+        "w4a8_interleaved", x_codes, x_scales, words, scales, zeros, bias, group_size, dtype
+    )
 
 
 def w8a16(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -460,6 +616,28 @@ def _multiply_rounded(
     return kernel.run(x_codes, x_scales, codes, scales, bias, dtype, *modes, **launched).view(y_shape)
 
 
+def _expect_rounded(
+    op: str, x_codes: Tensor, rounded_to: torch.dtype, codes: Tensor, dtype: torch.dtype
+) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: dtype is {_names((dtype,))}, expected {_names(FLOATS)}")
+    if x_codes.dtype != rounded_to:
+        raise ValueError(f"{op}: x_codes is {_names((x_codes.dtype,))}, expected {_names((rounded_to,))}")
+    if x_codes.device != codes.device or not x_codes.is_contiguous():
+        raise ValueError(
+            f"{op}: x_codes is on {x_codes.device} with strides {x_codes.stride()}, expected {codes.device} and "
+            f"contiguous; move it, or call .contiguous()"
+        )
+
+
+def _expect_x_scales(op: str, x_scales: Tensor, shapes: list[tuple[int, int]]) -> None:
+    if x_scales.dtype != torch.float32 or tuple(x_scales.shape) not in shapes:
+        raise ValueError(
+            f"{op}: x_scales is {_names((x_scales.dtype,))} {list(x_scales.shape)}, expected float32 "
+            f"{' or '.join(str(list(shape)) for shape in shapes)}"
+        )
+
+
 def _check_rounded(
     op: str,
     x_codes: Tensor,
@@ -468,29 +646,20 @@ def _check_rounded(
     scales: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    fast: bool = False,
 ) -> tuple[int, ...]:
-    if dtype not in FLOATS:
-        raise ValueError(f"{op}: dtype is {_names((dtype,))}, expected {_names(FLOATS)}")
     if x_codes.dtype not in EIGHT_BIT or x_codes.dtype != codes.dtype:
         raise ValueError(
             f"{op}: x_codes is {_names((x_codes.dtype,))} and codes {_names((codes.dtype,))}, expected both to be "
             f"{_names(EIGHT_BIT)}; round x to the dtype of codes"
         )
-    if x_codes.device != codes.device or not x_codes.is_contiguous():
-        raise ValueError(
-            f"{op}: x_codes is on {x_codes.device} with strides {x_codes.stride()}, expected {codes.device} and "
-            f"contiguous; move it, or call .contiguous()"
-        )
+    _expect_rounded(op, x_codes, codes.dtype, codes, dtype)
     x = scales.new_empty((1,), dtype=dtype).expand(x_codes.shape)  # stands for x before it was rounded
     y_shape = _check_8bit(op, x, codes, scales, bias)
     K = x_codes.shape[-1]
     M = x_codes.numel() // K
     shapes = [(M, -(-K // BLOCK))] if op == "fp8_block" else [(M, 1), (1, 1)]
-    if x_scales.dtype != torch.float32 or tuple(x_scales.shape) not in shapes:
-        raise ValueError(
-            f"{op}: x_scales is {_names((x_scales.dtype,))} {list(x_scales.shape)}, expected float32 "
-            f"{' or '.join(str(list(shape)) for shape in shapes)}"
-        )
+    _expect_x_scales(op, x_scales, shapes)
     return y_shape
 
 
@@ -678,16 +847,13 @@ def _fake(check: Callable[..., tuple[int, ...]]) -> Callable[..., Tensor]:
 
 
 def _fake_rounded(
-    op: str,
+    check: Callable[..., tuple[int, ...]],
     x_codes: Tensor,
     x_scales: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    fast: bool = False,
+    *rest: Tensor | int | torch.dtype | None,
 ) -> Tensor:
-    return x_scales.new_empty(_check_rounded(op, x_codes, x_scales, codes, scales, bias, dtype), dtype=dtype)
+    (dtype,) = (argument for argument in rest if isinstance(argument, torch.dtype))
+    return x_scales.new_empty(check(x_codes, x_scales, *rest), dtype=dtype)
 
 
 for _name, _implementation, _unfilled in (
@@ -695,13 +861,20 @@ for _name, _implementation, _unfilled in (
     ("w4a16_tiles", w4a16_tiles, _fake(_check_w4a16_tiles)),
     ("w4a16_cpu", w4a16_cpu, _fake(_check_w4a16_cpu)),
     ("wna16", wna16, _fake(partial(_check_grouped, "wna16"))),
-    ("w4a8", w4a8, _fake(partial(_check_grouped, "w4a8"))),
+    ("w4a8", w4a8, _fake(CHECKS_W4A8["w4a8"])),
+    ("w4a8_interleaved", w4a8_interleaved, _fake(CHECKS_W4A8["w4a8_interleaved"])),
+    ("w4a8_rounded", w4a8_rounded, partial(_fake_rounded, partial(_check_w4a8_rounded, "w4a8"))),
+    (
+        "w4a8_interleaved_rounded",
+        w4a8_interleaved_rounded,
+        partial(_fake_rounded, partial(_check_w4a8_rounded, "w4a8_interleaved")),
+    ),
     ("w8a16", w8a16, _fake(partial(_check_8bit, "w8a16"))),
     ("w8a16_interleaved", w8a16_interleaved, _fake(_check_w8a16_interleaved)),
     ("w8a8", w8a8, _fake(_check_w8a8)),
     ("fp8_block", fp8_block, _fake(partial(_check_8bit, "fp8_block"))),
-    ("w8a8_rounded", w8a8_rounded, partial(_fake_rounded, "w8a8")),
-    ("fp8_block_rounded", fp8_block_rounded, partial(_fake_rounded, "fp8_block")),
+    ("w8a8_rounded", w8a8_rounded, partial(_fake_rounded, partial(_check_rounded, "w8a8"))),
+    ("fp8_block_rounded", fp8_block_rounded, partial(_fake_rounded, partial(_check_rounded, "fp8_block"))),
     ("rms_norm_quantize", rms_norm_quantize, _fake_rms_norm),
     ("swiglu_quantize", swiglu_quantize, _fake_swiglu),
 ):

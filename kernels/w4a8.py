@@ -5,8 +5,10 @@
 
 x is rounded first by `quantize_activations`. q - zero is a number of -15..15, so both operands fit int8: a group is summed
 exactly in int32, at most 128 * 127 * 15 < 2^24 and hence exact in float32 too, then scaled and added in float32.
+On sm_90 `w4a8_hopper.py` does this, from its own order of the weight; here is the definition, and a kernel for other GPUs
+and what that one does not take, one for every M and not tuned.
 Bytes: K / 2 a row of weights, and K a row of x. Instructions: 4 a weight to unpack, one multiply-add a block of columns
-and element of y. One kernel for every M; it is not tuned.
+and element of y.
 """
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from quantkit.kernels import w4a16
 from quantkit.kernels.block import grid, rows_and_columns, store_block
-from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.kernels.wna16 import centre, load_codes, words_of
 
 
@@ -68,7 +69,7 @@ def w4a8_kernel(
     store_block(y, bias_ptr, y_ptr, m, n, in_m, in_n, N)
 
 
-def w4a8_rounded(
+def w4a8_triton(
     x_codes: Tensor,
     x_scales: Tensor,
     codes: Tensor,
@@ -78,13 +79,7 @@ def w4a8_rounded(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Equation (1) for activations that are already rounded.
-
-    Args:
-        x_codes: int8 [M, K].
-        x_scales: float32 [M, 1].
-        codes, scales, zeros, bias, group_size: as in `ops.w4a8`.
-        dtype: of the result.
+    """Equation (1) on the GPU that holds the tensors; arguments as in `ops.w4a8_rounded`, x_codes [M, K].
 
     Returns:
         y [M, N], within u |y| + (K + 8) 2^-23 (|x| @ |w|) of `reference`, u the unit roundoff of dtype.
@@ -96,11 +91,3 @@ def w4a8_rounded(
         x_codes, codes, x_scales, scales, zeros, bias, y, M, N, K, G=group_size, **launch
     )
     return y
-
-
-def w4a8_triton(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int
-) -> Tensor:
-    """Round x [M, K], then equation (1), on the GPU that holds the tensors; arguments as in `ops.w4a8`."""
-    x_codes, x_scales = quantize_activations(x, torch.int8)
-    return w4a8_rounded(x_codes, x_scales, codes, scales, zeros, bias, group_size, x.dtype)

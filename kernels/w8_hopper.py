@@ -5,14 +5,17 @@ wgmma, the rows of x its 8 to 256 columns. One warp keeps a ring of `stages` slo
 (`hopper.py`); the others multiply.
 
 x in 8 bits: both operands go from shared memory straight to the tensor cores. int8 sums are exact, in int32. Hopper keeps
-about 14 bits of a sum of e4m3 products, so each step's product is added to float32 sums in registers: the accurate mode
-of cuBLAS and DeepGEMM. There a block's scales find their place too (BLOCKS): x's and the weight's, both of 128 columns.
+about 14 bits of a sum of e4m3 products, so each step's product is added to float32 sums in registers, unless FAST. Each
+warpgroup is a partition of its own, 64 rows of a tile: one adds while the other multiplies.
+
+Scales of blocks (BLOCKS), x's and the weight's, both of 128 columns, multiply a step's product as it is added. From M = 65
+on x is the left operand there (X_LEFT): its scales are then one a row of sums, and the weight's one for all of them.
 
 x in 16 bits: the weight's bytes go through registers, where they become numbers of x's dtype (exactly), and from there to
 the tensor cores. `interleave.py` has put them in the order in which a lane reads its own operands.
 
 Budget: K bytes a row of weights. No instruction touches an 8-bit operand; one addition a product of 128 columns where
-sums are promoted. To bfloat16, int8 takes 1.75 instructions a weight and e4m3 2.5, of the 7 that the memory leaves time
+sums are promoted, 128 cycles of a warpgroup's 512 on the tensor cores. To bfloat16, int8 takes 1.75 instructions a weight and e4m3 2.5, of the 7 that the memory leaves time
 for. Out of L2 come (1 / BLOCK_N + 1 / BLOCK_M) / 2 bytes an operation: with 128 x 256 tiles 11.6 TB/s at the tensor cores'
 1979 TFLOP/s, twice what there is unless neighbouring programs ask for the same lines at once.
 """
@@ -42,12 +45,15 @@ from quantkit.kernels.hopper import (
     SUMS_OF_TWO,
     add_parts,
     barrier,
+    consumer_registers,
     even_share,
     let_next_kernel_start,
     load_tile,
     multiprocessors_of,
+    next_slot,
     parts,
     rows_of_block,
+    step_after,
     store_tile,
     store_transposed,
     wait_for_kernel_before,
@@ -104,11 +110,6 @@ def two_fit(launch: Config, x_bytes: int = 1, x_left: bool = False) -> bool:
     """Whether a multiprocessor may run two programs at once."""
     columns = launch["block_n"] if x_left else launch["block_m"]
     return columns // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes, x_left) <= SHARED
-
-
-def consumer_registers(two: bool) -> int:
-    """Registers of a thread of the second partition that multiplies: what is left of a multiprocessor's, or of half."""
-    return 104 if two else 240
 
 
 def deepest(launch: Config, x_bytes: int, x_left: bool, most: int, two: bool = False) -> Config:
@@ -247,22 +248,6 @@ def _operand(words, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MM
 
 
 @gluon.jit
-def _after(step, tile, steps, stride):
-    """The step that comes after one, and its tile."""
-    step += 1
-    over = step == steps
-    return gl.where(over, 0, step), gl.where(over, tile + stride, tile)
-
-
-@gluon.jit
-def _next_slot(slot, phase, STAGES: gl.constexpr):
-    """The slot that comes after one, and the phase of its barriers."""
-    slot += 1
-    over = slot == STAGES
-    return gl.where(over, 0, slot), phase ^ over.to(gl.int32)
-
-
-@gluon.jit
 def _produce(descs, ring, work, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
@@ -286,14 +271,14 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
         load_tile(w_desc, [n * BLOCK_N, step * W_COLUMNS], full.index(slot), w_ring.index(slot))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * X_COLUMNS], full.index(slot), x_ring.index(slot))
-        step, tile = _after(step, tile, steps * SLOTS, stride)
-        slot, phase = _next_slot(slot, phase, STAGES)
+        step, tile = step_after(step, tile, steps * SLOTS, stride)
+        slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 at = [x_tile % tiles_m * BLOCK_M, x_step * X_COLUMNS]
                 load_tile(x_desc, at, full.index(j), x_ring.index(j))
-                x_step, x_tile = _after(x_step, x_tile, steps * SLOTS, stride)
+                x_step, x_tile = step_after(x_step, x_tile, steps * SLOTS, stride)
 
 
 @gluon.jit
@@ -408,7 +393,7 @@ def _consume(
                 mbarrier.arrive(empty.index(free), pred=step > s0)
                 if SLOTS == 2:
                     free = slot
-                    slot, phase = _next_slot(slot, phase, STAGES)
+                    slot, phase = next_slot(slot, phase, STAGES)
                     mbarrier.wait(full.index(slot), phase)
                     rest = _words(left_ring.index(slot), W)
                 second = _operand(rest, INT8, right_ring.dtype, W, MMA)
@@ -446,7 +431,7 @@ def _consume(
                     other = _add(other, left, right.permute((1, 0)), of_x, of_w_other, BLOCKS)
                 mbarrier.arrive(empty.index(slot))
             free = slot
-            slot, phase = _next_slot(slot, phase, STAGES)
+            slot, phase = next_slot(slot, phase, STAGES)
         if FLOATS or INT8 or FAST:
             if FLOATS:
                 acc, held = warpgroup_mma_wait(0, deps=(acc, held))

@@ -11,7 +11,14 @@ from quantkit.errors import QuantKitError
 from quantkit.kernels.dispatch import kernel_name, target_of
 from quantkit.kernels.int4pack import not_packable, pack_cpu, unpack_cpu
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, unpack_tiles
-from quantkit.kernels.interleave import deinterleave, interleave, not_interleavable
+from quantkit.kernels.interleave import (
+    deinterleave,
+    deinterleave_int4,
+    interleave,
+    interleave_int4,
+    not_interleavable,
+    not_interleavable_int4,
+)
 from quantkit.kernels.tuned import TableError
 from quantkit.packing import PARTS, QuantizedTensor, words_of
 from quantkit.scheme import Scheme
@@ -68,6 +75,9 @@ def repacked_op(
     """The op of the layout that `QuantLinear.repack` chooses for a device of this target; None: the neutral one."""
     if scheme.op == "w8a16" and target == "sm_90":
         return None if not_interleavable(N, K, x_dtype) else "w8a16_interleaved"
+    if scheme.op == "w4a8" and target == "sm_90":
+        why_not = not_interleavable_int4(N, K, scheme.group_size or 0, x_dtype)
+        return None if why_not else "w4a8_interleaved"
     if scheme.op != "w4a16":
         return None
     if target == "cpu":
@@ -102,8 +112,8 @@ class QuantLinear(nn.Module):
         codes, scales, zeros, input_scale, channel_scales: as in `quantkit.packing`; the last three may be None.
             codes is None while repacked, on a GPU scales and zeros too: ask `quantized()`.
         packed, packed_scales, packed_zeros: of int4 on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
-            `kernels/int4tiles.py` does; of 8 bits beside 16-bit x on sm_90 the codes as `kernels/interleave.py` has
-            them, and `scales` stay; None unless repacked.
+            `kernels/int4tiles.py` does; on sm_90 what `kernels/interleave.py` does of int4 beside int8 x, and of 8 bits
+            beside 16-bit x, where `scales` stay; None unless repacked.
         repacked_for: the dtype of x that they were packed for, or None.
         fast_accumulation: of `fp8` and `fp8-static`, see `set_fp8_accumulation`.
         bias: [out_features] in the model's dtype, or None.
@@ -183,6 +193,9 @@ class QuantLinear(nn.Module):
         if self.scheme.op == "w8a16":
             codes = deinterleave(self.packed, self.in_features, CODE_DTYPES[self.scheme.weight])
             return codes, self.scales, None
+        if self.scheme.op == "w4a8":
+            weights = (self.packed, self.packed_scales, self.packed_zeros)
+            return deinterleave_int4(*weights, self.in_features)  # type: ignore[arg-type]
         if self.device.type == "cpu":
             return unpack_cpu(self.packed), self.scales, self.zeros
         group_size, N, K = self.scheme.group_size or 0, self.out_features, self.in_features
@@ -210,6 +223,9 @@ class QuantLinear(nn.Module):
             weights = pack_cpu(self.codes, self.scales, self.zeros, self.scheme.group_size or K)
         elif op == "w4a16_tiles":
             weights = pack_tiles(self.codes, self.scales, self.zeros, self.scheme.group_size or 0, K)
+            self.scales = self.zeros = None
+        elif op == "w4a8_interleaved":
+            weights = interleave_int4(self.codes, self.scales, self.zeros, K)
             self.scales = self.zeros = None
         elif op == "w8a16_interleaved":
             self.packed, self.repacked_for = interleave(self.codes), x_dtype
@@ -247,6 +263,8 @@ class QuantLinear(nn.Module):
             is_int8 = self.scheme.weight == "int8"
             return ops.w8a16_interleaved(x, self.packed, self.scales, self.bias, is_int8)
         weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias)
+        if self.packed is not None and self.scheme.op == "w4a8":
+            return ops.w4a8_interleaved(x, *weights, self.scheme.group_size or 0)
         if self.packed is not None and self.device.type == "cpu":
             return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)
         if self.packed is not None:

@@ -160,7 +160,7 @@ def eight_bit_hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w8_hopper
-    from quantkit.kernels.hopper import REGISTERS_OF_TWO
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO, consumer_registers
 
     for x, w, blocks, products in EIGHT_BIT:
         floats = x != w
@@ -193,13 +193,60 @@ def eight_bit_hopper_jobs():
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
                 **{"stride_sm": 0 if floats else 1, "stride_sk": "i32" if blocks else 1 - floats},
                 **{"X_LEFT": x_left, "INT8": w == "i8", "BLOCKS": blocks, "FAST": False, "STREAM": stream},
-                **{"STAGES": chosen["stages"], "REGISTERS": w8_hopper.consumer_registers(two)},
+                **{"STAGES": chosen["stages"], "REGISTERS": consumer_registers(two)},
             }
             options = {"num_warps": group // 16}
             if two:
                 options["maxnreg"] = REGISTERS_OF_TWO
             name = f"w8_hopper {x} {w}{' blocks' * blocks} M={M} N={N}"
             yield name, w8_hopper.w8_hopper_kernel, types, options
+
+
+# group size, zeros or not, and M, N and K: every block of rows, both numbers of partitions, tiles whole and shared
+W4A8 = (
+    (128, False, ((1, FEW), (16, MANY), (64, FEW), (64, MANY), (128, MANY), (256, FEW), (256, MANY))),
+    (128, True, ((64, MANY), (128, MANY), (256, MANY))),
+    (0, False, ((64, FEW), (256, MANY))),
+    (0, True, ((128, MANY),)),
+)
+
+
+def w4a8_hopper_jobs():
+    """What the wrapper of the Gluon kernel for INT4 weights beside int8 x launches."""
+    from torch import bfloat16, int8
+
+    from quantkit.kernels import w4a8_hopper
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS, consumer_registers
+
+    for group_size, zeros, products in W4A8:
+        for M, (N, K) in products:
+            chosen = w4a8_hopper.config(M, N, K)
+            block_m, rows = chosen["block_m"], chosen["warps"] * w4a8_hopper.ROWS_OF_WARP
+            partitions = chosen["warps"] // w4a8_hopper.WARPS
+            tiles = w4a8_hopper.tiles_of(chosen, M, N)
+            programs = chosen["programs"] or tiles
+            stream = tiles % programs != 0
+            two = programs > 132 and w4a8_hopper.two_fit(chosen)
+            of_scales, of_zeros = w4a8_hopper.rows_layout(bfloat16), w4a8_hopper.rows_layout(int8)
+            y_block = [min(block_m, STAGED_ROWS), rows // partitions]
+            types = {
+                "x_desc": f"tensordesc<i8[{block_m}, 128],{w4a8_hopper.X_LAYOUT!r}>",
+                "w_desc": f"tensordesc<i8[{rows}, 64],{w4a8_hopper.CODES_LAYOUT!r}>",
+                "scales_desc": f"tensordesc<bf16[1, {rows}],{of_scales!r}>" if group_size else None,
+                "zeros_desc": f"tensordesc<i8[1, {rows}],{of_zeros!r}>" if zeros else None,
+                "y_desc": f"tensordesc<bf16{y_block},{w4a8_hopper.Y_LAYOUT!r}>",
+                "x_scales_ptr": "*fp32",
+                "scales_ptr": None if group_size else "*bf16",
+                "bias_ptr": "*bf16",
+                "partial_ptr": ("*fp32" if group_size else "*i32") if stream else None,
+                "counter_ptr": "*i32" if stream else None,
+                **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_sm": 1},
+                **{"G": group_size, "STREAM": stream, "STAGES": chosen["stages"], "PARTS": partitions},
+                "REGISTERS": consumer_registers(two),
+            }
+            options = {"num_warps": w4a8_hopper.WARPS} | ({"maxnreg": REGISTERS_OF_TWO} if two else {})
+            name = f"w4a8_hopper g{group_size}{' zeros' * zeros} M={M} N={N}"
+            yield name, w4a8_hopper.w4a8_hopper_kernel, types, options
 
 
 def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[dict, dict]:
@@ -329,6 +376,7 @@ def jobs(target: str):
     if target == "sm_90":
         yield from hopper_jobs()
         yield from eight_bit_hopper_jobs()
+        yield from w4a8_hopper_jobs()
     N, K, full = 4096, 4096, target in FIRST
     native = native_fp8(target)
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
@@ -352,7 +400,13 @@ def jobs(target: str):
                 "scales_ptr": "*fp32",
                 "bias_ptr": None,
             }
-            types |= {"y_ptr": "*bf16", **sizes, "stride_sm": "i32", "NATIVE_FP8": native}
+            types |= {
+                "y_ptr": "*bf16",
+                **sizes,
+                "stride_sm": "i32",
+                "NATIVE_FP8": native,
+                "PROMOTE_EVERY": 128,
+            }
             yield f"w8a8 {codes[1:]} M={M}", w8a8.w8a8_kernel, types, w8a8.config(M, N, K)
         types = {
             "x_ptr": "*u8",
@@ -461,7 +515,7 @@ def is_chosen(target: str, name: str, arguments: dict) -> bool:
         return True
     M, N = int(size[1]), int(size[2] or 4096)
     kernel = name.split()[0]
-    if kernel in ("w4a16_hopper", "w8_hopper"):
+    if kernel in ("w4a16_hopper", "w8_hopper", "w4a8_hopper"):
         return True
     x_dtype = {"*bf16": torch.bfloat16, "*fp16": torch.float16}[arguments["y_ptr"]]
     if kernel.startswith("w4a16"):
@@ -490,7 +544,9 @@ def compile_all(target: str) -> None:
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
-        if target == "sm_90" and name.startswith(("w4a16_decode", "w4a16_hopper", "w8_hopper")):
+        if target == "sm_90" and name.startswith(
+            ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper")
+        ):
             record |= in_the_main_loop(kernel)
         print(json.dumps(record), flush=True)
 
@@ -525,7 +581,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 79, "sm_89": 32, "sm_90": 112, "sm_100": 32, "sm_120": 32, "gfx942": 79, "gfx950": 32}
+KERNELS = {"sm_80": 79, "sm_89": 32, "sm_90": 125, "sm_100": 32, "sm_120": 32, "gfx942": 79, "gfx950": 32}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
@@ -547,7 +603,7 @@ def test_no_kernel_that_dispatch_chooses_spills_registers(compiled, target):
     assert max(spilled.values(), default=0) <= SPILLS, spilled
 
 
-@pytest.mark.parametrize("kernel", ["w4a16_decode", "w4a16_hopper", "w8_hopper"])
+@pytest.mark.parametrize("kernel", ["w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper"])
 def test_hoppers_kernels_spill_nothing_in_their_main_loop(compiled, kernel):
     loops = {k["name"]: k.get("spills_in_loop", 0) for k in compiled["sm_90"][0] if kernel in k["name"]}
     assert loops

@@ -17,6 +17,7 @@ CODES = {
     "w4a16_cpu": torch.uint8,
     "wna16": torch.int32,
     "w4a8": torch.int32,
+    "w4a8_interleaved": torch.int32,
     "w8a16": INT8,
     "w8a16_interleaved": INT8,
     "w8a8": INT8,
@@ -101,6 +102,7 @@ def check_rows(target, M, name):
         ("fp8_block", 64, 4096, 4104, FP8, "fp8_block_triton"),
         ("w8a16_interleaved", 4096, 4096, 4096, INT8, "w8a16_hopper"),
         ("w8a16_interleaved", 1, 4096, 4096, FP8, "w8a16_hopper"),
+        ("w4a8_interleaved", 4096, 4096, 4096, torch.int32, "w4a8_hopper"),
     ],
 )
 def test_hopper_multiplies_8_bits_by_its_own_kernel_where_tma_can(op, M, N, K, codes, name):
@@ -181,8 +183,8 @@ def test_a_block_of_columns_has_one_scale_on_a_gpu(op):
 def test_an_unknown_op_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown op 'w5a16'; known: w4a16, w4a16_tiles, w4a16_cpu, wna16, w4a8, w8a16, "
-        "w8a16_interleaved, w8a8, fp8_block",
+        match="unknown op 'w5a16'; known: w4a16, w4a16_tiles, w4a16_cpu, wna16, w4a8, "
+        "w4a8_interleaved, w8a16, w8a16_interleaved, w8a8, fp8_block",
     ):
         kernel_name("w5a16", "cpu", 1, 1, 1, BF16, torch.int32)
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.kernels import cpu, dequantize, fp8_block, int4pack, ops, w4a8, w4a16, w8a8, w8a16, wna16
 from quantkit.kernels.dispatch import native_fp8, target_of
+from quantkit.kernels.interleave import interleave_int4
 from quantkit.kernels.quantize_activations import quantize_activations
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import parse_scheme
@@ -127,7 +128,7 @@ def test_w4a8(random: Random, shape, dtype, group_size, asymmetric):
     magnitude += 0 if b is None else b.double().abs()
 
     if triton_runs(dtype):
-        y = w4a8.w4a8_rounded(x_codes, x_scales, *weights, dtype)
+        y = w4a8.w4a8_triton(x_codes, x_scales, *weights, dtype)
         assert_within(y, expected, magnitude, K)
     assert_within(torch.ops.quantkit.w4a8(x, *weights), expected, magnitude, K)
 
@@ -344,6 +345,10 @@ def calls(random: Random, dtype: torch.dtype = torch.float32) -> list[Call]:
         Call("wna16", (random.codes(N, K, 3), random.scales(N, 2), random.zeros(N, 2, bits=3), b, 32, 3)),
         Call("wna16", (random.codes(N, K, 2), s, None, None, 0, 2)),
         Call("w4a8", (random.codes(N, K, 4), random.scales(N, 2), random.zeros(N, 2), b, 32)),
+        Call(
+            "w4a8_interleaved",
+            (*interleave_int4(random.codes(N, K, 4), s, random.zeros(N, 1), K), b, 128),
+        ),
         Call("w8a16", (int8, s, b)),
         Call("w8a16", (fp8, s, None)),
         Call("w8a8", (int8, s, None, b)),
@@ -358,6 +363,7 @@ CALLS = [
     "w3a16-asym",
     "w2a16-channel",
     "w4a8-asym",
+    "w4a8-interleaved-asym",
     "w8a16-int8",
     "w8a16-fp8",
     "w8a8-int8",
@@ -383,7 +389,7 @@ def test_leading_shapes_strides_and_no_rows(random: Random, index):
 @each_call
 def test_a_row_of_zeros_gives_the_bias(random: Random, index):
     call = calls(random)[index]
-    bias = {"w4a16": -2, "w4a8": -2, "wna16": -3}.get(call.op, -1)
+    bias = {"w4a16": -2, "w4a8": -2, "w4a8_interleaved": -2, "wna16": -3}.get(call.op, -1)
     expected = call.weights[bias]
     y = call(torch.zeros(2, 40, device=DEVICE))
     assert torch.equal(y, torch.zeros(2, 24, device=DEVICE) + (0 if expected is None else expected))
@@ -440,6 +446,9 @@ WRONG = [  # op, argument, its replacement, what the message must say
     ("wna16", 0, lambda t: t[:, :3].contiguous(), "codes has shape [24, 3], expected [24, 6] for x [2, 40]"),
     ("wna16", 5, lambda bits: 4, "bits is 4, expected 2 or 3; w4a16 takes codes of 4 bits"),
     ("w4a8", 1, lambda t: t[:, :1].contiguous(), "scales has shape [24, 1], expected [24, 2]"),
+    ("w4a8_interleaved", 0, lambda t: t[:, :5].contiguous(), "words has shape [24, 5], expected [24, 16]"),
+    ("w4a8_interleaved", 1, lambda t: t.T.contiguous(), "scales has shape [24, 1], expected [1, 24]"),
+    ("w4a8_interleaved", 4, lambda g: 32, "group_size is 32, expected a multiple of 128, or 0"),
     ("w8a16", 0, lambda t: t.float(), "codes is float32, expected int8 or float8_e4m3fn"),
     ("w8a16", 1, lambda t: t.half(), "scales is float16, expected float32"),
     ("w8a16", 1, lambda t: t[:1].expand(24, 1), "scales has strides (0, 1); call .contiguous()"),
