@@ -27,7 +27,7 @@ from quantkit.kernels import tuned
 from quantkit.kernels.cpu import quantize_activations
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, target_of
 from quantkit.kernels.int4tiles import pack_tiles
-from quantkit.kernels.interleave import interleave
+from quantkit.kernels.interleave import interleave, interleave_int4
 from quantkit.linear import CODE_DTYPES
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
@@ -36,7 +36,13 @@ from quantkit.source import first_line
 Weight = tuple[int, int, Scheme]  # N, K, and a scheme of `tunable`
 
 # What a GPU runs for a scheme's op, where that has launches to choose from.
-OPS = {"w4a16": "w4a16_tiles", "w8a16": "w8a16_interleaved", "w8a8": "w8a8", "fp8_block": "fp8_block"}
+OPS = {
+    "w4a16": "w4a16_tiles",
+    "w4a8": "w4a8_interleaved",
+    "w8a16": "w8a16_interleaved",
+    "w8a8": "w8a8",
+    "fp8_block": "fp8_block",
+}
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 FINALISTS = 5
 QUICK_REPLAYS = 3
@@ -86,8 +92,8 @@ def candidates(op: str, problem: Problem, multiprocessors: int) -> list[Candidat
     first = default(op, problem)
     # what launches depend on besides M, N, K: for 8 bits the bytes of x, and whether scales are of blocks
     given: tuple[int, ...] = (2 if op == "w8a16_interleaved" else 1, op == "fp8_block")
-    if op == "w4a16_tiles":
-        given = (problem.group_size,)
+    if problem.codes_dtype == torch.int32:
+        given = (problem.group_size,) if op == "w4a16_tiles" else ()
     found = []
     for kernel in (first, *(other for other in KERNELS[op] if other != first)):
         if kernel.unsupported(problem) is None:
@@ -134,6 +140,8 @@ def pack(q: QuantizedTensor, x_dtype: torch.dtype) -> tuple[Any, ...]:
     (N, K), group_size = q.shape, q.scheme.group_size or 0
     if q.scheme.op == "w4a16":
         return *pack_tiles(q.codes, q.scales, q.zeros, group_size, K), None, None, group_size, N, False
+    if q.scheme.op == "w4a8":
+        return *interleave_int4(q.codes, q.scales, q.zeros, K), None, group_size, x_dtype
     if q.scheme.op == "w8a16":
         return interleave(q.codes), q.scales, None, q.scheme.weight == "int8"
     return q.codes, q.scales, None, x_dtype

@@ -30,7 +30,7 @@ WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
 HOPPER_LAUNCH = ("block_m", "rows", "warps", "stages", "programs")
-W8_HOPPER_LAUNCH = ("block_m", "block_n", "stages", "programs")
+TILES_LAUNCH = ("block_m", "block_n", "stages", "programs")  # of w8_hopper and w4a8_hopper
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,12 @@ def _hopper_by_tma(least: int, least_N: int = 8) -> Callable[[Problem], str | No
     return unsupported
 
 
+def _w4a8_hopper(problem: Problem) -> str | None:
+    if problem.group_size % 128:
+        return f"needs a group_size that is a multiple of 128, or 0, not {problem.group_size}"
+    return _hopper_by_tma(16, 16)(problem)
+
+
 def _wide(problem: Problem) -> str | None:
     if problem.target == "sm_90":
         return "is the slower one on sm_90, where w4a16_hopper calls it for what it cannot take"
@@ -218,7 +224,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w4a8_cpu", "cpu", _cpu),
     ),
     "w4a8_interleaved": (
-        Kernel("w4a8_hopper", "w4a8_hopper", _hopper_by_tma(16, 16), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w4a8_hopper", "w4a8_hopper", _w4a8_hopper, parameters=TILES_LAUNCH),
         Kernel("w4a8_interleaved_cpu", "cpu", _cpu),
     ),
     "w8a16": (
@@ -228,17 +234,17 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("w8a16_dequantize", "cpu", _cpu),
     ),
     "w8a16_interleaved": (
-        Kernel("w8a16_hopper", "w8_hopper", _hopper_by_tma(8), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w8a16_hopper", "w8_hopper", _hopper_by_tma(8), parameters=TILES_LAUNCH),
         Kernel("w8a16_interleaved_dequantize", "cpu", _cpu),
     ),
     "w8a8": (
-        Kernel("w8a8_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
+        Kernel("w8a8_hopper", "w8_hopper", _hopper_by_tma(16), parameters=TILES_LAUNCH),
         Kernel("w8a8_scaled_mm", "scaled_mm", _scaled_mm, _scaled_mm_loses),
         Kernel("w8a8_triton", "w8a8", _triton),
         Kernel("w8a8_cpu", "cpu", _cpu),
     ),
     "fp8_block": (
-        Kernel("fp8_block_hopper", "w8_hopper", _hopper_by_tma(16), parameters=W8_HOPPER_LAUNCH),
+        Kernel("fp8_block_hopper", "w8_hopper", _hopper_by_tma(16), parameters=TILES_LAUNCH),
         Kernel("fp8_block_triton", "fp8_block", _triton),
         Kernel("fp8_block_cpu", "cpu", _cpu),
     ),

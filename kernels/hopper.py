@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from quantkit.kernels.stream_k import COUNTERS
+
 # Triton 3.9's names, and 3.6's
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -60,6 +62,25 @@ def worth(tiles: int, multiprocessors: int, part: float = 0.1) -> float:
         cut = multiprocessors // tiles
         return tiles * cut / multiprocessors / (1 + part * (cut - 1))
     return tiles / (triton.cdiv(tiles, multiprocessors) * multiprocessors)
+
+
+def tiles_of(launch: dict[str, int], M: int, N: int) -> int:
+    """Tiles of y, of block_m rows and block_n columns."""
+    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["block_n"])
+
+
+def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]:
+    """Numbers of programs worth timing for tiles of so many steps, 0 for one a tile; two: a multiprocessor runs two."""
+    at_once = multiprocessors * (2 if two else 1)
+    found = []
+    for share in (parts(tiles, at_once), even_share(tiles, at_once), 0, at_once):
+        programs = share or tiles
+        alone = two and programs <= multiprocessors
+        idle = programs > tiles * steps
+        uncounted = tiles % programs != 0 and 2 * tiles > COUNTERS
+        if not (alone or idle or uncounted):
+            found.append(0 if programs == tiles else programs)
+    return found
 
 
 def consumer_registers(two: bool) -> int:

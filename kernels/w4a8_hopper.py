@@ -45,8 +45,10 @@ from quantkit.kernels.hopper import (
     next_slot,
     parts,
     rows_of_block,
+    shares,
     step_after,
     store_transposed,
+    tiles_of,
     wait_for_kernel_before,
     worth,
 )
@@ -54,15 +56,14 @@ from quantkit.kernels.interleave import STEP
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w8_hopper import aligned
 
-ROWS_OF_WARP = 16  # of the weight
-WARPS = 4  # of a partition
+GROUP_ROWS = 64  # of the weight, of a partition
 WIDEST_PRODUCT = gl.constexpr(128)  # rows of x of the widest int8 product that Triton has
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 Y_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 
-# block_m, warps, and the rate of such tiles beside the first's, where they fill an H100 equally well
-LARGE = ((256, 8, 1.0), (128, 8, 0.85), (128, 4, 0.6), (64, 4, 0.45))
+# block_m, block_n, and the rate of such tiles beside the first's, where they fill an H100 equally well
+LARGE = ((256, 128, 1.0), (128, 128, 0.85), (128, 64, 0.6), (64, 64, 0.45))
 PART = 4096.0  # columns whose products cost as much as a part more of a tile
 
 Config = dict[str, int]
@@ -73,16 +74,11 @@ def rows_layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
 
 
-def tiles_of(launch: Config, M: int, N: int) -> int:
-    """Tiles of y."""
-    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["warps"] * ROWS_OF_WARP)
-
-
 def shared_bytes(launch: Config) -> int:
     """Shared memory of a program whose weight has zeros, and scales of 32 bits."""
-    rows, block_m = launch["warps"] * ROWS_OF_WARP, launch["block_m"]
-    slot = STEP * (rows // 2 + block_m) + 4 * rows + max(128, rows)
-    return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, block_m) * rows * 2
+    block_m, block_n = launch["block_m"], launch["block_n"]
+    slot = STEP * (block_n // 2 + block_m) + 4 * block_n + max(128, block_n)
+    return RESERVED + launch["stages"] * slot + min(STAGED_ROWS, block_m) * block_n * 2
 
 
 def two_fit(launch: Config) -> bool:
@@ -102,17 +98,17 @@ def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100."""
     block_m = rows_of_block(M)
     if block_m <= 64:
-        chosen = dict(block_m=block_m, warps=8, stages=0, programs=0)
+        chosen = dict(block_m=block_m, block_n=128, stages=0, programs=0)
         if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
             return deepest(chosen, 8, two=True)
         two = block_m <= 16 and K <= 8192
         if block_m > 16 or two:
-            chosen["warps"] = 4
+            chosen["block_n"] = 64
         chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
         return deepest(chosen, 8 if two else 12, two)
     best = 0.0
-    for size, warps, rate in LARGE:
-        one = deepest(dict(block_m=size, warps=warps, programs=0), 12)
+    for size, block_n, rate in LARGE:
+        one = deepest(dict(block_m=size, block_n=block_n, stages=0, programs=0), 12)
         tiles = tiles_of(one, M, N)
         score = rate * worth(tiles, multiprocessors, PART / K)
         shared = parts(tiles, multiprocessors) > tiles
@@ -122,6 +118,28 @@ def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
     return chosen | dict(programs=0 if share == tiles else share)
+
+
+def candidates(M: int, N: int, K: int, multiprocessors: int = 132) -> list[Config]:
+    """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit."""
+    found, largest = [config(M, N, K, multiprocessors)], rows_of_block(M)
+    for block_m in (256, 128, 64) if M > 128 else (largest, max(8, largest // 2)):
+        for block_n in (128, 64):
+            for two in (False, True):
+                one = deepest(
+                    dict(block_m=block_m, block_n=block_n, stages=0, programs=0), 8 if two else 12, two
+                )
+                if two and not two_fit(one):
+                    continue
+                tiles, steps = tiles_of(one, M, N), triton.cdiv(K, STEP)
+                of_one = shares(tiles, steps, multiprocessors, two)
+                # sums of 256 rows leave no registers for those of other programs
+                found += [
+                    one | dict(programs=share)
+                    for share in of_one
+                    if block_m <= WIDEST_PRODUCT.value or tiles % (share or tiles) == 0
+                ]
+    return [launch for i, launch in enumerate(found) if launch not in found[:i]]
 
 
 @gluon.constexpr_function
@@ -446,15 +464,15 @@ def w4a8_hopper(
     x_codes, codes = aligned(x_codes), aligned(words).view(torch.int8)
     multiprocessors = multiprocessors_of(x_codes.device)
     chosen = launch or config(M, N, K, multiprocessors)
-    block_m, rows = chosen["block_m"], chosen["warps"] * ROWS_OF_WARP
-    partitions = chosen["warps"] // WARPS
+    block_m, block_n = chosen["block_m"], chosen["block_n"]
+    partitions = block_n // GROUP_ROWS
     y = x_codes.new_empty(M, N, dtype=dtype)
     describe = TensorDescriptor.from_tensor
     scales_desc = zeros_desc = None
     if group_size:
-        scales_desc = describe(in_rows(scales), [1, rows], rows_layout(scales.dtype))
+        scales_desc = describe(in_rows(scales), [1, block_n], rows_layout(scales.dtype))
     if zeros is not None:
-        zeros_desc = describe(in_rows(zeros).view(torch.int8), [1, rows], rows_layout(torch.int8))
+        zeros_desc = describe(in_rows(zeros).view(torch.int8), [1, block_n], rows_layout(torch.int8))
     tiles = tiles_of(chosen, M, N)
     programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
     stream = tiles % programs != 0
@@ -463,17 +481,17 @@ def w4a8_hopper(
     partial = counters = None
     if stream:
         sums = torch.float32 if group_size else torch.int32
-        partial = x_codes.new_empty(2 * programs * rows * block_m, dtype=sums)
+        partial = x_codes.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x_codes.device)
     two = programs > multiprocessors and two_fit(chosen)
     w4a8_hopper_kernel[(programs,)](
         describe(x_codes, [block_m, STEP], X_LAYOUT),
-        describe(codes, [rows, STEP // 2], CODES_LAYOUT),
+        describe(codes, [block_n, STEP // 2], CODES_LAYOUT),
         scales_desc,
         zeros_desc,
-        describe(y, [min(block_m, STAGED_ROWS), rows // partitions], Y_LAYOUT),
+        describe(y, [min(block_m, STAGED_ROWS), GROUP_ROWS], Y_LAYOUT),
         x_scales, None if group_size else scales, bias, partial, counters, M, N, K, x_scales.stride(0),
         G=group_size, STREAM=stream, STAGES=chosen["stages"], PARTS=partitions, REGISTERS=consumer_registers(two),
-        num_warps=WARPS, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+        num_warps=4, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y

@@ -53,9 +53,11 @@ from quantkit.kernels.hopper import (
     next_slot,
     parts,
     rows_of_block,
+    shares,
     step_after,
     store_tile,
     store_transposed,
+    tiles_of,
     wait_for_kernel_before,
     worth,
 )
@@ -80,11 +82,6 @@ Config = dict[str, int]
 def x_is_left(M: int, blocks: bool) -> bool:
     """Whether x is the left operand: its scales of blocks then take two registers instead of one a column."""
     return blocks and M > 64
-
-
-def tiles_of(launch: Config, M: int, N: int) -> int:
-    """Tiles of y."""
-    return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["block_n"])
 
 
 def slot_columns(launch: Config, x_bytes: int) -> int:
@@ -160,14 +157,8 @@ def candidates(
                 one = deepest(one, x_bytes, x_left, 6 if two else 10, two)
                 if one["stages"] < 3 or (two and not two_fit(one, x_bytes, x_left)):
                     continue
-                tiles, at_once = tiles_of(one, M, N), multiprocessors * (2 if two else 1)
-                for share in (parts(tiles, at_once), even_share(tiles, at_once), 0, at_once):
-                    programs = share or tiles
-                    alone = two and programs <= multiprocessors
-                    idle = programs > tiles * triton.cdiv(K, STEP)
-                    uncounted = tiles % programs != 0 and 2 * tiles > COUNTERS
-                    if not (alone or idle or uncounted):
-                        found.append(one | dict(programs=0 if programs == tiles else programs))
+                tiles, steps = tiles_of(one, M, N), triton.cdiv(K, STEP)
+                found += [one | dict(programs=share) for share in shares(tiles, steps, multiprocessors, two)]
     return [launch for i, launch in enumerate(found) if launch not in found[:i]]
 
 

@@ -221,8 +221,8 @@ def w4a8_hopper_jobs():
     for group_size, zeros, products in W4A8:
         for M, (N, K) in products:
             chosen = w4a8_hopper.config(M, N, K)
-            block_m, rows = chosen["block_m"], chosen["warps"] * w4a8_hopper.ROWS_OF_WARP
-            partitions = chosen["warps"] // w4a8_hopper.WARPS
+            block_m, rows = chosen["block_m"], chosen["block_n"]
+            partitions = rows // w4a8_hopper.GROUP_ROWS
             tiles = w4a8_hopper.tiles_of(chosen, M, N)
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
@@ -244,7 +244,7 @@ def w4a8_hopper_jobs():
                 **{"G": group_size, "STREAM": stream, "STAGES": chosen["stages"], "PARTS": partitions},
                 "REGISTERS": consumer_registers(two),
             }
-            options = {"num_warps": w4a8_hopper.WARPS} | ({"maxnreg": REGISTERS_OF_TWO} if two else {})
+            options = {"num_warps": 4} | ({"maxnreg": REGISTERS_OF_TWO} if two else {})
             name = f"w4a8_hopper g{group_size}{' zeros' * zeros} M={M} N={N}"
             yield name, w4a8_hopper.w4a8_hopper_kernel, types, options
 

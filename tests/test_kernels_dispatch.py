@@ -134,6 +134,13 @@ def test_tables_are_asked_by_the_type_of_the_codes(monkeypatch):
     assert asked == [("w8a8", name, "sm_90", 64, 512, 256, 0) for name in ("int8", "float8_e4m3fn")]
 
 
+@pytest.mark.parametrize(("group_size", "taken"), [(0, True), (64, False), (128, True), (256, True)])
+def test_w4a8_on_hopper_takes_groups_of_its_steps(group_size, taken):
+    (kernel,) = (kernel for kernel in KERNELS["w4a8_interleaved"] if kernel.name == "w4a8_hopper")
+    problem = Problem("sm_90", 64, 4096, 4096, BF16, torch.int32, group_size)
+    assert (kernel.unsupported(problem) is None) == taken
+
+
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_cpu_has_a_kernel_for_every_op(op):
     assert kernel_name(op, "cpu", 1, 100, 100, torch.float32, CODES[op], 7 if op == "w4a16" else 0)

@@ -15,7 +15,18 @@ from quantkit.eval import tune as tuner
 from quantkit.eval.linears import random_copies
 from quantkit.eval.timing import Timing
 from quantkit.eval.tune import Candidate, Trial, least_M, merged, save, tunable, tune
-from quantkit.kernels import cpu, dispatch, ops, stream_k, tuned, w4a16, w4a16_decode, w4a16_wide, w8_hopper
+from quantkit.kernels import (
+    cpu,
+    dispatch,
+    ops,
+    stream_k,
+    tuned,
+    w4a8_hopper,
+    w4a16,
+    w4a16_decode,
+    w4a16_wide,
+    w8_hopper,
+)
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, choose
 from quantkit.kernels.int4tiles import pack_tiles
 from quantkit.kernels.tuned import TableError
@@ -130,6 +141,25 @@ def test_launches_of_8_bits_are_worth_their_time(M, x_bytes, blocks):
                 x_left = w8_hopper.x_is_left(M, blocks)
                 assert w8_hopper.shared_bytes(launch, x_bytes, x_left) <= w8_hopper.SHARED
                 assert launch["block_m" if x_left else "block_n"] in (64, 128)
+                assert programs <= tiles * -(-K // 128)
+                assert tiles % programs == 0 or 2 * tiles <= stream_k.COUNTERS
+
+
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 64, 65, 128, 129, 300, 1024, 4096])
+def test_launches_of_w4a8_are_worth_their_time(M):
+    (kernel,) = (kernel for kernel in KERNELS["w4a8_interleaved"] if kernel.name == "w4a8_hopper")
+    for N, K in [*SHAPES[:5], (16, 16), (336, 272)]:
+        for multiprocessors in (78, 132):
+            found = w4a8_hopper.candidates(M, N, K, multiprocessors)
+            assert found[0] == w4a8_hopper.config(M, N, K, multiprocessors)
+            assert 1 <= len(found) <= 25
+            assert all(set(launch) == set(kernel.parameters) for launch in found)
+            assert len({tuple(sorted(launch.items())) for launch in found}) == len(found)
+            for launch in found[1:]:
+                tiles = w4a8_hopper.tiles_of(launch, M, N)
+                programs = launch["programs"] or tiles
+                assert launch["stages"] >= 3
+                assert w4a8_hopper.shared_bytes(launch) <= w4a8_hopper.SHARED
                 assert programs <= tiles * -(-K // 128)
                 assert tiles % programs == 0 or 2 * tiles <= stream_k.COUNTERS
 
@@ -287,22 +317,26 @@ def test_candidates_are_of_every_kernel_that_runs_and_the_default_is_first():
         ("w8a8", FP8, 4096, ["w8a8_hopper", "w8a8_scaled_mm", "w8a8_triton"]),
         ("fp8_block", FP8, 64, ["fp8_block_hopper", "fp8_block_triton"]),
         ("w8a16_interleaved", FP8, 64, ["w8a16_hopper"]),
+        ("w4a8_interleaved", torch.int32, 64, ["w4a8_hopper"]),
     ],
     ids=str,
 )
 def test_candidates_of_8_bits_are_those_of_their_op(op, codes, M, expected):
     found = tuner.candidates(op, Problem("sm_90", M, 28672, 4096, torch.bfloat16, codes), 132)
     assert list(dict.fromkeys(candidate.kernel.name for candidate in found)) == expected
-    launches = [c.launch for c in found if c.kernel.module == "w8_hopper"]
-    x_bytes = 2 if op == "w8a16_interleaved" else 1
-    assert launches == w8_hopper.candidates(M, 28672, 4096, x_bytes, op == "fp8_block", 132)
+    launches = [c.launch for c in found if c.kernel.parameters]
+    if op == "w4a8_interleaved":
+        assert launches == w4a8_hopper.candidates(M, 28672, 4096, 132)
+    else:
+        x_bytes = 2 if op == "w8a16_interleaved" else 1
+        assert launches == w8_hopper.candidates(M, 28672, 4096, x_bytes, op == "fp8_block", 132)
 
 
 def test_zeros_and_static_scales_are_measured_as_the_scheme_without():
     measured = {"w8a8-static": "w8a8", "fp8-static": "fp8", "w4a16-g64-asym": "w4a16-g64"}
     for label in ("w8a16", "w8a8", "w4a16-channel", "fp8", "fp8-block", "fp8-w8a16", *measured):
         assert tunable(parse_scheme(label)) == parse_scheme(measured.get(label, label))
-    for label in ("w3a16-g128", "w2a16-g128", "w4a8-g128"):
+    for label in ("w3a16-g128", "w2a16-g128"):
         with pytest.raises(QuantKitError, match=f"scheme {label}: .* no launches to tune; .* w8a8, .* have"):
             tunable(parse_scheme(label))
 
@@ -625,7 +659,7 @@ def test_a_table_may_name_a_kernel_without_its_launch(folder):
 
 @pytest.mark.gpu
 def test_a_small_weight_is_tuned_on_the_gpu(folder):
-    labels = ("w4a16", "w8a8", "fp8", "fp8-block", "w8a16", "fp8-w8a16")
+    labels = ("w4a16", "w4a8", "w8a8", "fp8", "fp8-block", "w8a16", "fp8-w8a16")
     table = tune([(1024, 1024, PRESETS[label]) for label in labels], [1, 16, 64], "cuda", replays=3)
     assert [(e["scheme"], e["M"]) for e in table["entries"]] == [
         (PRESETS[label].label, M) for label in labels for M in (1, 16, 64)
