@@ -17,7 +17,7 @@ from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.eval.records import Record, environment, version
 from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
-from quantkit.kernels.cpu import BLOCK, quantize_activations
+from quantkit.kernels.cpu import quantize_activations
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of
 from quantkit.packing import QuantizedTensor
@@ -184,35 +184,22 @@ def rounded_products(
 ) -> tuple[dict[str, list[Product]], list[Product]]:
     """Products of x that is rounded already, by variant, and of what residual + RMS norm + rounding in one kernel make
     of x."""
-    scheme, op = modules[0].scheme, torch.ops.quantkit
-    group_size = BLOCK if scheme.op == "fp8_block" else 0
-    dtype = torch.float8_e4m3fn if scheme.activation == "fp8" else torch.int8
+    scheme, rounding = modules[0].scheme, modules[0].rounding
+    assert rounding is not None
+    dtype, _, group_size = rounding
     ready = quantize_activations(x, dtype, group_size=group_size)
     weight, residual = torch.ones_like(x[0]), torch.zeros_like(x)
 
-    def multiply(x_codes: torch.Tensor, x_scales: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        if scheme.op != "w4a8":
-            rounded = op.fp8_block_rounded if group_size else op.w8a8_rounded
-            return rounded(x_codes, x_scales, m.codes, m.scales, m.bias, x.dtype)  # type: ignore[no-any-return]
-        rest = (m.bias, scheme.group_size or 0, x.dtype)
-        if m.packed is None:
-            return op.w4a8_rounded(x_codes, x_scales, m.codes, m.scales, m.zeros, *rest)  # type: ignore[no-any-return]
-        repacked = (m.packed, m.packed_scales, m.packed_zeros)
-        return op.w4a8_interleaved_rounded(x_codes, x_scales, *repacked, *rest)  # type: ignore[no-any-return]
-
     def after_norm(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        x_codes, x_scales, _ = op.rms_norm_quantize(x, weight, EPS, residual, dtype, None, group_size)
-        return multiply(x_codes, x_scales, m)
+        x_codes, x_scales, _ = torch.ops.quantkit.rms_norm_quantize(x, weight, EPS, residual, *rounding)
+        return m.of_rounded(x_codes, x_scales, x.dtype)
 
-    def alone(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        return multiply(*ready, m)
-
-    def fast(x: torch.Tensor, m: QuantLinear) -> torch.Tensor:
-        return op.w8a8_rounded(*ready, m.codes, m.scales, m.bias, x.dtype, True)  # type: ignore[no-any-return]
+    def alone(x: torch.Tensor, m: QuantLinear, fast: bool = False) -> torch.Tensor:
+        return m.of_rounded(ready[0], ready[1], x.dtype, fast)
 
     variants: dict[str, list[Product]] = {ROUNDED: [partial(alone, m=m) for m in modules]}
     if scheme.op == "w8a8" and scheme.weight == "fp8":
-        variants[f"{ROUNDED}, fast sums"] = [partial(fast, m=m) for m in modules]
+        variants[f"{ROUNDED}, fast sums"] = [partial(alone, m=m, fast=True) for m in modules]
     return variants, [partial(after_norm, m=m) for m in modules]
 
 

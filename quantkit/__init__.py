@@ -12,6 +12,7 @@ from quantkit.errors import QuantKitError
 from quantkit.hf import QuantKitConfig
 from quantkit.linear import QuantLinear, set_fp8_accumulation
 from quantkit.load import load
+from quantkit.optimize import optimize
 from quantkit.packing import QuantizedTensor
 from quantkit.quantize import quantize
 from quantkit.recipe import CalibrationSpec, Recipe, Rule
@@ -28,6 +29,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "load",
+    "optimize",
     "parse_scheme",
     "quantize",
     "quantize_checkpoint",

@@ -282,6 +282,32 @@ class QuantLinear(nn.Module):
             return ops.w8a8(x, self.codes, self.scales, self.input_scale, self.bias, self.fast_accumulation)
         return ops.fp8_block(x, self.codes, self.scales, self.bias)
 
+    @property
+    def rounding(self) -> tuple[torch.dtype, torch.Tensor | None, int] | None:
+        """What `rms_norm_quantize` and `swiglu_quantize` are to round x to: dtype, input_scale, group_size.
+
+        None: x is not rounded, or multiplied by channel scales before.
+        """
+        if self.scheme.activation is None or self.channel_scales is not None:
+            return None
+        return CODE_DTYPES[self.scheme.activation], self.input_scale, self.scheme.block_size or 0
+
+    def of_rounded(
+        self, x_codes: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, fast: bool | None = None
+    ) -> torch.Tensor:
+        """y in a dtype [..., out_features] of x that its producer has rounded as `rounding` says."""
+        ops, rounded = torch.ops.quantkit, (x_codes, x_scales)
+        if self.scheme.op == "w8a8":
+            fast = self.fast_accumulation if fast is None else fast
+            return ops.w8a8_rounded(*rounded, self.codes, self.scales, self.bias, dtype, fast)  # type: ignore[no-any-return]
+        if self.scheme.op == "fp8_block":
+            return ops.fp8_block_rounded(*rounded, self.codes, self.scales, self.bias, dtype)  # type: ignore[no-any-return]
+        rest = (self.bias, self.scheme.group_size or 0, dtype)
+        if self.packed is None:
+            return ops.w4a8_rounded(*rounded, self.codes, self.scales, self.zeros, *rest)  # type: ignore[no-any-return]
+        repacked = (self.packed, self.packed_scales, self.packed_zeros)
+        return ops.w4a8_interleaved_rounded(*rounded, *repacked, *rest)  # type: ignore[no-any-return]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantLinear":
         """Moves between devices, but `.half()` and `.to(dtype)` change the bias alone: codes are not numbers to cast."""
         x_dtype = self.repacked_for

@@ -1,0 +1,48 @@
+"""A loaded model made ready to generate: the same function with fewer kernels."""
+
+from typing import Any, NoReturn, TypeVar
+
+from transformers import PreTrainedModel
+
+from quantkit.calibration.rtn import rtn
+from quantkit.errors import QuantKitError
+from quantkit.fuse import fuse
+from quantkit.linear import QuantLinear
+from quantkit.scheme import Scheme, parse_scheme
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def optimize(model: Model, head: str | Scheme | None = None) -> Model:
+    """Fuses the decoder blocks of a model, quantized or not, in place (`fuse.py`).
+
+    Args:
+        model: of a kind in `fuse.KINDS`, on the device where it is to run: blocks are laid out for it.
+        head: scheme of the LM head, rounded to nearest, such as "w8a16"; None: left as it is. Tied embeddings keep
+            their own weight.
+
+    Returns:
+        The model. It generates, but is not to be saved: save it before.
+
+    Raises:
+        QuantKitError: the model's blocks cannot be fused, it was optimized before, or the head is packed already.
+    """
+    scheme = parse_scheme(head) if isinstance(head, str) else head
+    old = model.get_output_embeddings()
+    if scheme is not None and (old is None or isinstance(old, QuantLinear)):
+        raise QuantKitError(
+            f"head {scheme.label}: the model has no LM head that is not packed; leave head out"
+        )
+    fuse(model)
+    if scheme is not None:
+        new = QuantLinear.from_quantized(rtn(old.weight.detach().float(), scheme), old.bias)
+        new.repack(model.dtype)
+        model.set_output_embeddings(new)
+    model.save_pretrained = _refuse_to_save  # type: ignore[method-assign, assignment]
+    return model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise QuantKitError(
+        "save_pretrained: the blocks of an optimized model are merged; save before quantkit.optimize, or load it again"
+    )
