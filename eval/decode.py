@@ -14,6 +14,7 @@ from quantkit.eval.records import Record, environment
 from quantkit.eval.roofline import roof
 from quantkit.eval.sizes import memory_bytes
 from quantkit.eval.timing import capture, synchronized_seconds
+from quantkit.fuse import FusedBlock
 from quantkit.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def bench_decode(
         "kind": "decode",
         "model": name or model.config.name_or_path or model.config.model_type,
         "scheme": scheme_of(model),
+        **({"optimized": True} if any(isinstance(module, FusedBlock) for module in model.modules()) else {}),
         "batch": batch,
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,

@@ -129,11 +129,11 @@ def linear_cell(record: Record) -> str:
 def decode_tables(records: Sequence[Record]) -> list[Table]:
     """One table a model and device: a row a scheme and batch."""
     out = []
-    keys = ("device", "model", "scheme", "batch", "prompt_len", "new_tokens")
+    keys = ("device", "model", "scheme", "optimized", "batch", "prompt_len", "new_tokens")
     for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
         rows = [
             (
-                r["scheme"],
+                r["scheme"] + ", optimized" * bool(r.get("optimized")),
                 str(r["batch"]),
                 f"{r['prompt_len']} + {r['new_tokens']}",
                 number(r["memory_bytes"], ".2f", 1e-9),
@@ -265,8 +265,8 @@ def number(value: float | None, spec: str, unit: float = 1.0) -> str:
 
 
 def latest(records: Sequence[Record], *keys: str) -> list[Record]:
-    """The last record of each combination of keys, in the order of the combinations' first."""
-    return list({tuple(record[key] for key in keys): record for record in records}.values())
+    """The last record of each combination of keys, in the order of the combinations' first; an absent key is None."""
+    return list({tuple(record.get(key) for key in keys): record for record in records}.values())
 
 
 def grouped(records: Sequence[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:

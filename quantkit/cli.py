@@ -39,6 +39,7 @@ from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of, set_fp8_accumulation
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
 from quantkit.method import QUALITIES, STEPS, Level
+from quantkit.optimize import optimize
 from quantkit.packing import PARTS
 from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
@@ -556,6 +557,9 @@ def bench(
         ),
     ] = True,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Time prefill and decode.")] = True,
+    optimized: Annotated[
+        bool, typer.Option("--optimize", help="Fuse the decoder blocks first, as quantkit.optimize does.")
+    ] = False,
     fp8_accumulation: Accumulation = "accurate",
     dtype: Dtype = None,
     device: Device = None,
@@ -606,6 +610,8 @@ def bench(
         time_linears(list(SHAPES[shapes]), schemes)
         for one in [None, *schemes] if decode and shapes in CONFIGS else []:
             made = random_model(shapes, one, device=where)
+            if optimized:
+                optimize(made)
             set_fp8_accumulation(made, fp8_accumulation)
             time_decode(made, shapes)
             if where.type == "cuda":
@@ -614,6 +620,8 @@ def bench(
         computed = compute_dtype(where, dtype)
         subject = open_model(str(model), where, computed)
         set_fp8_accumulation(subject, fp8_accumulation)
+        if optimized:
+            optimize(subject)
         name = Path(against or str(model)).name
         time_decode(subject, name)
         packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}

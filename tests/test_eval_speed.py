@@ -26,6 +26,7 @@ from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.eval.roofline import Roof
 from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
 from quantkit.linear import QuantLinear
+from quantkit.optimize import optimize
 from quantkit.packing import unpack_codes
 from quantkit.scheme import PRESETS, parse_scheme
 
@@ -303,6 +304,8 @@ def test_a_decode_record_on_the_cpu_has_no_graph():
     assert record["graph_ms"] is record["graph_tokens_per_s"] is record["limit_ms"] is None
     assert record["scheme"] == "w4a16-g128"
     assert record["memory_bytes"] == memory_bytes(model)
+    assert "optimized" not in record
+    assert bench_decode(optimize(model), batch=2, prompt_len=8, new_tokens=4, repeats=1)["optimized"]
     assert record["prefill_tokens_per_s"] > 0
     json.dumps(record, allow_nan=False)
 

@@ -108,6 +108,11 @@ def test_quality_shows_the_protocol_and_leaves_out_what_the_original_has_not():
     assert table.caption.startswith("20 windows; NVIDIA H200;")
 
 
+def test_an_optimized_model_has_rows_of_its_own():
+    (table,) = tables([decode(), decode() | {"optimized": True}, decode()])
+    assert [row[0] for row in table.rows] == ["fp8", "fp8, optimized"]
+
+
 def test_decode_without_a_graph_has_a_dash():
     (table,) = tables([decode(), decode(16, graph_ms=None)])
     assert table.rows[0][5:] == ("40", "25.00", "312", "3.20", "1.87")
