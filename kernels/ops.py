@@ -36,7 +36,7 @@ from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.dispatch import Problem, choose, target_of
 from quantkit.kernels.int4pack import GROUP_SIZES
 from quantkit.kernels.int4tiles import tiled_shape
-from quantkit.kernels.interleave import STEP
+from quantkit.kernels.interleave import INT4_MAX_K, STEP
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
@@ -360,6 +360,10 @@ def _check_w4a8_interleaved(
         raise ValueError(
             f"{op}: group_size is {group_size}, expected a multiple of {STEP}, or 0 for one scale a row; use w4a8"
         )
+    if group_size == 0 and K > INT4_MAX_K:
+        raise ValueError(
+            f"{op}: K is {K}, expected at most {INT4_MAX_K} with one scale a row (int32 sums); use w4a8"
+        )
     groups = -(-K // group_size) if group_size else 1
     _expect(op, "words", words, (N, 16 * -(-K // STEP)), (torch.int32,), x)
     _expect(op, "scales", scales, (groups, N), FLOATS, x)
@@ -390,7 +394,7 @@ def _check_w4a8_rounded(
     _expect_rounded(op, x_codes, torch.int8, codes, dtype)
     x = scales.new_empty((1,), dtype=dtype).expand(x_codes.shape)  # stands for x before it was rounded
     y_shape = CHECKS_W4A8[op](x, codes, scales, zeros, bias, group_size)
-    _expect_x_scales(op, x_scales, [(x_codes.numel() // x_codes.shape[-1], 1)])
+    _expect_x_scales(op, x_scales, [(x_codes.numel() // x_codes.shape[-1], 1)], codes)
     return y_shape
 
 
@@ -623,6 +627,8 @@ def _expect_rounded(
         raise ValueError(f"{op}: dtype is {_names((dtype,))}, expected {_names(FLOATS)}")
     if x_codes.dtype != rounded_to:
         raise ValueError(f"{op}: x_codes is {_names((x_codes.dtype,))}, expected {_names((rounded_to,))}")
+    if x_codes.dim() == 0:
+        raise ValueError(f"{op}: x_codes has shape [], expected [..., K]; reshape it")
     if x_codes.device != codes.device or not x_codes.is_contiguous():
         raise ValueError(
             f"{op}: x_codes is on {x_codes.device} with strides {x_codes.stride()}, expected {codes.device} and "
@@ -630,7 +636,14 @@ def _expect_rounded(
         )
 
 
-def _expect_x_scales(op: str, x_scales: Tensor, shapes: list[tuple[int, int]]) -> None:
+def _expect_x_scales(op: str, x_scales: Tensor, shapes: list[tuple[int, int]], codes: Tensor) -> None:
+    """Scales a row side by side, of blocks in any order."""
+    apart = x_scales.shape[-1:] == (1,) and not x_scales.is_contiguous()
+    if x_scales.device != codes.device or apart:
+        raise ValueError(
+            f"{op}: x_scales is on {x_scales.device} with strides {x_scales.stride()}, expected {codes.device} and "
+            f"contiguous; move it, or call .contiguous()"
+        )
     if x_scales.dtype != torch.float32 or tuple(x_scales.shape) not in shapes:
         raise ValueError(
             f"{op}: x_scales is {_names((x_scales.dtype,))} {list(x_scales.shape)}, expected float32 "
@@ -659,7 +672,7 @@ def _check_rounded(
     K = x_codes.shape[-1]
     M = x_codes.numel() // K
     shapes = [(M, -(-K // BLOCK))] if op == "fp8_block" else [(M, 1), (1, 1)]
-    _expect_x_scales(op, x_scales, shapes)
+    _expect_x_scales(op, x_scales, shapes, codes)
     return y_shape
 
 

@@ -470,9 +470,9 @@ def w4a8_hopper(
     describe = TensorDescriptor.from_tensor
     scales_desc = zeros_desc = None
     if group_size:
-        scales_desc = describe(in_rows(scales), [1, block_n], rows_layout(scales.dtype))
+        scales_desc = describe(aligned(in_rows(scales)), [1, block_n], rows_layout(scales.dtype))
     if zeros is not None:
-        zeros_desc = describe(in_rows(zeros).view(torch.int8), [1, block_n], rows_layout(torch.int8))
+        zeros_desc = describe(aligned(in_rows(zeros)).view(torch.int8), [1, block_n], rows_layout(torch.int8))
     tiles = tiles_of(chosen, M, N)
     programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
     stream = tiles % programs != 0

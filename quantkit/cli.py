@@ -82,10 +82,19 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="To compute in: float32 (default on a CPU), bfloat16, float16; else the model's."),
 ]
+
+
+def an_accumulation(mode: str) -> str:
+    """Refuses a mode that there is not, before the work."""
+    set_fp8_accumulation(torch.nn.Module(), mode)
+    return mode
+
+
 Accumulation = Annotated[
     str,
     typer.Option(
-        help="Sums of e4m3 products on Hopper: accurate (float32 every 128 columns) or fast (14 bits)."
+        help="Sums of e4m3 products on Hopper while a model runs: accurate (float32 every 128 columns) or fast (14 bits).",
+        callback=an_accumulation,
     ),
 ]
 
@@ -739,8 +748,12 @@ def tuned_weights(
     weights = [(N, K, scheme) for N, K in pairs for scheme in asked]
     if model is not None:
         packed = tunable_weights(model)
-        own = not schemes and not group_sizes
-        weights += packed if own else [(N, K, scheme) for N, K, _ in packed for scheme in asked]
+        for N, K, own in packed:
+            regrouped = group_sizes and PRESETS[own.name].group_size is not None
+            of_own = (
+                [tunable(read_scheme(own.name, group, False)) for group in groups] if regrouped else [own]
+            )
+            weights += [(N, K, scheme) for scheme in (asked if schemes else of_own)]
     return list(dict.fromkeys(weights))
 
 
@@ -760,8 +773,8 @@ def tunable_weights(folder: Path) -> list[Weight]:
     names = [name for name in names if tiled(name)]
     if not names:
         raise QuantKitError(
-            f"{folder}: no linear of 8 bits, nor of w4a16 with scales in float16 or bfloat16; only their launches "
-            f"can be tuned"
+            f"{folder}: no linear of 8 bits or w4a8, nor of w4a16 with scales in float16 or bfloat16; only their "
+            f"launches can be tuned"
         )
     shapes = reader.load([f"{name}.weight" for name in names])
     weights = [(*shapes[f"{name}.weight"].tolist(), tunable(config.scheme_of(name))) for name in names]

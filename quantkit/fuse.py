@@ -6,14 +6,12 @@ q, k and v are one product, gate and up another. A norm's kernel adds the residu
 product of 8 bits; a product adds the residual that comes after it where its kernel can.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.errors import QuantKitError
 from quantkit.linear import QuantLinear
@@ -23,84 +21,35 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are a
 
 
 class FusedBlock(nn.Module):
-    """A decoder block, called as transformers calls the one that it stands for.
+    """A decoder block that was fused: its class comes before the block's own, and only its forward is new.
 
     Attributes:
-        self_attn: the attention's own module, without its products: what attention functions ask for its shape.
-        qkv, o, gate_up, down: QuantLinears, or nn.Linears where the block is not quantized.
+        qkv, gate_up: the merged linears; the block's `self_attn` and `mlp` keep `o_proj` and `down_proj`.
     """
 
-    def __init__(self, block: Any) -> None:
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    self_attn: Any
+    mlp: Any
+    qkv: nn.Module
+    gate_up: nn.Module
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        qkv, x = after_norm(self.qkv, self.input_layernorm, hidden_states, None)
+        y = self.self_attn(hidden_states=qkv, **kwargs)[0]  # its projections are `Rows` of what it is given
+        gate_up, h = after_norm(self.gate_up, self.post_attention_layernorm, y, x)
+        return h + after_swiglu(self.mlp.down_proj, gate_up)
+
+
+class Rows(nn.Module):
+    """Takes the place of a linear that was merged: its part of the merged result."""
+
+    def __init__(self, start: int, stop: int) -> None:
         super().__init__()
-        attention, mlp = block.self_attn, block.mlp
-        if attention.config.hidden_act != "silu":
-            raise QuantKitError(
-                f"{type(mlp).__name__}: hidden_act {attention.config.hidden_act!r}, expected 'silu'; it cannot be fused"
-            )
-        self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
-        self.rows = [getattr(attention, f"{name}_proj").out_features for name in "qkv"]
-        self.qkv = merged([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = merged([mlp.gate_proj, mlp.up_proj])
-        self.o, self.down = attention.o_proj, mlp.down_proj
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            delattr(attention, name)
-        self.self_attn = attention
-        if hasattr(block, "attention_type"):
-            self.attention_type = block.attention_type
+        self.start, self.stop = start, stop
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        qkv, x = after_norm(self.qkv, self.input_norm, hidden_states, None)
-        y = self.attend(qkv, attention_mask, past_key_values, position_embeddings, **kwargs)
-        gate_up, h = after_norm(self.gate_up, self.post_norm, self.o(y), x)
-        return h + after_swiglu(self.down, gate_up)
-
-    def attend(
-        self,
-        qkv: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attention of merged q, k and v [batch, T, rows], by the function that the model is set to."""
-        attention, shape = self.self_attn, qkv.shape[:-1]
-        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in qkv.split(self.rows, -1))
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        modeling = sys.modules[type(attention).__module__]
-        assert position_embeddings is not None
-        q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, attention.layer_idx)
-        config = attention.config
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            config._attn_implementation, modeling.eager_attention_forward
-        )
-        window = getattr(attention, "sliding_window", None)
-        if not hasattr(attention, "sliding_window") and config.model_type == "mistral":
-            window = config.sliding_window
-        out, _ = attend(
-            attention,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=0.0,
-            scaling=attention.scaling,
-            sliding_window=window,
-            **kwargs,
-        )
-        return out.reshape(*shape, -1).contiguous()
+    def forward(self, merged: torch.Tensor) -> torch.Tensor:
+        return merged[..., self.start : self.stop]
 
 
 class Beside(nn.Module):
@@ -144,6 +93,7 @@ def after_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """linear(norm(x + residual)), and x + residual."""
     rounding = getattr(linear, "rounding", None)
+    x = x.contiguous()
     codes, scales, h = torch.ops.quantkit.rms_norm_quantize(
         x, norm.weight, norm.variance_epsilon, residual, *(rounding or (None, None, 0))
     )
@@ -159,18 +109,41 @@ def after_swiglu(linear: Any, gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Puts a `FusedBlock` in the place of each decoder block, one at a time: weights are held once.
+    """Turns each decoder block into a `FusedBlock`, in place and one at a time: weights are held once.
 
     Raises:
-        QuantKitError: the model is of a kind whose blocks are not known, or was fused before.
+        QuantKitError: the model is of a kind whose blocks are not known, was fused before, or is not on one device.
     """
-    kind = model.config.get_text_config().model_type
-    if kind not in KINDS:
+    kind, config = type(model).__name__, model.config.get_text_config()
+    if config.model_type not in KINDS:
         raise QuantKitError(
-            f"model_type {kind!r}: its blocks cannot be fused, those of {', '.join(KINDS)} can"
+            f"{kind}: model_type {config.model_type!r}, expected {', '.join(KINDS)}; its blocks cannot be fused"
+        )
+    if config.hidden_act != "silu":
+        raise QuantKitError(
+            f"{kind}: hidden_act {config.hidden_act!r}, expected 'silu'; its blocks cannot be fused"
         )
     blocks = model.get_decoder().layers  # type: ignore[operator]
     if any(isinstance(block, FusedBlock) for block in blocks):
-        raise QuantKitError(f"{type(model).__name__}: its blocks are fused already")
-    for i in range(len(blocks)):
-        blocks[i] = FusedBlock(blocks[i])
+        raise QuantKitError(f"{kind}: its blocks are fused already")
+    devices = {str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise QuantKitError(
+            f"{kind}: is on {', '.join(sorted(devices))}, expected one device; load it with device_map={{'': device}}"
+        )
+    for block in blocks:
+        fuse_block(block)
+
+
+def fuse_block(block: Any) -> None:
+    attention, mlp = block.self_attn, block.mlp
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    block.qkv = merged(parts)
+    block.gate_up = merged([mlp.gate_proj, mlp.up_proj])
+    start = 0
+    for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+        setattr(attention, name, Rows(start, start + part.out_features))
+        start += part.out_features
+    del mlp.gate_proj, mlp.up_proj
+    kind = type(block)
+    block.__class__ = type(f"Fused{kind.__name__}", (FusedBlock, kind), {"__module__": kind.__module__})

@@ -17,18 +17,23 @@ def optimize(model: Model, head: str | Scheme | None = None) -> Model:
     """Fuses the decoder blocks of a model, quantized or not, in place (`fuse.py`).
 
     Args:
-        model: of a kind in `fuse.KINDS`, on the device where it is to run: blocks are laid out for it.
+        model: of a kind in `fuse.KINDS`, on the one device where it is to run: blocks are laid out for it.
         head: scheme of the LM head, rounded to nearest, such as "w8a16"; None: left as it is. Tied embeddings keep
             their own weight.
 
     Returns:
-        The model. It generates, but is not to be saved: save it before.
+        The model. It generates, but is not to be saved (save it before) nor trained.
 
     Raises:
-        QuantKitError: the model's blocks cannot be fused, it was optimized before, or the head is packed already.
+        QuantKitError: the model's blocks cannot be fused, it was optimized before, or the head is packed already or is
+            to be packed with static scales, which are calibrated. The model is as before then.
     """
     scheme = parse_scheme(head) if isinstance(head, str) else head
     old = model.get_output_embeddings()
+    if scheme is not None and scheme.activation_scale == "static":
+        raise QuantKitError(
+            f"head {scheme.label}: has calibrated scales, expected a scheme without, such as w8a16"
+        )
     if scheme is not None and (old is None or isinstance(old, QuantLinear)):
         raise QuantKitError(
             f"head {scheme.label}: the model has no LM head that is not packed; leave head out"

@@ -842,7 +842,7 @@ def test_ctrl_c_keeps_what_was_tuned(run, on_a_gpu, tables):
         (("--shape", "8,8", "--group-size", "48"), ("group_size 48", "32, 64, 128")),
         (
             ("--shape", "8,8", "--scheme", "w3a16"),
-            ("scheme w3a16-g128", "w4a16, fp8, fp8-static", "fp8-block"),
+            ("scheme w3a16-g128", "w4a16, w4a8, fp8, fp8-static", "fp8-block"),
         ),
         (("--shape", "8,8", "--scheme", "w8"), ("unknown scheme 'w8'", "fp8-block")),
         (("--shape", "8,8", "--scheme", "w8a8", "--group-size", "64"), ("w8a8 has no groups",)),
@@ -860,7 +860,7 @@ def test_tune_needs_a_gpu_linears_with_launches_and_a_file(
     refused, on_a_gpu, packed, tables, tmp_path, monkeypatch
 ):
     folder = packed("llama", "w3a16")
-    refused("tune", "--model", folder, words=(str(folder), "no linear of 8 bits, nor of w4a16"))
+    refused("tune", "--model", folder, words=(str(folder), "no linear of 8 bits or w4a8, nor of w4a16"))
     refused("tune", "--shape", "8,8", "--out", tables, words=(str(tables), "is a directory"))
     (tmp_path / "file").touch()
     refused(
@@ -899,3 +899,10 @@ def test_a_broken_table_is_named(refused, packed, tables):
     for arguments in (("inspect", folder), ("eval", folder), ("bench", folder), ("demo", "--windows", "1")):
         refused(*arguments, "--device", "cpu", words=words)
         dispatch.forget()
+
+
+@pytest.mark.parametrize("verb", [["eval", "nowhere"], ["bench", "--shapes", "llama-3-8b", "--no-decode"]])
+def test_a_mode_of_accumulation_that_there_is_not_is_refused_before_the_work(run, verb):
+    code, _, err = run(*verb, "--fp8-accumulation", "quick")
+    assert code == 2
+    assert "fp8 accumulation: found 'quick', expected 'accurate' or 'fast'" in err

@@ -99,6 +99,16 @@ def test_weights_that_hoppers_kernel_takes_are_interleaved(label, N, K, op):
     assert (not_interleavable_int4(N, K, scheme.group_size or 0, torch.bfloat16) is None) == (op is not None)
 
 
+def test_weights_that_hoppers_kernel_cannot_sum_are_refused():
+    op = torch.ops.quantkit.w4a8_interleaved
+    x, words = torch.zeros(1, 256), torch.zeros(16, 32, dtype=torch.int32)
+    with pytest.raises(ValueError, match="group_size is 64, expected a multiple of 128"):
+        op(x, words, torch.zeros(4, 16), None, None, 64)
+    K = 2**17 + 2**12
+    with pytest.raises(ValueError, match=f"K is {K}, expected at most 132104 with one scale a row"):
+        op(torch.zeros(1, K), torch.zeros(16, K // 8, dtype=torch.int32), torch.zeros(1, 16), None, None, 0)
+
+
 @pytest.mark.parametrize("M", [1, 8, 9, 32, 64, 65, 128, 300, 4096])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 4096), (4096, 14336), (16, 16), (57344, 8192)])
 def test_launches_fit_a_multiprocessor(M, N, K):

@@ -199,6 +199,11 @@ def test_rounded_x_that_does_not_fit_is_refused(random: Random):
         op(x_codes.view(FP8), x_scales, codes, scales, None, torch.float16)
     with pytest.raises(ValueError, match=r"x_scales is float32 \[2\], expected float32 \[2, 1\] or \[1, 1\]"):
         op(x_codes, x_scales[:, 0], codes, scales, None, torch.float16)
+    apart = random.scales(2, 3)[:, :1]
+    with pytest.raises(ValueError, match=r"x_scales is on .* with strides \(3, 1\), expected .* contiguous"):
+        op(x_codes, apart, codes, scales, None, torch.float16)
+    with pytest.raises(ValueError, match=r"x_codes has shape \[\], expected \[..., K\]"):
+        op(x_codes[0, 0], x_scales, codes, scales, None, torch.float16)
     with pytest.raises(ValueError, match="dtype is int8, expected float32 or float16 or bfloat16"):
         op(x_codes, x_scales, codes, scales, None, torch.int8)
     with pytest.raises(ValueError, match=r"strides \(1, 2\), expected .* contiguous"):

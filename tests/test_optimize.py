@@ -87,6 +87,58 @@ def test_linears_that_are_packed_otherwise_stand_beside_each_other(only):
     assert torch.equal(found[1], tokens)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_what_the_steps_before_left_in_the_cache(kind):
+    plain, model = (tiny(kind, "w8a8", torch.float32) for _ in range(2))
+    quantkit.optimize(model)
+    ids = torch.randint(2, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    caches = [transformers.DynamicCache(config=m.config) for m in (plain, model)]
+    with torch.no_grad():
+        for part in (ids[:, :10], ids[:, 10:]):
+            expected, found = (
+                m(part, past_key_values=cache, use_cache=True).logits
+                for m, cache in zip((plain, model), caches, strict=True)
+            )
+            assert torch.equal(found, expected)
+        assert caches[1].get_seq_length() == 11
+        assert not torch.equal(found, model(ids[:, 10:]).logits)
+
+
+def test_hidden_states_and_attentions_are_seen():
+    plain, model = (tiny("llama", "w8a8", torch.float32) for _ in range(2))
+    quantkit.optimize(model)
+    ids = torch.randint(2, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    for m in (plain, model):
+        m.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected, found = (m(ids, output_hidden_states=True, output_attentions=True) for m in (plain, model))
+    for name in ("hidden_states", "attentions"):
+        assert len(found[name]) == len(expected[name]) > 0
+        assert all(map(torch.equal, found[name], expected[name]))
+
+
+def test_embeddings_need_not_be_contiguous():
+    plain, model = (tiny("llama", "w8a8", torch.float32) for _ in range(2))
+    quantkit.optimize(model)
+    x = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))[:, 1:]
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=x).logits, plain(inputs_embeds=x).logits)
+
+
+def test_fp8_accumulation_goes_into_the_merged_linears(monkeypatch):
+    model = tiny("llama", "fp8", torch.float32)
+    quantkit.set_fp8_accumulation(model, "fast")
+    quantkit.optimize(model)
+    modes = []
+    op = torch.ops.quantkit.w8a8_rounded
+    monkeypatch.setattr(torch.ops.quantkit, "w8a8_rounded", lambda *a: (modes.append(a[-1]), op(*a))[1])
+    with torch.no_grad():
+        model(torch.full((1, 3), 7))
+        quantkit.set_fp8_accumulation(model, "accurate")
+        model(torch.full((1, 3), 7))
+    assert modes == [True] * 6 + [False] * 6  # qkv, gate and up, down of two blocks
+
+
 def test_weights_are_held_once():
     model = tiny("llama", "w8a8", torch.bfloat16)
     held = sum(p.nbytes for p in model.parameters())
@@ -111,6 +163,12 @@ def test_the_head_can_be_packed(tied):
 def test_what_cannot_be_optimized_is_refused():
     gelu = tiny("llama", None, torch.float32)
     gelu.config.hidden_act = "gelu"
+    static = tiny("llama", None, torch.float32)
+    with pytest.raises(QuantKitError, match="head fp8-static: has calibrated scales"):
+        quantkit.optimize(static, head="fp8-static")
+    static.model.layers[1].to("meta")
+    with pytest.raises(QuantKitError, match="is on cpu, meta, expected one device"):
+        quantkit.optimize(static)
     with pytest.raises(QuantKitError, match="hidden_act 'gelu', expected 'silu'"):
         quantkit.optimize(gelu)
     other = transformers.GPTNeoXForCausalLM(
@@ -118,7 +176,7 @@ def test_what_cannot_be_optimized_is_refused():
             vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
         )
     )
-    with pytest.raises(QuantKitError, match="model_type 'gpt_neox': its blocks cannot be fused"):
+    with pytest.raises(QuantKitError, match="GPTNeoXForCausalLM: model_type 'gpt_neox', expected llama"):
         quantkit.optimize(other)
     model = quantkit.optimize(tiny("llama", None, torch.float32))
     with pytest.raises(QuantKitError, match="fused already"):
