@@ -79,8 +79,8 @@ def bench_linears(
     Returns:
         One record a (shape, scheme, M), and one more a peer of the scheme, whose `library` is named; two more for
         8-bit activations (a peer has one), whose `variant` says where x is rounded, and for `fp8` a third,
-        `set_fp8_accumulation`'s fast mode. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x unrounded and the product in float64: for
-        schemes that round x to 8 bits it holds that rounding too.
+        `set_fp8_accumulation`'s fast mode. `rel_error` is ||y - x w^T|| / ||x w^T|| with w as dequantized, x unrounded
+        and the product in float64: for schemes that round x to 8 bits it holds that rounding too.
         `limit_us` counts each weight, input and output byte once, and is null on a CPU. Where `rel_error`
         exceeds `ERROR_BOUNDS`, the times are null and `refused` says why.
     """

@@ -398,25 +398,6 @@ def _check_w4a8_rounded(
     return y_shape
 
 
-def _w4a8(
-    op: str,
-    y_shape: tuple[int, ...],
-    x_codes: Tensor,
-    x_scales: Tensor,
-    codes: Tensor,
-    *rest: Tensor | int | torch.dtype | None,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The kernel of `w4a8` or `w4a8_interleaved` over rows that are rounded already; y in a dtype."""
-    (M, K), N = x_codes.shape, len(codes)
-    if M == 0 or N == 0:
-        return x_scales.new_empty(y_shape, dtype=dtype)
-    kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype, group_size))
-    launched = {} if launch is None else {"launch": launch}
-    return kernel.run(x_codes, x_scales, codes, *rest, group_size, dtype, **launched).view(y_shape)
-
-
 def _w4a8_of_floats(
     op: str,
     x: Tensor,
@@ -428,7 +409,8 @@ def _w4a8_of_floats(
 ) -> Tensor:
     y_shape = CHECKS_W4A8[op](x, codes, scales, zeros, bias, group_size)
     rounded = _round(x, torch.int8)
-    return _w4a8(op, y_shape, *rounded, codes, scales, zeros, bias, group_size=group_size, dtype=x.dtype)
+    rest = (scales, zeros, bias, group_size, x.dtype)
+    return _multiply_rounded(op, y_shape, x.dtype, *rounded, codes, *rest, group_size=group_size)
 
 
 def _w4a8_of_rounded(
@@ -445,7 +427,8 @@ def _w4a8_of_rounded(
     weights = (codes, scales, zeros, bias)
     y_shape = _check_w4a8_rounded(op, x_codes, x_scales, *weights, group_size, dtype)
     rows = x_codes.view(-1, x_codes.shape[-1])
-    return _w4a8(op, y_shape, rows, x_scales, *weights, group_size=group_size, dtype=dtype)
+    rest = (*weights, group_size, dtype)
+    return _multiply_rounded(op, y_shape, dtype, rows, x_scales, *rest, group_size=group_size)
 
 
 def w4a8(
@@ -575,7 +558,7 @@ def w8a8(
     """
     y_shape = _check_w8a8(x, codes, scales, input_scale, bias)
     rounded = _round(x, codes.dtype, input_scale)
-    return _multiply_rounded("w8a8", y_shape, *rounded, codes, scales, bias, x.dtype, fast)
+    return _multiply_rounded("w8a8", y_shape, x.dtype, *rounded, codes, scales, bias, x.dtype, fast)
 
 
 def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -585,7 +568,7 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
     """
     y_shape = _check_8bit("fp8_block", x, codes, scales, bias)
     rounded = _round(x, codes.dtype, group_size=BLOCK)
-    return _multiply_rounded("fp8_block", y_shape, *rounded, codes, scales, bias, x.dtype)
+    return _multiply_rounded("fp8_block", y_shape, x.dtype, *rounded, codes, scales, bias, x.dtype)
 
 
 def _round(
@@ -603,21 +586,20 @@ def _round(
 def _multiply_rounded(
     op: str,
     y_shape: tuple[int, ...],
+    dtype: torch.dtype,
     x_codes: Tensor,
     x_scales: Tensor,
     codes: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *modes: bool,
+    *rest: Tensor | int | torch.dtype | None,
+    group_size: int = 0,
 ) -> Tensor:
-    """The kernel of `w8a8` or `fp8_block` over rows that are rounded already; y in a dtype."""
+    """The kernel of an op over rows that are rounded already; y in a dtype. rest: what it takes after the codes."""
     (M, K), N = x_codes.shape, len(codes)
     if M == 0 or N == 0:
-        return scales.new_empty(y_shape, dtype=dtype)
-    kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype))
+        return x_scales.new_empty(y_shape, dtype=dtype)
+    kernel, launch = choose(op, Problem(target_of(codes.device), M, N, K, dtype, codes.dtype, group_size))
     launched = {} if launch is None else {"launch": launch}
-    return kernel.run(x_codes, x_scales, codes, scales, bias, dtype, *modes, **launched).view(y_shape)
+    return kernel.run(x_codes, x_scales, codes, *rest, **launched).view(y_shape)
 
 
 def _expect_rounded(
@@ -696,7 +678,7 @@ def w8a8_rounded(
     """
     y_shape = _check_rounded("w8a8", x_codes, x_scales, codes, scales, bias, dtype)
     rows = x_codes.view(-1, x_codes.shape[-1])
-    return _multiply_rounded("w8a8", y_shape, rows, x_scales, codes, scales, bias, dtype, fast)
+    return _multiply_rounded("w8a8", y_shape, dtype, rows, x_scales, codes, scales, bias, dtype, fast)
 
 
 def fp8_block_rounded(
@@ -714,7 +696,7 @@ def fp8_block_rounded(
     """
     y_shape = _check_rounded("fp8_block", x_codes, x_scales, codes, scales, bias, dtype)
     rows = x_codes.view(-1, x_codes.shape[-1])
-    return _multiply_rounded("fp8_block", y_shape, rows, x_scales, codes, scales, bias, dtype)
+    return _multiply_rounded("fp8_block", y_shape, dtype, rows, x_scales, codes, scales, bias, dtype)
 
 
 def _check_rounding(
