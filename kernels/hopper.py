@@ -5,6 +5,7 @@ slots in shared memory full by TMA, the others multiply what is in it. The first
 wait for the kernel before (programmatic dependent launch), its x after it.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -67,6 +68,20 @@ def worth(tiles: int, multiprocessors: int, part: float = 0.1) -> float:
 def tiles_of(launch: dict[str, int], M: int, N: int) -> int:
     """Tiles of y, of block_m rows and block_n columns."""
     return triton.cdiv(M, launch["block_m"]) * triton.cdiv(N, launch["block_n"])
+
+
+def deepest(
+    launch: dict[str, int], shared: Callable[[dict[str, int]], int], most: int, two: bool = False
+) -> dict[str, int]:
+    """The launch with as many slots as a multiprocessor's memory has for one program, or for two.
+
+    Args:
+        shared: bytes of shared memory of a launch.
+        most: slots.
+    """
+    room = SHARED // 2 if two else SHARED
+    fits = (stages for stages in range(2, most + 1) if shared(launch | dict(stages=stages)) <= room)
+    return launch | dict(stages=max(fits, default=0))
 
 
 def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]:

@@ -38,6 +38,7 @@ from quantkit.kernels.hopper import (
     SUMS_OF_TWO,
     add_parts,
     consumer_registers,
+    deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
@@ -86,13 +87,6 @@ def two_fit(launch: Config) -> bool:
     return launch["block_m"] // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch) <= SHARED
 
 
-def deepest(launch: Config, most: int, two: bool = False) -> Config:
-    """The launch with as many slots as a multiprocessor's memory has for one program, or for two."""
-    room = SHARED // 2 if two else SHARED
-    stages = max((d for d in range(2, most + 1) if shared_bytes(launch | dict(stages=d)) <= room), default=0)
-    return launch | dict(stages=stages)
-
-
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100."""
@@ -100,15 +94,15 @@ def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     if block_m <= 64:
         chosen = dict(block_m=block_m, block_n=128, stages=0, programs=0)
         if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
-            return deepest(chosen, 8, two=True)
+            return deepest(chosen, shared_bytes, 8, two=True)
         two = block_m <= 16 and K <= 8192
         if block_m > 16 or two:
             chosen["block_n"] = 64
         chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
-        return deepest(chosen, 8 if two else 12, two)
+        return deepest(chosen, shared_bytes, 8 if two else 12, two)
     best = 0.0
     for size, block_n, rate in LARGE:
-        one = deepest(dict(block_m=size, block_n=block_n, stages=0, programs=0), 12)
+        one = deepest(dict(block_m=size, block_n=block_n, stages=0, programs=0), shared_bytes, 12)
         tiles = tiles_of(one, M, N)
         score = rate * worth(tiles, multiprocessors, PART / K)
         shared = parts(tiles, multiprocessors) > tiles
@@ -126,9 +120,8 @@ def candidates(M: int, N: int, K: int, multiprocessors: int = 132) -> list[Confi
     for block_m in (256, 128, 64) if M > 128 else (largest, max(8, largest // 2)):
         for block_n in (128, 64):
             for two in (False, True):
-                one = deepest(
-                    dict(block_m=block_m, block_n=block_n, stages=0, programs=0), 8 if two else 12, two
-                )
+                one = dict(block_m=block_m, block_n=block_n, stages=0, programs=0)
+                one = deepest(one, shared_bytes, 8 if two else 12, two)
                 if two and not two_fit(one):
                     continue
                 tiles, steps = tiles_of(one, M, N), triton.cdiv(K, STEP)

@@ -20,7 +20,7 @@ for. Out of L2 come (1 / BLOCK_N + 1 / BLOCK_M) / 2 bytes an operation: with 128
 1979 TFLOP/s, twice what there is unless neighbouring programs ask for the same lines at once.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -46,6 +46,7 @@ from quantkit.kernels.hopper import (
     add_parts,
     barrier,
     consumer_registers,
+    deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
@@ -109,32 +110,26 @@ def two_fit(launch: Config, x_bytes: int = 1, x_left: bool = False) -> bool:
     return columns // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes, x_left) <= SHARED
 
 
-def deepest(launch: Config, x_bytes: int, x_left: bool, most: int, two: bool = False) -> Config:
-    """The launch with as many slots as a multiprocessor's memory has for one program, or for two."""
-    room = SHARED // 2 if two else SHARED
-    fits = (d for d in range(2, most + 1) if shared_bytes(launch | dict(stages=d), x_bytes, x_left) <= room)
-    return launch | dict(stages=max(fits, default=0))
-
-
 @lru_cache(maxsize=4096)
 def config(
     M: int, N: int, K: int, x_bytes: int = 1, blocks: bool = False, multiprocessors: int = 132
 ) -> Config:
     """Launch parameters that are good for an H100; `blocks`: scales of blocks come with every product."""
     block_m, x_left = rows_of_block(M), x_is_left(M, blocks)
+    shared = partial(shared_bytes, x_bytes=x_bytes, x_left=x_left)
     if block_m <= 64:
         chosen = dict(block_m=block_m, block_n=128, stages=0, programs=0)
         if tiles_of(chosen, M, N) >= multiprocessors * 3 // 4:
-            return deepest(chosen, x_bytes, x_left, 4, two=True)
+            return deepest(chosen, shared, 4, two=True)
         chosen["block_n"] = 64
         # a step's scales of blocks take a while to come, of which many steps one after the other make a lot
         two = block_m <= 16 if K <= 8192 else blocks and block_m > 8
         chosen["programs"] = parts(tiles_of(chosen, M, N), multiprocessors * (2 if two else 1))
-        return deepest(chosen, x_bytes, x_left, 6 if two else 10, two)
+        return deepest(chosen, shared, 6 if two else 10, two)
     best = 0.0
     for columns, rows, rate in LARGE:
         m, n = (rows, columns) if x_left else (columns, rows)
-        one = deepest(dict(block_m=m, block_n=n, stages=0, programs=0), x_bytes, x_left, 8)
+        one = deepest(dict(block_m=m, block_n=n, stages=0, programs=0), shared, 8)
         score = rate * worth(tiles_of(one, M, N), multiprocessors, PART)
         if m <= block_m and score > best:
             best, chosen = score, one
@@ -149,12 +144,13 @@ def candidates(
     """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit."""
     found = [config(M, N, K, x_bytes, blocks, multiprocessors)]
     x_left, largest = x_is_left(M, blocks), rows_of_block(M)
+    shared = partial(shared_bytes, x_bytes=x_bytes, x_left=x_left)
     for columns in (256, 128, 64) if x_left or M > 128 else (largest, max(8, largest // 2)):
         for rows in (128, 64):
             for two in (False, True):
                 m, n = (rows, columns) if x_left else (columns, rows)
                 one = dict(block_m=m, block_n=n, stages=0, programs=0)
-                one = deepest(one, x_bytes, x_left, 6 if two else 10, two)
+                one = deepest(one, shared, 6 if two else 10, two)
                 if one["stages"] < 3 or (two and not two_fit(one, x_bytes, x_left)):
                     continue
                 tiles, steps = tiles_of(one, M, N), triton.cdiv(K, STEP)
