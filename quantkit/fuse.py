@@ -6,18 +6,27 @@ q, k and v are one product, gate and up another. A norm's kernel adds the residu
 product of 8 bits; a product adds the residual that comes after it where its kernel can.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from quantkit.cache import PagedCache, Step
 from quantkit.errors import QuantKitError
+import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit)
+from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
 from quantkit.packing import merge_rows
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are as above
+
+
+CACHE_NAME = ALL_CACHE_NAMES[0]  # of the argument that holds the cache, "cache" from transformers 5.24 on
 
 
 class FusedBlock(nn.Module):
@@ -35,10 +44,90 @@ class FusedBlock(nn.Module):
     gate_up: nn.Module
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        qkv, x = after_norm(self.qkv, self.input_layernorm, hidden_states, None)
-        y = self.self_attn(hidden_states=qkv, **kwargs)[0]  # its projections are `Rows` of what it is given
-        gate_up, h = after_norm(self.gate_up, self.post_attention_layernorm, y, x)
-        return h + after_swiglu(self.mlp.down_proj, gate_up)
+        def attention(qkv: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(hidden_states=qkv, **kwargs)[
+                0
+            ]  # its projections are `Rows` of what it is given
+
+        y, h = self.run(hidden_states, None, attention)
+        return h + y
+
+    def run(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        attention: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block of x + residual, in two parts whose sum it is: the next norm adds them."""
+        qkv, x = after_norm(self.qkv, self.input_layernorm, x, residual)
+        gate_up, h = after_norm(self.gate_up, self.post_attention_layernorm, attention(qkv), x)
+        return after_swiglu(self.mlp.down_proj, gate_up), h
+
+
+class FusedDecoder(nn.Module):
+    """The blocks of a model and what lies around them, with a forward of its own where there is a `PagedCache`."""
+
+    config: Any
+    embed_tokens: nn.Module
+    layers: Any
+    norm: Any
+    rotary_emb: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
+        if not isinstance(cache, PagedCache):
+            return super().forward(*args, **kwargs)
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise QuantKitError(
+                "PagedCache: gives neither attentions nor hidden states; ask for them without it"
+            )
+        x = kwargs.get("inputs_embeds")
+        if x is None:
+            x = self.embed_tokens(*args, *([] if args else [kwargs["input_ids"]]))
+        step = cache.take(*x.shape[:2], kwargs.get("attention_mask"))
+        positions = kwargs.get("position_ids")
+        rotary = self.rotary_emb(x, step.positions if positions is None else positions)
+        x = self.run(x, rotary, step, [layer.pages for layer in cache.layers])
+        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE_NAME: cache})
+
+    def run(
+        self, x: torch.Tensor, rotary: Sequence[torch.Tensor], step: Step, layers: Sequence[KVPages]
+    ) -> torch.Tensor:
+        """Embeddings x [B, T, hidden] -> what the LM head takes, of the same shape."""
+        cos, sin = (part.expand(*x.shape[:2], -1).flatten(0, 1) for part in rotary)
+        y, h = x, None
+        for block, pages in zip(self.layers, layers, strict=True):
+            y, h = block.run(y, h, partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages))
+        norm = self.norm
+        codes, _, _ = torch.ops.quantkit.rms_norm_quantize(
+            y, norm.weight, norm.variance_epsilon, h, None, None, 0
+        )
+        return codes
+
+
+def attend(
+    attention: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Step, pages: KVPages
+) -> torch.Tensor:
+    """Attention of tokens to those in the pages, their own included.
+
+    Args:
+        attention: the block's `self_attn`, for its norms of heads, its output projection and its figures.
+        qkv: [B, T, (heads + 2 kv_heads) * head_dim].
+        cos, sin: [B T, head_dim].
+        pages: of this layer, to which keys and values are written.
+    """
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    norms = () if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+    q = torch.ops.quantkit.rope_write(qkv.flatten(0, 1), cos, sin, step.slots, *pages, *norms)
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or 0
+    seen = (step.page_table, step.lengths)
+    if step.starts is None:
+        y = torch.ops.quantkit.decode_attention(
+            q, *pages, *seen, attention.scaling, window, 0.0, step.max_length
+        )
+    else:
+        y = torch.ops.quantkit.prefill_attention(q, *pages, *seen, step.starts, attention.scaling, window)
+    return attention.o_proj(y.view(*qkv.shape[:-1], -1))
 
 
 class Rows(nn.Module):
@@ -133,6 +222,7 @@ def fuse(model: PreTrainedModel) -> None:
         )
     for block in blocks:
         fuse_block(block)
+    put_before(model.get_decoder(), FusedDecoder)  # type: ignore[operator]
 
 
 def fuse_block(block: Any) -> None:
@@ -145,5 +235,12 @@ def fuse_block(block: Any) -> None:
         setattr(attention, name, Rows(start, start + part.out_features))
         start += part.out_features
     del mlp.gate_proj, mlp.up_proj
-    kind = type(block)
-    block.__class__ = type(f"Fused{kind.__name__}", (FusedBlock, kind), {"__module__": kind.__module__})
+    put_before(block, FusedBlock)
+
+
+def put_before(module: Any, new: type) -> None:
+    """Makes a module one of a class whose methods come before those of its own, and which has its name: transformers
+    looks up by it what a class can record."""
+    kind = type(module)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (new, kind), names)

@@ -1,0 +1,193 @@
+"""Keys and values of a batch of sequences in pages, quantized or not, as a transformers `Cache`.
+
+The blocks of an optimized model write and read the pages themselves (`fuse.py`). Pages are read back by every attention,
+that of a prompt's own tokens too, so that the result does not depend on how a text was cut into forwards.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from quantkit.errors import QuantKitError
+from quantkit.kernels.kv_pages import KVPages
+
+PAGE_SIZE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """The T tokens that each of B sequences gets in one forward.
+
+    Attributes:
+        positions: int64 [B, T]; negative: padding on the left.
+        slots: int64 [B T], where keys and values are written; -1: nowhere.
+        page_table: int32 [B, pages].
+        lengths: int32 [B], tokens of each sequence, these included.
+        starts: int32 [B + 1], the first row of each sequence; None where each has one row.
+        max_length: no sequence has more tokens than this.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    lengths: Tensor
+    starts: Tensor | None
+    max_length: int
+
+
+class PagedCache(Cache):
+    """A cache of fixed size for the blocks of an optimized model.
+
+    Sequences are padded on the left or not at all; padding takes no room. Its tensors stay where they are, so that a
+    forward of one token each can be captured in a CUDA graph.
+
+    Args:
+        config: of the text model.
+        batch: sequences.
+        max_length: tokens that each can have.
+        kind: "bf16" (the model's dtype), "int8", "fp8" or "int4".
+        dtype, device: of the model.
+
+    Attributes:
+        layers: a `PagedLayer` for each of the model's.
+        page_table: int32 [batch, pages].
+        lengths: int32 [batch], on the device.
+        columns: tokens that were given to each sequence, padding included.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        batch: int,
+        max_length: int,
+        kind: str = "bf16",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.kind, self.columns = kind, 0
+        pages = -(-max_length // PAGE_SIZE)
+        self.max_length = pages * PAGE_SIZE
+        self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        super().__init__(
+            layers=[
+                PagedLayer(
+                    self,
+                    KVPages.allocate(
+                        kind, batch * pages, heads, head_dim, page_size=PAGE_SIZE, dtype=dtype, device=device
+                    ),
+                )
+                for _ in range(config.num_hidden_layers)
+            ]
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages on the device."""
+        return sum(layer.pages.nbytes for layer in self.layers)
+
+    def take(self, batch: int, tokens: int, mask: Tensor | None = None) -> Step:
+        """Makes room for the next tokens of every sequence.
+
+        Args:
+            mask: [batch, columns + tokens], 0 for padding on the left; None: no padding.
+
+        Raises:
+            QuantKitError: another batch than the cache is for, no room, or padding that is not on the left.
+        """
+        if batch != self.batch_size:
+            raise QuantKitError(
+                f"PagedCache: made for {self.batch_size} sequences, got {batch}; make one for {batch}"
+            )
+        self.check_room(tokens)
+        self.columns += tokens
+        fresh = None if mask is None else self.real(mask, tokens)
+        return self.place(tokens, fresh)
+
+    def check_room(self, tokens: int) -> None:
+        if self.columns + tokens > self.max_length:
+            raise QuantKitError(
+                f"PagedCache: {self.columns} tokens and {tokens} more, room for {self.max_length}; "
+                "make it with a larger max_length"
+            )
+
+    def real(self, mask: Tensor, tokens: int) -> Tensor | None:
+        """How many of the next tokens of each sequence are not padding, int32 [batch]; None: all of them."""
+        if mask.dim() != 2 or mask.shape != (self.batch_size, self.columns):
+            raise QuantKitError(
+                f"attention_mask: {list(mask.shape)}, a PagedCache expects [{self.batch_size}, {self.columns}], "
+                "a column for each token that was and is given"
+            )
+        mask = mask.bool()
+        if mask.all():
+            return None
+        if (mask[:, :-1] & ~mask[:, 1:]).any():
+            raise QuantKitError(
+                "attention_mask: hides tokens behind others, a PagedCache takes padding on the left alone; "
+                "set tokenizer.padding_side = 'left'"
+            )
+        return mask[:, -tokens:].sum(1, dtype=torch.int32)
+
+    def place(self, tokens: int, fresh: Tensor | None) -> Step:
+        """The device's part of `take`, which can be captured."""
+        self.lengths += tokens if fresh is None else fresh
+        rows = torch.arange(-tokens, 0, device=self.lengths.device)
+        positions = self.lengths[:, None] + rows  # int64
+        page, place = positions.clamp(min=0) // PAGE_SIZE, positions % PAGE_SIZE
+        slots = self.page_table.gather(1, page).long() * PAGE_SIZE + place
+        if fresh is not None:
+            slots = torch.where(rows >= -fresh[:, None], slots, -1)
+        starts = None
+        if tokens > 1:
+            starts = torch.arange(self.batch_size + 1, dtype=torch.int32, device=slots.device) * tokens
+        return Step(positions, slots.flatten(), self.page_table, self.lengths, starts, self.max_length)
+
+    def reset(self) -> None:
+        self.columns = 0
+        self.lengths.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens of every sequence, none of which may be padding."""
+        self.columns -= tokens_to_remove
+        self.lengths -= tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise QuantKitError("PagedCache: sequences cannot be reordered; generate beams without it")
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer's pages, and what transformers asks of a layer."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, cache: PagedCache, pages: KVPages) -> None:
+        super().__init__()
+        self.cache, self.pages, self.is_initialized = cache, pages, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the pages are there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise QuantKitError(
+            "PagedCache: belongs to a model of quantkit.optimize, this one is not; optimize it, or use DynamicCache"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return self.cache.max_length
