@@ -26,6 +26,7 @@ SCALED_MM_MIN_M = 32  # rows of x from which on torch._scaled_mm is faster than 
 # columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
 MAX_ROW = 32768
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
+ATTENTION_MAX_GROUP = 32  # query heads a kv head: more need more registers than there are
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
@@ -38,7 +39,8 @@ class Problem:
     """What the choice of a kernel may depend on: y [M, N] = x [M, K] times codes [N, K].
 
     Of the ops that make rounded activations, K are the columns of the result, N those that must be seen at once, to norm
-    them or to find their scale, and codes_dtype is the type of the result.
+    them or to find their scale, and codes_dtype is the type of the result. Of attention, M are tokens or sequences, N
+    columns of a head, K tokens that a sequence may have, and group_size query heads a kv head.
     """
 
     target: str
@@ -169,6 +171,12 @@ def _in_registers(columns: int) -> Callable[[Problem], str | None]:
     return unsupported
 
 
+def _attention(problem: Problem) -> str | None:
+    if problem.group_size > ATTENTION_MAX_GROUP:
+        return f"takes {ATTENTION_MAX_GROUP} query heads a kv head, not {problem.group_size}"
+    return _floats(problem)
+
+
 def _anywhere(problem: Problem) -> str | None:
     return None
 
@@ -259,6 +267,18 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "swiglu_quantize": (
         Kernel("swiglu_triton", "swiglu", _in_registers(MAX_ROW)),
         Kernel("swiglu_torch", "cpu", _anywhere),
+    ),
+    "rope_write": (
+        Kernel("rope_write_triton", "rope_write", _floats),
+        Kernel("rope_write_torch", "attention_cpu", _anywhere),
+    ),
+    "decode_attention": (
+        Kernel("decode_attention_triton", "decode_attention", _attention),
+        Kernel("decode_attention_torch", "attention_cpu", _anywhere),
+    ),
+    "prefill_attention": (
+        Kernel("prefill_attention_triton", "prefill_attention", _attention),
+        Kernel("prefill_attention_torch", "attention_cpu", _anywhere),
     ),
 }
 

@@ -1,0 +1,382 @@
+"""Attention of one query a sequence over keys and values in pages, unquantized or in 8 or 4 bits: split-KV flash decoding.
+
+    s[t] = scale * (q . k[t]), or soft_cap * tanh(scale * (q . k[t]) / soft_cap)                    (1)
+    y    = sum over t of p[t] v[t] / sum over t of p[t],   p[t] = exp(s[t] - max s)                 (2)
+
+over the tokens t = first to length - 1 of a sequence, first = max(0, length - window) with a window. Pages are those of
+`kv_pages.py`, operands those of `kv_operands.py`.
+
+Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
+2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
+Compiled for sm_90 (D = 128, four queries a head, 3.6 and 3.9) the loop has 15 to 21 instructions in bfloat16, 21 to 27 in 8
+bits, 22 to 25 in int4; it loads 16 bytes a lane by cp.async, a tile or two ahead.
+
+- The product is transposed, k q^T and v^T p: keys are the operand of 16 rows and queries that of 8 columns, so that the
+  4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
+- Each warp has its own maximum, sums and quarter of a tile's tokens, a batch of a batched product: inside the loop
+  nothing crosses warps. They are added up once, at the end.
+- What a token's scale multiplies is folded: K's into the scores; V's s[t] into the probability as exp2(.. + log2 s[t]), so
+  that what float16 holds is at most 1 whatever the scales are, and out again where probabilities are summed. q is divided
+  by a power of two before it becomes float16.
+- The tokens of all sequences are cut into units of equal size, one a program, as many as fit on the GPU at a time. Every
+  program finds its unit from the lengths on the device, so a captured launch adapts to them; programs without a unit end.
+- The last of a sequence's programs to finish adds the parts of all, found by a counter that it sets back to zero, in the
+  order of the units: results are the same in every run.
+- Rows past the last token read the last token again, rows before a window's first one the first, instead of
+  a mask: they are there, so that 0 times them is 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.kv_operands import E4M3_STEP, ODD_STEP, columns_of, operands, rotate_planes
+from quantkit.kernels.kv_pages import KVPages
+from quantkit.kernels.stream_k import COUNTERS, next_counters
+from quantkit.kernels.w4a16 import ptx_level
+
+if hasattr(tl.extra, "cuda"):
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2_E = 1.4426950408889634
+NOTHING = tl.constexpr(-1e30)  # below every score; minus infinity less itself would be NaN
+MULTIPROCESSORS = 132
+LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
+WARPS = 4
+PARTS_AT_ONCE = 8  # partial results that the last program loads at a time
+
+
+def config(kind: str, head_dim: int, page_size: int) -> dict[str, int]:
+    """Launch parameters: tokens of a warp and step, which lie in one page; stages of loads; programs a multiprocessor."""
+    bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
+    tokens = min(page_size, 16 if bytes_of_row > 128 else 32)
+    per_sm = 2 if head_dim == 256 else 3
+    return {"tokens": tokens, "warps": WARPS, "stages": 3, "per_sm": per_sm}
+
+
+@triton.jit
+def log2_of(x, ASM: tl.constexpr):
+    if ASM:  # one instruction, good to 2^-22, instead of twenty
+        return tl.inline_asm_elementwise(LG2, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(RCP, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def pair_of(word):
+    """Scale and middle of int4, two bfloat16 in an int32 word, as float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two at or below a positive float32, 2^-100 for less."""
+    bits = tl.maximum(largest, 7.888609052210118e-31).to(tl.int32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit_of(
+    unit, lengths_ptr, B, max_length, window, units, BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Sequence of a unit (B: there is no such unit), its first unit, how many it has, and tiles of T tokens of a unit.
+
+    The least size of a unit that gives all sequences together at most `units`, of a few that are tried.
+    """
+    b = tl.arange(0, BP)
+    lengths = tl.minimum(tl.load(lengths_ptr + b, mask=b < B, other=0), max_length)
+    tiles = tl.cdiv(lengths, T)
+    if WINDOW:
+        tiles -= tl.maximum(lengths - window, 0) // T
+    size = tl.maximum(tl.cdiv(tl.sum(tiles, 0), units), 1)
+    if BP > 1:
+        step = tl.cdiv(size, CANDIDATES)
+        sizes = size + tl.arange(0, CANDIDATES) * step
+        counts = tl.maximum(tl.cdiv(tiles[None, :], sizes[:, None]), 1)
+        fits = tl.sum(tl.where(b[None, :] < B, counts, 0), 1) <= units
+        size = tl.min(tl.where(fits, sizes, size + (CANDIDATES - 1) * step), 0)
+    counts = tl.where(b < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)
+    ends = tl.cumsum(counts, 0)
+    before = ends <= unit
+    sequence = tl.sum(before.to(tl.int32), 0)
+    first = tl.sum(tl.where(before, counts, 0), 0)
+    count = tl.sum(tl.where(b == sequence, counts, 0), 0)
+    return sequence, first, count, size
+
+
+@triton.jit
+def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr):
+    """Queries of the rows r as planes [C, len(r)] and the factor that each row was divided by.
+
+    ptr: to column 0 of each row, [len(r)]. What pads a plane is zero.
+    """
+    j = tl.arange(0, C)
+    mask = inside[None, :] & (j < D // PLANES)[:, None]
+    planes = ()
+    largest = tl.zeros((r.shape[0],), tl.float32)
+    for i in tl.static_range(PLANES):
+        q = tl.load(ptr[None, :] + columns_of(i, j, D, PLANES)[:, None], mask=mask, other=0.0)
+        planes = planes + (q,)
+        largest = tl.maximum(largest, tl.max(tl.abs(q.to(tl.float32)), 0))
+    if KIND == "bf16":
+        scaled = planes
+        factor = tl.full((r.shape[0],), 1.0, tl.float32)
+    else:
+        factor = power_of_two(largest)
+        scaled = ()
+        for i in tl.static_range(PLANES):
+            by: tl.constexpr = 1.0 / ODD_STEP if KIND == "int4" and i % 2 == 1 else 1.0
+            scaled = scaled + ((planes[i].to(tl.float32) / factor[None, :] * by).to(tl.float16),)
+        if KIND == "fp8":
+            factor *= E4M3_STEP
+    return scaled, factor
+
+
+@triton.jit
+def finish(
+    o, total, y_ptr, r, inside, D: tl.constexpr, PLANES: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr
+):
+    """y = o / total, rotated back, for planes o [C, len(r)]; y_ptr: to column 0 of each row, [len(r)]."""
+    C: tl.constexpr = o[0].shape[0]
+    j = tl.arange(0, C)
+    exists = (j < D // PLANES)[:, None]
+    safe = tl.where(total > 0.0, total, 1.0)[None, :]  # an idle row has no token
+    y = ()
+    for i in tl.static_range(PLANES):
+        y = y + (tl.where(exists, o[i] / safe, 0.0),)
+    if ROTATE:
+        y = rotate_planes(y, D, False, ASM)
+    for i in tl.static_range(PLANES):
+        at = y_ptr[None, :] + columns_of(i, j, D, PLANES)[:, None]
+        tl.store(at, y[i].to(y_ptr.dtype.element_ty), mask=exists & inside[None, :])
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr, lengths_ptr, y_ptr,
+    partial_ptr, stats_ptr, counter_ptr,
+    B, KV_HEADS, max_pages, max_length, units, window, scale, soft_cap,
+    KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, TW: tl.constexpr, W: tl.constexpr,
+    STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 4 if KIND == "int4" else (1 if KIND == "bf16" else 2)
+    WORDS: tl.constexpr = D // PLANES  # of a row of codes
+    C: tl.constexpr = 16 if WORDS < 16 else WORDS
+    GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
+    T: tl.constexpr = W * TW
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.program_id(1)
+    unit = tl.program_id(0)
+    b, first_unit, count, size = unit_of(unit, lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
+    if b >= B:
+        return
+    length = tl.minimum(tl.load(lengths_ptr + b), max_length)
+    last = length - 1
+    first = tl.maximum(length - window, 0) if WINDOW else 0
+    end = tl.cdiv(length, T)
+    begin = first // T + (unit - first_unit) * size
+    end = tl.minimum(end, begin + size)
+
+    w = tl.arange(0, W)
+    j = tl.arange(0, C)
+    r = tl.arange(0, R)
+    column = j % WORDS if C > WORDS else j
+    row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
+    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C)
+    scaled = factor * scale  # to units of log2, or of the cap
+    q, sum_of_q, acc = (), (), ()
+    for i in tl.static_range(PLANES):
+        q = q + (tl.broadcast_to(planes[i][None, :, :], (W, C, R)),)
+        acc = acc + (tl.zeros((W, C, R), tl.float32),)
+    if KIND == "int4":  # of each group, beside its middle
+        for i in tl.static_range(PLANES):
+            by: tl.constexpr = ODD_STEP if i % 2 == 1 else 1.0
+            s = tl.sum(planes[i].to(tl.float32), 0) * by
+            sum_of_q = sum_of_q + (s[None, None, :],)
+    m = tl.full((W, R), NOTHING, tl.float32)
+    total = tl.zeros((W, R), tl.float32)
+    middles = tl.zeros((W, R), tl.float32)
+    table_ptr += b.to(tl.int64) * max_pages
+    t = begin * T + w[:, None] * TW + tl.arange(0, TW)[None, :]
+    warp_t = begin * T + w * TW
+    page = tl.load(table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE, mask=w * 0 < length, other=0)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
+        t_read = tl.minimum(tl.maximum(t, first), last) if WINDOW else tl.minimum(t, last)
+        place = t_read & (PAGE - 1)
+        row = (base * WORDS)[:, None, None]
+        k = tl.load(keys_ptr + row + ((place * WORDS)[:, :, None] + column[None, None, :]))
+        v = tl.load(values_ptr + row + ((place * WORDS)[:, None, :] + column[None, :, None]))
+        ks = operands(k, KIND, ASM)
+        s = tl.dot(ks[0], q[0])  # [W, TW, R]
+        if KIND == "int4":
+            word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + place * GROUPS)
+            step, middle = pair_of(word)
+            s = s * step[:, :, None] + middle[:, :, None] * sum_of_q[0]
+            for i in tl.static_range(1, PLANES):
+                if i * GROUPS % PLANES == 0:  # the next group begins
+                    word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES))
+                    step, middle = pair_of(word)
+                s += tl.dot(ks[i], q[i]) * step[:, :, None] + middle[:, :, None] * sum_of_q[i]
+            spread, v_middle = pair_of(tl.load(value_scales_ptr + base[:, None] + place))
+        elif KIND != "bf16":
+            s = tl.dot(ks[1], q[1], s) * tl.load(key_scales_ptr + base[:, None] + place)[:, :, None]
+            spread = tl.load(value_scales_ptr + base[:, None] + place)
+        s *= scaled[None, None, :]
+        if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+        if KIND != "bf16":
+            s += log2_of(spread, ASM)[:, :, None]
+        seen = t <= last
+        if WINDOW:
+            seen = seen & (t >= first)
+        s = tl.where(seen[:, :, None], s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_next)
+        m = m_next
+        p = tl.exp2(s - m[:, None, :])
+        weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, :, None]
+        total = total * alpha + tl.sum(weight, 1)
+        if KIND == "int4":
+            middles = middles * alpha + tl.sum(weight * v_middle[:, :, None], 1)
+        p = p.to(q[0].dtype)
+        vs = operands(v, KIND, ASM)
+        summed = ()
+        for i in tl.static_range(PLANES):
+            summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[:, None, :]),)  # [W, C, R]
+        acc = summed
+        t += T
+        warp_t += T
+        page = tl.load(table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE)
+
+    top = tl.max(m, 0)
+    share = tl.exp2(m - top[None, :])
+    total = tl.sum(total * share, 0)  # [R]
+    o = ()
+    for i in tl.static_range(PLANES):
+        plane = tl.sum(acc[i] * share[:, None, :], 0)  # [C, R]
+        if KIND == "fp8":
+            plane *= E4M3_STEP
+        if KIND == "int4":
+            by: tl.constexpr = 1.0 / ODD_STEP if i % 2 == 1 else 1.0
+            plane = plane * by + tl.sum(middles * share, 0)[None, :]
+        o = o + (plane,)
+    inside = r < GROUP
+    y_row = y_ptr + row_of_q * D
+    if count == 1:
+        finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
+    else:
+        mine = (unit * KV_HEADS + h).to(tl.int64) * GROUP + r
+        for i in tl.static_range(PLANES):
+            at = partial_ptr + mine[None, :] * (PLANES * C) + (i * C + j)[:, None]
+            tl.store(at, o[i], mask=inside[None, :])
+        tl.store(stats_ptr + mine * 2, top, mask=inside)
+        tl.store(stats_ptr + mine * 2 + 1, total, mask=inside)
+        tl.debug_barrier()
+        counter = counter_ptr + b * KV_HEADS + h
+        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+            n = tl.arange(0, NP)
+            part = ((first_unit + n) * KV_HEADS + h).to(tl.int64)[:, None] * GROUP + r[None, :]
+            there = (n < count)[:, None] & inside[None, :]
+            tops = tl.load(stats_ptr + part * 2, mask=there, other=NOTHING, cache_modifier=".cg")
+            totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            top = tl.max(tops, 0)
+            total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
+            o = ()
+            for _ in tl.static_range(PLANES):
+                o = o + (tl.zeros((C, R), tl.float32),)
+            for n0 in range(0, count, AT_ONCE):
+                for a in tl.static_range(AT_ONCE):  # loads in flight
+                    some = ((first_unit + n0 + a) * KV_HEADS + h).to(tl.int64) * GROUP + r
+                    mask = r < tl.where(n0 + a < count, GROUP, 0)
+                    theirs = tl.load(stats_ptr + some * 2, mask=mask, other=NOTHING, cache_modifier=".cg")
+                    share = tl.exp2(theirs - top)[None, :]
+                    added = ()
+                    for i in tl.static_range(PLANES):
+                        at = partial_ptr + some[None, :] * (PLANES * C) + (i * C + j)[:, None]
+                        plane = tl.load(at, mask=mask[None, :], other=0.0, cache_modifier=".cg")
+                        added = added + (o[i] + plane * share,)
+                    o = added
+            tl.store(counter, 0)
+            finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
+
+
+def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) -> int:
+    """Units of a kv head that fit on the GPU at a time, no more than there are tiles."""
+    return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
+
+
+def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors of pages as the kernels load them: codes as 16-bit words, pairs of int4 as 32-bit words."""
+    if pages.kind == "bf16":
+        return pages.keys, pages.values, None, None
+    assert pages.key_scales is not None and pages.value_scales is not None
+    scales = pages.key_scales, pages.value_scales
+    if pages.kind == "int4":
+        scales = scales[0].view(torch.int32), scales[1].view(torch.int32)
+    return pages.keys.view(torch.int16), pages.values.view(torch.int16), *scales
+
+
+def score_scale(scale: float, soft_cap: float) -> tuple[float, float]:
+    """Factors of q . k and of the capped score that make scores units of log2.
+
+    With a cap the first makes the argument of the exponential in tanh: 2 log2(e) / soft_cap.
+    """
+    return (2 * scale / soft_cap * LOG2_E, soft_cap * LOG2_E) if soft_cap else (scale * LOG2_E, 0.0)
+
+
+def decode_attention_triton(
+    q: Tensor,
+    pages: KVPages,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    max_length: int,
+) -> Tensor:
+    """Equations (1) and (2); arguments and result as in `attention_ops.decode_attention`.
+
+    Nothing here waits for the device, whose lengths only the kernel sees: the launch can be captured.
+    """
+    B, H, D = q.shape
+    kv_heads = pages.kv_heads
+    launch = config(pages.kind, D, pages.page_size)
+    tile = launch["tokens"] * launch["warps"]
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
+    # without counters for all no sequence is split
+    units = 1
+    if B * kv_heads <= COUNTERS:
+        units = units_of(B, kv_heads, max_length, tile, sms * launch["per_sm"])
+    programs = min(units + B, B * triton.cdiv(max_length, tile)) if units > 1 else B
+    group = H // kv_heads
+    y = torch.empty_like(q)
+    width = max(D, 64 if pages.kind == "int4" else 32 if pages.kind != "bf16" else 16)  # with padded planes
+    partial = q.new_empty(programs * H * width, dtype=torch.float32)
+    stats = q.new_empty(programs * H * 2, dtype=torch.float32)
+    factor, cap = score_scale(scale, soft_cap)
+    asm = ptx_level(q)
+    options = {"launch_pdl": True} if asm >= 90 else {}
+    decode_attention_kernel[(max(programs, B), kv_heads)](
+        q, *as_words(pages), page_table, lengths, y, partial, stats, next_counters(q.device),
+        B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
+        KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
+        WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
+        TW=launch["tokens"], W=launch["warps"], STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
+        num_warps=launch["warps"], num_stages=1, **options,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,151 @@
+"""Codes of pages as operands of the tensor cores, and Hadamard rotations in registers: what the attention kernels share.
+
+A row of codes is read as D / 2 words of 16 bits (int4: D / 4), as ldmatrix moves them, transposed or not: a register then holds
+the words of two neighbours along the dimension that is summed. Taking the same code out of both makes an operand of every
+second column, or for int4 of a quarter of them, and no byte changes its lane. A plane is what such an operand
+covers:
+
+    bf16         one plane, column j of D
+    int8, fp8    plane i has the columns 2 j + i
+    int4         plane i has the columns i D/4 + j
+
+Codes are multiplied as float16, in which all of them are exact, whatever the model's dtype: a bfloat16 has seven bits of
+mantissa, too few for int8. Instructions for the four codes of a register: int8 5 (the sign bit flipped, the byte put below
+0x64, which is 1024 + code, and 1152 subtracted), e4m3 8 (sign, and exponent and mantissa a bit lower, are float16's of the
+number / 256), and for the eight of int4 9: see `kv_pages.py`.
+"""
+
+import triton
+import triton.language as tl
+
+_INT8 = """{
+.reg .b32 a, b, c, minus;
+mov.b32 minus, 0xe480e480;
+xor.b32 a, $2, 0x80808080;
+prmt.b32 b, a, 0x64646464, 0x4240;
+prmt.b32 c, a, 0x64646464, 0x4341;
+add.rn.f16x2 $0, b, minus;
+add.rn.f16x2 $1, c, minus;
+}"""
+_FP8 = """{
+.reg .b32 a, b, c;
+shl.b32 a, $2, 8;
+shr.u32 b, a, 1;
+and.b32 b, b, 0x3f803f80;
+lop3.b32 $0, a, 0x80008000, b, 0xea;
+shr.u32 c, $2, 1;
+and.b32 c, c, 0x3f803f80;
+lop3.b32 $1, $2, 0x80008000, c, 0xea;
+}"""
+# planes 0 and 2: 1024 + 2 c - 1039; planes 1 and 3: 1024 + 32 c - 1264
+_INT4 = """{
+.reg .b32 a, b, c, d, swapped, magic, even, odd;
+mov.b32 magic, 0x64006400;
+mov.b32 even, 0xe40fe40f;
+mov.b32 odd, 0xe4f0e4f0;
+prmt.b32 swapped, $4, $4, 0x2301;
+lop3.b32 a, $4, 0x001e001e, magic, 0xea;
+lop3.b32 b, $4, 0x01e001e0, magic, 0xea;
+lop3.b32 c, swapped, 0x001e001e, magic, 0xea;
+lop3.b32 d, swapped, 0x01e001e0, magic, 0xea;
+add.rn.f16x2 $0, a, even;
+add.rn.f16x2 $1, b, odd;
+add.rn.f16x2 $2, c, even;
+add.rn.f16x2 $3, d, odd;
+}"""
+INT8 = tl.constexpr(_INT8)
+FP8 = tl.constexpr(_FP8)
+INT4 = tl.constexpr(_INT4)
+E4M3_STEP = tl.constexpr(256.0)  # what an operand of e4m3 is too small by
+ODD_STEP = tl.constexpr(16.0)  # what planes 1 and 3 of int4 are too large by
+COUNTS = {"bf16": 1, "int8": 2, "fp8": 2, "int4": 4}  # planes
+
+
+@triton.jit
+def columns_of(plane: tl.constexpr, j, D: tl.constexpr, PLANES: tl.constexpr):
+    """Columns of a plane's words j; words past the last, where a plane is padded to 16, are the first ones again."""
+    if PLANES == 2:
+        return 2 * (j % (D // 2)) + plane
+    else:
+        return plane * (D // PLANES) + j % (D // PLANES)
+
+
+@triton.jit
+def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Words of codes -> the operands of all planes, in the shape and layout of the words.
+
+    bf16: the numbers themselves. int8: codes. fp8: codes / 256. int4: 2 c - 15, in planes 1 and 3 sixteen times that.
+    """
+    if KIND == "bf16":
+        return (words,)
+    elif KIND == "int4":
+        if ASM:
+            a, b, c, d = tl.inline_asm_elementwise(
+                INT4, "=r,=r,=r,=r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            )
+        else:
+            w = words.to(tl.int32) & 0xFFFF
+            a = (w & 0x1E).to(tl.float16) - 15.0
+            b = (w & 0x1E0).to(tl.float16) - 240.0
+            c = ((w >> 8) & 0x1E).to(tl.float16) - 15.0
+            d = ((((w >> 8) & 0xE0) | ((w & 1) << 8))).to(tl.float16) - 240.0
+        return (a.to(tl.float16), b.to(tl.float16), c.to(tl.float16), d.to(tl.float16))
+    else:
+        if ASM:
+            a, b = tl.inline_asm_elementwise(
+                INT8 if KIND == "int8" else FP8, "=r,=r,r", [words], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+            )
+        else:
+            low, high = (words << 8).to(tl.int16), words & -256
+            if KIND == "int8":
+                a, b = (low >> 8).to(tl.float16), (high >> 8).to(tl.float16)
+            else:
+                a = ((low & -32768) | ((low >> 1) & 0x3F80)).to(tl.int16).to(tl.float16, bitcast=True)
+                b = ((high & -32768) | ((high >> 1) & 0x3F80)).to(tl.int16).to(tl.float16, bitcast=True)
+        return (a, b)
+
+
+@triton.jit
+def signs(C: tl.constexpr, N: tl.constexpr):
+    """Sylvester's matrix of order N, of 1 and -1, in the corner of a float32 [C, C] of zeros."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    both = i & j
+    both ^= both >> 4
+    both ^= both >> 2
+    both ^= both >> 1
+    sign = 1.0 - 2.0 * (both & 1).to(tl.float32)
+    return tl.where((i < N) & (j < N), sign, 0.0)
+
+
+@triton.jit
+def _times(H, x, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """H x for H of 1 and -1 and x [C, n]; float32 x in three parts of bfloat16, which have all of its bits."""
+    if EXACT:
+        return tl.dot(H.to(x.dtype), x)
+    elif ASM:
+        signs16 = H.to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(signs16, high, tl.dot(signs16, middle, tl.dot(signs16, low)))
+    else:
+        return tl.dot(H, x, input_precision="ieee")
+
+
+@triton.jit
+def rotate_planes(x, D: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """x H of order D for x in four planes [C, n] of a quarter of the columns each: float32 planes of the same shape.
+
+    H_D is H_4 (x) H_(D/4): one product within the planes, then sums and differences of planes.
+    EXACT: x are 16-bit numbers as they are.
+    """
+    C: tl.constexpr = x[0].shape[0]
+    H = signs(C, D // 4)
+    a, b = _times(H, x[0], EXACT, ASM), _times(H, x[1], EXACT, ASM)
+    c, d = _times(H, x[2], EXACT, ASM), _times(H, x[3], EXACT, ASM)
+    norm: tl.constexpr = 1.0 / D**0.5
+    e, f = (a + b) * norm, (a - b) * norm
+    g, h = (c + d) * norm, (c - d) * norm
+    return (e + g, f + h, e - g, f - h)
