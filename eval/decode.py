@@ -5,16 +5,18 @@ graph figure is what the GPU takes: one greedy step over a static cache, capture
 """
 
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.cache import PagedCache
+from quantkit.decode import Decoder, Generating
 from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
 from quantkit.eval.roofline import roof
 from quantkit.eval.sizes import memory_bytes
 from quantkit.eval.timing import capture, synchronized_seconds
-from quantkit.fuse import FusedBlock
+from quantkit.fuse import CACHE_NAME, FusedBlock
 from quantkit.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -57,6 +59,31 @@ class StaticDecoder:
         self.token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
 
+class OptimizedDecoder:
+    """Greedy decoding by an optimized model: as its `generate` does it, without what that asks and checks a step.
+
+    Attributes:
+        token: int64 [batch, 1], the last token; `step` reads it and overwrites it.
+    """
+
+    def __init__(self, model: Any, prompt: torch.Tensor, new_tokens: int) -> None:
+        self.model = model
+        model.empty_cache(len(prompt), prompt.shape[1] + new_tokens)
+        self.decoder: Decoder = model.last_decoder
+        self.token = torch.zeros(len(prompt), 1, dtype=torch.int64, device=prompt.device)
+
+    @torch.no_grad()
+    def prefill(self, prompt: torch.Tensor) -> None:
+        """Starts over with a prompt, int64 [batch, T]; `token` becomes the one that follows it."""
+        self.decoder.cache.reset()
+        logits = self.model(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: self.decoder.cache}).logits
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.token.copy_(self.decoder.step(self.token[:, 0]).argmax(-1, keepdim=True))
+
+
 def bench_decode(
     model: "PreTrainedModel",
     batch: int,
@@ -80,8 +107,10 @@ def bench_decode(
     Returns:
         One record. `generate_ms` is the time of a step of `model.generate`: of `new_tokens` tokens less that of
         one, divided by `new_tokens` - 1. `graph_ms` is the mean step of a replayed CUDA graph, null on a CPU
-        and for models with sliding windows. `limit_ms` is the time to read what a step must read once (weights
-        without the embedding table, keys and values at the middle of the run), null on a CPU.
+        and for models with sliding windows that are not optimized. `limit_ms` is the time to read what a step must read
+        once (weights without the embedding table, keys and values at the middle of the run), null on a CPU.
+        `optimized` tells the cache and head of an optimized model. `memory_bytes` is the sum of the model's tensors,
+        `device_bytes` what is allocated on the GPU before the run, `peak_bytes` the most during it, both null on a CPU.
 
     Raises:
         QuantKitError: fewer than 2 new tokens, or more tokens than the model's context.
@@ -100,6 +129,9 @@ def bench_decode(
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (batch, prompt_len), generator=generator).to(device)
 
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     prefill = prefill_seconds(model, prompt, repeats)
     generate_step = generate_seconds(model, prompt, new_tokens, repeats)
     graph_step = graph_seconds(model, prompt, new_tokens, repeats) if device.type == "cuda" else None
@@ -109,7 +141,7 @@ def bench_decode(
         "kind": "decode",
         "model": name or model.config.name_or_path or model.config.model_type,
         "scheme": scheme_of(model),
-        **({"optimized": True} if any(isinstance(module, FusedBlock) for module in model.modules()) else {}),
+        **optimized_how(model),
         "batch": batch,
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,
@@ -120,6 +152,8 @@ def bench_decode(
         "graph_ms": graph_step * 1e3 if graph_step else None,
         "limit_ms": limits.seconds(step_bytes) * 1e3 if limits else None,
         "memory_bytes": memory_bytes(model),
+        "device_bytes": held,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         **environment(device, commit),
     }
 
@@ -129,9 +163,22 @@ def prefill_seconds(model: "PreTrainedModel", prompt: torch.Tensor, repeats: int
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        cache = empty_cache(model, prompt, 0)
+        model(
+            input_ids=prompt,
+            use_cache=True,
+            logits_to_keep=1,
+            **({} if cache is None else {CACHE_NAME: cache}),
+        )
 
     return median(synchronized_seconds(run, prompt.device, repeats))
+
+
+def empty_cache(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> PagedCache | None:
+    """What an optimized model's `generate` would take for the prompt; None: a growing cache of transformers."""
+    if not isinstance(model, Generating):
+        return None
+    return model.empty_cache(len(prompt), prompt.shape[1] + new_tokens)
 
 
 def generate_seconds(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int, repeats: int) -> float:
@@ -161,16 +208,21 @@ def graph_seconds(
 ) -> float | None:
     """Seconds a replay of one captured step, the mean over `new_tokens` of them, the median over the repeats."""
     with torch.cuda.device(prompt.device):
-        decoder, graph = captured_step(model, prompt, new_tokens)
-        if graph is None:
-            return None
+        if isinstance(model, Generating):
+            decoder: OptimizedDecoder | StaticDecoder = OptimizedDecoder(model, prompt, new_tokens)
+            step = decoder.step
+        else:
+            decoder, graph = captured_step(model, prompt, new_tokens)
+            if graph is None:
+                return None
+            step = graph.replay
         samples = []
         for _ in range(1 + repeats):
             decoder.prefill(prompt)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(new_tokens):
-                graph.replay()
+                step()
             end.record()
             end.synchronize()
             samples.append(start.elapsed_time(end) * 1e-3 / new_tokens)
@@ -190,6 +242,15 @@ def captured_step(
     return decoder, graph
 
 
+def optimized_how(model: Any) -> dict[str, str]:
+    """{"optimized": the kind of its cache, and the scheme of its head if packed} of an optimized model."""
+    if not any(isinstance(module, FusedBlock) for module in model.modules()):
+        return {}
+    head = model.get_output_embeddings()
+    cache = f"{model.kv} KV" if isinstance(model, Generating) else "no pages"
+    return {"optimized": f"{cache}, {head.scheme.label} head" if isinstance(head, QuantLinear) else cache}
+
+
 def scheme_of(model: torch.nn.Module) -> str:
     """Labels of the packed linears' schemes, joined by '+'; the dtype of a model without any."""
     labels = {m.scheme.label for m in model.modules() if isinstance(m, QuantLinear)}
@@ -205,7 +266,10 @@ def weight_bytes_read(model: "PreTrainedModel") -> int:
 
 
 def cache_bytes(model: "PreTrainedModel", batch: int, length: int) -> int:
-    """Bytes of keys and values of `length` tokens a sequence in the model's dtype."""
+    """Bytes of keys and values of `length` tokens a sequence, as the model's cache holds them."""
+    if isinstance(model, Generating):
+        cache = model.new_cache(1, 1)
+        return cache.nbytes // cache.max_length * batch * length
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

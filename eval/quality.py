@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.decode import Generating
 from quantkit.errors import QuantKitError
 from quantkit.eval.divergence import divergence
 from quantkit.eval.perplexity import negative_log_likelihood, windows
 from quantkit.eval.records import Record, environment
 from quantkit.eval.sizes import bits_per_weight, disk_bytes, memory_bytes
+from quantkit.fuse import CACHE_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ class Quality:
         kl: mean over all windows * window positions of KL(p_reference || p), nats.
         top1: share of those positions where both models rank the same token first.
         notes: departures from what was asked for, such as a window clipped to the model's context.
+        kv: what the model held keys and values as; None: they went through no cache.
     """
 
     perplexity: float
@@ -44,6 +47,7 @@ class Quality:
     kl: float | None = None
     top1: float | None = None
     notes: tuple[str, ...] = ()
+    kv: str | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -54,9 +58,10 @@ class Quality:
     def protocol(self) -> str:
         """The conditions, to be printed beside every figure."""
         against = f", against {self.reference_dtype}" if self.reference_dtype else ""
+        cache = f", {self.kv} KV" if self.kv else ""
         return (
             f"{self.windows} non-overlapping windows of {self.window} tokens (stride {self.window}), "
-            f"{self.predictions} predictions, no BOS added, {self.dtype}{against}"
+            f"{self.predictions} predictions, no BOS added, {self.dtype}{cache}{against}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +135,7 @@ def evaluate(
         kl=kl / texts.numel() if compared else None,
         top1=agreed / texts.numel() if compared else None,
         notes=tuple(notes),
+        kv=model.kv if isinstance(model, Generating) else None,
     )
 
 
@@ -162,8 +168,11 @@ def check_vocabulary(texts: torch.Tensor, models: "list[PreTrainedModel]") -> No
 
 
 def read(model: "PreTrainedModel", text: torch.Tensor) -> torch.Tensor:
-    """Logits of one window, int64 [S] -> the model's dtype [S, V]."""
-    return model(input_ids=text[None].to(model.device), use_cache=False).logits[0]
+    """Logits of one window, int64 [S] -> the model's dtype [S, V]; of an optimized model through its pages."""
+    ids = text[None].to(model.device)
+    if isinstance(model, Generating):
+        return model(input_ids=ids, **{CACHE_NAME: model.empty_cache(1, ids.shape[1])}).logits[0]
+    return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def finite(nll: float, which: str, window: int) -> float:

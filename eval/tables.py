@@ -133,10 +133,11 @@ def decode_tables(records: Sequence[Record]) -> list[Table]:
     for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
         rows = [
             (
-                r["scheme"] + ", optimized" * bool(r.get("optimized")),
+                r["scheme"] + (f", optimized, {r['optimized']}" if r.get("optimized") else ""),
                 str(r["batch"]),
                 f"{r['prompt_len']} + {r['new_tokens']}",
                 number(r["memory_bytes"], ".2f", 1e-9),
+                number(r.get("device_bytes"), ".2f", 1e-9),
                 number(r["prefill_tokens_per_s"], ",.0f"),
                 number(r["generate_tokens_per_s"], ",.0f"),
                 number(r["generate_ms"], ".2f"),
@@ -150,7 +151,8 @@ def decode_tables(records: Sequence[Record]) -> list[Table]:
             "scheme",
             "batch",
             "prompt + new",
-            "GB in memory",
+            "GB of tensors",
+            "GB on device",
             "prefill tok/s",
             "generate tok/s",
             "ms/step",

@@ -213,7 +213,9 @@ def decode_attention_kernel(
     table_ptr += b.to(tl.int64) * max_pages
     t = begin * T + w[:, None] * TW + tl.arange(0, TW)[None, :]
     warp_t = begin * T + w * TW
-    page = tl.load(table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE, mask=w * 0 < length, other=0)
+    page = tl.load(
+        table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE, mask=w * 0 < length, other=0
+    )
     for _ in tl.range(begin, end, num_stages=STAGES):
         base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
         t_read = tl.minimum(tl.maximum(t, first), last) if WINDOW else tl.minimum(t, last)
@@ -229,7 +231,9 @@ def decode_attention_kernel(
             s = s * step[:, :, None] + middle[:, :, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES))
+                    word = tl.load(
+                        key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES)
+                    )
                     step, middle = pair_of(word)
                 s += tl.dot(ks[i], q[i]) * step[:, :, None] + middle[:, :, None] * sum_of_q[i]
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base[:, None] + place))

@@ -59,6 +59,8 @@ class PagedCache(Cache):
         columns: tokens that were given to each sequence, padding included.
     """
 
+    layers: list["PagedLayer"]  # type: ignore[assignment]
+
     def __init__(
         self,
         config: PreTrainedConfig,

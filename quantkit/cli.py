@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -35,6 +36,7 @@ from quantkit.eval.tables import number, quality_tables, rich_table, tables
 from quantkit.eval.tune import BUCKETS, OPS, Weight, chosen_rows, save, tunable, tune, writable
 from quantkit.experts import describe_experts
 from quantkit.kernels.dispatch import target_of
+from quantkit.kernels.kv_pages import KINDS
 from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of, set_fp8_accumulation
 from quantkit.load import is_quantized, load_model, read_quantized_config, verify
@@ -96,6 +98,28 @@ Accumulation = Annotated[
         help="Sums of e4m3 products on Hopper while a model runs: accurate (float32 every 128 columns) or fast (14 bits).",
         callback=an_accumulation,
     ),
+]
+
+
+def a_kind_of_kv(kind: str | None) -> str | None:
+    if kind is not None and kind not in KINDS:
+        raise QuantKitError(f"--kv {kind}: expected one of {', '.join(KINDS)}")
+    return kind
+
+
+def a_head(label: str | None) -> str | None:
+    if label is not None:
+        parse_scheme(label)
+    return label
+
+
+Kv = Annotated[
+    str | None,
+    typer.Option(help=f"Keys and values in pages of {', '.join(KINDS)}.", callback=a_kind_of_kv),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(help="Scheme to round the LM head to, such as w8a16; left as it is.", callback=a_head),
 ]
 
 
@@ -501,6 +525,7 @@ def evaluate_command(
     dataset: Annotated[str | None, typer.Option(help="wikitext, c4 or ORG/NAME[:CONFIG][:SPLIT].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; windows do not overlap.")] = 1024,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    kv: Kv = None,
     fp8_accumulation: Accumulation = "accurate",
     dtype: Dtype = None,
     device: Device = None,
@@ -515,6 +540,8 @@ def evaluate_command(
     computed = compute_dtype(where, dtype)
     subject = open_model(model, where, computed)
     set_fp8_accumulation(subject, fp8_accumulation)
+    if kv is not None:
+        optimize(subject, kv=kv)
     reference = open_model(against, where, computed) if against else None
     tokens = text_tokens(load_tokenizer(resolve(model)), text or dataset)
     with Bar(
@@ -536,6 +563,81 @@ def evaluate_command(
         out.print(rich_table(table))
     out.print(f"in memory {megabytes(record['memory_bytes'])}, on disk {megabytes(record['disk_bytes'])}")
     save_json(json_file, record)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A quantized directory, or any model.")],
+    prompt: Annotated[
+        list[str], typer.Argument(help="What to continue; several are generated side by side, - reads stdin.")
+    ],
+    new: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest token, else it is drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draws from the likeliest tokens of so much probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Put prompts into the model's chat template.")
+    ] = False,
+    kv: Kv = None,
+    head: Head = None,
+    fp8_accumulation: Accumulation = "accurate",
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Continue a text with an optimized model; the text goes to stdout, what it took to stderr."""
+    where = pick_device(device)
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    subject = open_model(model, where, compute_dtype(where, dtype))
+    tokenizer = load_tokenizer(resolve(model))
+    set_fp8_accumulation(subject, fp8_accumulation)
+    optimize(subject, head, kv or "bf16")
+    given = prompt_tokens(tokenizer, texts, chat).to(where)
+    context = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    if context and given["input_ids"].shape[1] + new > context:
+        raise QuantKitError(
+            f"a prompt of {given['input_ids'].shape[1]} tokens and {new} new ones exceed the model's context of "
+            f"{context}; lower --new"
+        )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True) if len(texts) == 1 else None
+    begun = time.monotonic()
+    found = subject.generate(  # type: ignore[operator]
+        **given, **sampling, max_new_tokens=new, pad_token_id=tokenizer.pad_token_id, streamer=streamer
+    )
+    made = found[:, given["input_ids"].shape[1] :]
+    tokens, seconds = int((made != tokenizer.pad_token_id).sum()), time.monotonic() - begun
+    for text in tokenizer.batch_decode(made, skip_special_tokens=True) if streamer is None else []:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    err.print(
+        f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second, the prompt's time included"
+    )
+
+
+def prompt_tokens(tokenizer: Any, texts: list[str], chat: bool) -> transformers.BatchEncoding:
+    """Prompts as tokens, padded on the left; a tokenizer without padding pads with its end of text."""
+    if chat and not tokenizer.chat_template:
+        raise QuantKitError("--chat: the tokenizer has no chat template; leave --chat out")
+    if chat:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        ]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
+    tokenizer.padding_side = "left"
+    given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
+    if given["input_ids"].shape[1] == 0 or not given["attention_mask"].any(1).all():
+        raise QuantKitError("a prompt has no tokens; give some text")
+    return given
 
 
 @app.command()
@@ -569,6 +671,8 @@ def bench(
     optimized: Annotated[
         bool, typer.Option("--optimize", help="Fuse the decoder blocks first, as quantkit.optimize does.")
     ] = False,
+    kv: Kv = None,
+    head: Head = None,
     fp8_accumulation: Accumulation = "accurate",
     dtype: Dtype = None,
     device: Device = None,
@@ -585,6 +689,8 @@ def bench(
         raise QuantKitError(f"--shapes {shapes}: known are {', '.join(SHAPES)}")
     if model is not None and scheme:
         raise QuantKitError("--scheme goes with --shapes; a directory has its scheme")
+    if (kv or head) and not optimized:
+        raise QuantKitError("--kv and --head go with --optimize, which gives a model its own cache and head")
     where = pick_device(device)
     if shapes is not None and decode and device is None and where.type == "cpu":
         raise QuantKitError(
@@ -620,7 +726,7 @@ def bench(
         for one in [None, *schemes] if decode and shapes in CONFIGS else []:
             made = random_model(shapes, one, device=where)
             if optimized:
-                optimize(made)
+                optimize(made, head, kv or "bf16")
             set_fp8_accumulation(made, fp8_accumulation)
             time_decode(made, shapes)
             if where.type == "cuda":
@@ -630,7 +736,7 @@ def bench(
         subject = open_model(str(model), where, computed)
         set_fp8_accumulation(subject, fp8_accumulation)
         if optimized:
-            optimize(subject)
+            optimize(subject, head, kv or "bf16")
         name = Path(against or str(model)).name
         time_decode(subject, name)
         packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}

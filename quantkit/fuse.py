@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit)
 from quantkit.cache import PagedCache, Step
 from quantkit.errors import QuantKitError
-import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit)
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
 from quantkit.packing import merge_rows
@@ -84,11 +84,12 @@ class FusedDecoder(nn.Module):
         x = kwargs.get("inputs_embeds")
         if x is None:
             x = self.embed_tokens(*args, *([] if args else [kwargs["input_ids"]]))
-        step = cache.take(*x.shape[:2], kwargs.get("attention_mask"))
+        step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")
         rotary = self.rotary_emb(x, step.positions if positions is None else positions)
         x = self.run(x, rotary, step, [layer.pages for layer in cache.layers])
-        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE_NAME: cache})
+        given: dict[str, Any] = {"last_hidden_state": x, CACHE_NAME: cache}
+        return BaseModelOutputWithPast(**given)
 
     def run(
         self, x: torch.Tensor, rotary: Sequence[torch.Tensor], step: Step, layers: Sequence[KVPages]
@@ -116,8 +117,9 @@ def attend(
         cos, sin: [B T, head_dim].
         pages: of this layer, to which keys and values are written.
     """
-    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    norms = () if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+    norms: tuple[Any, ...] = ()
+    if q_norm := getattr(attention, "q_norm", None):
+        norms = (q_norm.weight, attention.k_norm.weight, q_norm.variance_epsilon)
     q = torch.ops.quantkit.rope_write(qkv.flatten(0, 1), cos, sin, step.slots, *pages, *norms)
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or 0
     seen = (step.page_table, step.lengths)

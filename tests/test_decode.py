@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import transformers
+from test_optimize import KINDS, TINY, tiny
 from transformers import TextStreamer
 
 import quantkit
 from quantkit import decode
-from quantkit.cache import PAGE_SIZE, PagedCache
+from quantkit.cache import PAGE_SIZE
 from quantkit.errors import QuantKitError
-from test_optimize import KINDS, TINY, tiny
 
 QUANTIZED = ("int8", "fp8", "int4")
 
@@ -210,7 +210,7 @@ def test_a_cache_is_filled_and_continued_by_hand():
 def test_what_a_cache_cannot_do_is_refused():
     plain, model = pair()
     given = prompts()
-    with pytest.raises(QuantKitError, match="PagedCache: belongs to a model of quantkit.optimize"):
+    with pytest.raises(QuantKitError, match=r"PagedCache: belongs to a model of quantkit\.optimize"):
         plain(**given, past_key_values=model.new_cache(3, 20))
     with pytest.raises(QuantKitError, match="made for 2 sequences, got 3"):
         model(**given, past_key_values=model.new_cache(2, 20))

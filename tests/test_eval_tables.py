@@ -109,14 +109,14 @@ def test_quality_shows_the_protocol_and_leaves_out_what_the_original_has_not():
 
 
 def test_an_optimized_model_has_rows_of_its_own():
-    (table,) = tables([decode(), decode() | {"optimized": True}, decode()])
-    assert [row[0] for row in table.rows] == ["fp8", "fp8, optimized"]
+    (table,) = tables([decode(), decode() | {"optimized": "int8 KV"}, decode()])
+    assert [row[0] for row in table.rows] == ["fp8", "fp8, optimized, int8 KV"]
 
 
 def test_decode_without_a_graph_has_a_dash():
     (table,) = tables([decode(), decode(16, graph_ms=None)])
-    assert table.rows[0][5:] == ("40", "25.00", "312", "3.20", "1.87")
-    assert table.rows[1][7:9] == ("-", "-")
+    assert table.rows[0][6:] == ("40", "25.00", "312", "3.20", "1.87")
+    assert table.rows[1][8:10] == ("-", "-")
 
 
 def test_the_terminal_gets_the_same_cells():
