@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from quantkit.cache import PagedCache
+from quantkit.continuous import ATTENTION, AVAILABLE, serve_pages
+from quantkit.errors import QuantKitError
 from quantkit.fuse import CACHE_NAME
 
 ROOM = 256  # tokens; caches are made in multiples of so many, to fit the next call too
@@ -189,6 +191,38 @@ class Generating:
         if streamer is not None:
             streamer.end()
         return input_ids
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sliding = any(kind != "full_attention" for kind in layer_kinds(self.config.get_text_config()))
+        if sliding or not AVAILABLE:
+            if self.kv != "bf16":
+                why = "its layers have sliding windows" if sliding else "it needs transformers 5.23 or newer"
+                raise QuantKitError(
+                    f"generate_batch with {self.kv} KV: {why}; optimize the model with kv='bf16', or use generate"
+                )
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        given = kwargs.get("continuous_batching_config") or next(
+            (one for one in args if isinstance(one, ContinuousBatchingConfig)), None
+        )
+        blocks = None if given is None else given.max_blocks_per_request
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        attention = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.config._attn_implementation = attention
+            raise
+        if manager is not kept:
+            manager._original_attn_impl = attention  # to which it will return
+            serve_pages(manager, self.kv, blocks)
+        return manager
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Of attention, of each layer."""
+    one = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return getattr(config, "layer_types", None) or [one] * config.num_hidden_layers
 
 
 def pages_serve(generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode) -> bool:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit)
 from quantkit.cache import PagedCache, Step
+from quantkit.continuous import page_allocator, step_of
 from quantkit.errors import QuantKitError
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
@@ -27,6 +28,7 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are a
 
 
 CACHE_NAME = ALL_CACHE_NAMES[0]  # of the argument that holds the cache, "cache" from transformers 5.24 on
+CACHE_NAMES = ("past_key_values", "cache")  # the second, of any version, in continuous batching
 
 
 class FusedBlock(nn.Module):
@@ -74,8 +76,9 @@ class FusedDecoder(nn.Module):
     rotary_emb: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
-        if not isinstance(cache, PagedCache):
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        allocator = page_allocator(cache)
+        if allocator is None and not isinstance(cache, PagedCache):
             return super().forward(*args, **kwargs)
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise QuantKitError(
@@ -84,11 +87,14 @@ class FusedDecoder(nn.Module):
         x = kwargs.get("inputs_embeds")
         if x is None:
             x = self.embed_tokens(*args, *([] if args else [kwargs["input_ids"]]))
-        step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
+        if allocator is not None:
+            step, layers = step_of(allocator, kwargs), allocator.pages
+        else:
+            step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
+            layers = [layer.pages for layer in cache.layers]
         positions = kwargs.get("position_ids")
         rotary = self.rotary_emb(x, step.positions if positions is None else positions)
-        x = self.run(x, rotary, step, [layer.pages for layer in cache.layers])
-        given: dict[str, Any] = {"last_hidden_state": x, CACHE_NAME: cache}
+        given: dict[str, Any] = {"last_hidden_state": self.run(x, rotary, step, layers), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**given)
 
     def run(
