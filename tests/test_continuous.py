@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from test_optimize import tiny
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import quantkit
 from quantkit.continuous import AVAILABLE, BlockRows, PageAllocator
 from quantkit.errors import QuantKitError
-from test_optimize import tiny
+from quantkit.eval.soak import soak, soak_record
 
 KV = ("bf16", "int8", "fp8", "int4")
 needs_pages = pytest.mark.skipif(
@@ -144,3 +145,25 @@ def test_where_there_are_no_pages():
         model = quantkit.optimize(tiny("llama", None, torch.float32), kv="int8")
         with pytest.raises(QuantKitError, match=r"needs transformers 5\.23"):
             model.generate_batch(prompts, generation_config=greedy(4))
+
+
+@needs_pages
+@pytest.mark.parametrize("kv", ["bf16", "int4"])
+def test_a_soak_counts_what_is_equal(kv, monkeypatch):
+    model = quantkit.optimize(tiny("llama", None, torch.float32), kv=kv)
+    sizes = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 48}
+    found = soak(model, requests=24, longest=40, new_tokens=12, rounds=3, **sizes)
+    assert (found.equal, found.tied, found.wrong) == (24, 0, 0)
+    assert len(found.held_bytes) == 3
+    record = soak_record(found, model, name="tiny", scheme="float32", requests=24)
+    assert (record["kind"], record["kv"], record["equal"]) == ("soak", kv, 24)
+    monkeypatch.setattr(PageAllocator, "get_write_indices", lambda self, *a: [16] * a[2])  # all to one place
+    found = soak(model, requests=4, longest=40, new_tokens=12, rounds=1, **sizes)
+    assert found.wrong > 0
+
+
+def test_a_soak_that_cannot_be_is_refused():
+    with pytest.raises(QuantKitError, match=r"not optimized; call quantkit\.optimize first"):
+        soak(tiny("llama", None, torch.float32))
+    with pytest.raises(QuantKitError, match="512 tokens and 64 new ones exceed the model's context of 64"):
+        soak(quantkit.optimize(tiny("llama", None, torch.float32)))
