@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from quantkit.kernels import cpu, ops, rms_norm
 from rounding import DEVICE, FP8, assert_rounded, triton_runs
 
+gpu = pytest.mark.gpu
 EPS = 1e-5
 MODES = [(None, 0, False), (torch.int8, 0, False), (FP8, 0, False), (FP8, 128, False)]  # dtype, group, static
 MODES += [(torch.int8, 0, True), (FP8, 0, True)]
@@ -42,10 +43,18 @@ def between(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return torch.minimum(*ends), torch.maximum(*ends)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# the interpreter takes seconds for a thousand rows: in one dtype there
+@pytest.mark.parametrize(
+    ("M", "K", "dtype"),
+    [
+        pytest.param(M, K, dtype, marks=gpu if M > 1000 and dtype != torch.float16 else ())
+        for M, K in SHAPES
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize(("to", "group_size", "is_static"), MODES)
-@pytest.mark.parametrize(("M", "K"), SHAPES)
 def test_every_rounding_is_where_it_should_be(M, K, to, group_size, is_static, has_residual, dtype):
     x, residual, weight = operands(M, K, dtype)
     residual = residual if has_residual else None

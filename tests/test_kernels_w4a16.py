@@ -170,8 +170,11 @@ def launch_name(launch: dict[str, int]) -> str:
     return " ".join(f"{name}{value}" for name, value in launch.items() if name != "max_registers")
 
 
-@pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize("M", [2, 11])
+# the interpreter takes seconds a launch: two of the four cases there
+@pytest.mark.parametrize(
+    ("M", "group_size"),
+    [(2, 32), (11, 128), pytest.param(2, 128, marks=gpu), pytest.param(11, 32, marks=gpu)],
+)
 @pytest.mark.parametrize("launch", DECODE_LAUNCHES + STREAM_LAUNCHES, ids=launch_name)
 @dtypes
 def test_decode_in_every_launch(random: Random, dtype, launch, M, group_size):
