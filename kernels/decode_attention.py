@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_operands import E4M3_STEP, ODD_STEP, columns_of, operands, rotate_planes
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.stream_k import COUNTERS, next_counters
@@ -49,12 +50,16 @@ WARPS = 4
 PARTS_AT_ONCE = 8  # partial results that the last program loads at a time
 
 
-def config(kind: str, head_dim: int, page_size: int) -> dict[str, int]:
+def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, int]:
     """Launch parameters: tokens of a warp and step, which lie in one page; stages of loads; programs a multiprocessor."""
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
-    tokens = min(page_size, 16 if bytes_of_row > 128 else 32)
-    per_sm = 2 if head_dim == 256 else 3
-    return {"tokens": tokens, "warps": WARPS, "stages": 3, "per_sm": per_sm}
+    tokens = min(page_size, 16 if bytes_of_row >= 128 else 32)
+    stages = 3 if bytes_of_row >= 256 or kind == "int4" else 4
+    if target.startswith("gfx"):
+        stages = 2  # registers hold what is loaded ahead
+    elif bytes_of_row >= 512 and target in ("sm_89", "sm_120"):
+        stages = 2  # less shared memory
+    return {"tokens": tokens, "stages": stages, "per_sm": 2 if head_dim == 256 else 3}
 
 
 @triton.jit
@@ -77,6 +82,18 @@ def reciprocal(x, ASM: tl.constexpr):
 def pair_of(word):
     """Scale and middle of int4, two bfloat16 in an int32 word, as float32."""
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pages_of(table_ptr, t, first, last, PAGE: tl.constexpr, WINDOW: tl.constexpr, inside=None):
+    """Pages of tokens t, of those past the last or before a window's first one the page of that one."""
+    t = tl.minimum(t, last)
+    if WINDOW:
+        t = tl.maximum(t, first)
+    if inside is None:
+        return tl.load(table_ptr + t.to(tl.uint32) // PAGE)
+    else:
+        return tl.load(table_ptr + t.to(tl.uint32) // PAGE, mask=inside, other=0)
 
 
 @triton.jit
@@ -136,8 +153,10 @@ def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.c
         factor = power_of_two(largest)
         scaled = ()
         for i in tl.static_range(PLANES):
-            by: tl.constexpr = 1.0 / ODD_STEP if KIND == "int4" and i % 2 == 1 else 1.0
-            scaled = scaled + ((planes[i].to(tl.float32) / factor[None, :] * by).to(tl.float16),)
+            x = planes[i].to(tl.float32) / factor[None, :]
+            if KIND == "int4" and i % 2 == 1:
+                x *= 1.0 / ODD_STEP
+            scaled = scaled + (x.to(tl.float16),)
         if KIND == "fp8":
             factor *= E4M3_STEP
     return scaled, factor
@@ -160,6 +179,39 @@ def finish(
     for i in tl.static_range(PLANES):
         at = y_ptr[None, :] + columns_of(i, j, D, PLANES)[:, None]
         tl.store(at, y[i].to(y_ptr.dtype.element_ty), mask=exists & inside[None, :])
+
+
+@triton.jit
+def sum_of_parts(
+    partial_ptr, stats_ptr, first, stride, count,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Planes [C, R] of a sequence's `count` parts, the first of which is number `first` and the next `stride` later,
+    brought to one maximum and added, and the sum of their probabilities [R]."""
+    r = tl.arange(0, R)
+    j = tl.arange(0, C)
+    n = tl.arange(0, NP)
+    part = (first + n * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
+    there = (n < count)[:, None] & (r < GROUP)[None, :]
+    tops = tl.load(stats_ptr + part * 2, mask=there, other=NOTHING, cache_modifier=".cg")
+    totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
+    o = ()
+    for _ in tl.static_range(PLANES):
+        o = o + (tl.zeros((C, R), tl.float32),)
+    for n0 in range(0, count, AT_ONCE):
+        for a in tl.static_range(AT_ONCE):  # loads in flight
+            mask = r < tl.where(n0 + a < count, GROUP, 0)
+            row = (first + (n0 + a) * stride).to(tl.int64) * GROUP + r
+            share = tl.exp2(tl.load(stats_ptr + row * 2, mask=mask, other=NOTHING, cache_modifier=".cg") - top)
+            added = ()
+            for i in tl.static_range(PLANES):
+                at = partial_ptr + row[None, :] * (PLANES * C) + (i * C + j)[:, None]
+                plane = tl.load(at, mask=mask[None, :], other=0.0, cache_modifier=".cg")
+                added = added + (o[i] + plane * share[None, :],)
+            o = added
+    return o, total
 
 
 @triton.jit
@@ -204,18 +256,17 @@ def decode_attention_kernel(
         acc = acc + (tl.zeros((W, C, R), tl.float32),)
     if KIND == "int4":  # of each group, beside its middle
         for i in tl.static_range(PLANES):
-            by: tl.constexpr = ODD_STEP if i % 2 == 1 else 1.0
-            s = tl.sum(planes[i].to(tl.float32), 0) * by
-            sum_of_q = sum_of_q + (s[None, None, :],)
+            of_plane = tl.sum(planes[i].to(tl.float32), 0)
+            if i % 2 == 1:
+                of_plane *= ODD_STEP
+            sum_of_q = sum_of_q + (of_plane[None, None, :],)
     m = tl.full((W, R), NOTHING, tl.float32)
     total = tl.zeros((W, R), tl.float32)
     middles = tl.zeros((W, R), tl.float32)
     table_ptr += b.to(tl.int64) * max_pages
     t = begin * T + w[:, None] * TW + tl.arange(0, TW)[None, :]
     warp_t = begin * T + w * TW
-    page = tl.load(
-        table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE, mask=w * 0 < length, other=0
-    )
+    page = pages_of(table_ptr, warp_t, first, last, PAGE, WINDOW, w * 0 < length)
     for _ in tl.range(begin, end, num_stages=STAGES):
         base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
         t_read = tl.minimum(tl.maximum(t, first), last) if WINDOW else tl.minimum(t, last)
@@ -231,9 +282,7 @@ def decode_attention_kernel(
             s = s * step[:, :, None] + middle[:, :, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    word = tl.load(
-                        key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES)
-                    )
+                    word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES))
                     step, middle = pair_of(word)
                 s += tl.dot(ks[i], q[i]) * step[:, :, None] + middle[:, :, None] * sum_of_q[i]
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base[:, None] + place))
@@ -265,7 +314,7 @@ def decode_attention_kernel(
         acc = summed
         t += T
         warp_t += T
-        page = tl.load(table_ptr + tl.minimum(tl.maximum(warp_t, first), last) // PAGE)
+        page = pages_of(table_ptr, warp_t, first, last, PAGE, WINDOW)
 
     top = tl.max(m, 0)
     share = tl.exp2(m - top[None, :])
@@ -276,8 +325,9 @@ def decode_attention_kernel(
         if KIND == "fp8":
             plane *= E4M3_STEP
         if KIND == "int4":
-            by: tl.constexpr = 1.0 / ODD_STEP if i % 2 == 1 else 1.0
-            plane = plane * by + tl.sum(middles * share, 0)[None, :]
+            if i % 2 == 1:
+                plane *= 1.0 / ODD_STEP
+            plane += tl.sum(middles * share, 0)[None, :]
         o = o + (plane,)
     inside = r < GROUP
     y_row = y_ptr + row_of_q * D
@@ -293,28 +343,9 @@ def decode_attention_kernel(
         tl.debug_barrier()
         counter = counter_ptr + b * KV_HEADS + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-            n = tl.arange(0, NP)
-            part = ((first_unit + n) * KV_HEADS + h).to(tl.int64)[:, None] * GROUP + r[None, :]
-            there = (n < count)[:, None] & inside[None, :]
-            tops = tl.load(stats_ptr + part * 2, mask=there, other=NOTHING, cache_modifier=".cg")
-            totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            top = tl.max(tops, 0)
-            total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
-            o = ()
-            for _ in tl.static_range(PLANES):
-                o = o + (tl.zeros((C, R), tl.float32),)
-            for n0 in range(0, count, AT_ONCE):
-                for a in tl.static_range(AT_ONCE):  # loads in flight
-                    some = ((first_unit + n0 + a) * KV_HEADS + h).to(tl.int64) * GROUP + r
-                    mask = r < tl.where(n0 + a < count, GROUP, 0)
-                    theirs = tl.load(stats_ptr + some * 2, mask=mask, other=NOTHING, cache_modifier=".cg")
-                    share = tl.exp2(theirs - top)[None, :]
-                    added = ()
-                    for i in tl.static_range(PLANES):
-                        at = partial_ptr + some[None, :] * (PLANES * C) + (i * C + j)[:, None]
-                        plane = tl.load(at, mask=mask[None, :], other=0.0, cache_modifier=".cg")
-                        added = added + (o[i] + plane * share,)
-                    o = added
+            o, total = sum_of_parts(
+                partial_ptr, stats_ptr, first_unit * KV_HEADS + h, KV_HEADS, count, GROUP, PLANES, C, R, NP, AT_ONCE
+            )
             tl.store(counter, 0)
             finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
 
@@ -359,8 +390,8 @@ def decode_attention_triton(
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    launch = config(pages.kind, D, pages.page_size)
-    tile = launch["tokens"] * launch["warps"]
+    launch = config(pages.kind, D, pages.page_size, target_of(q.device))
+    tile = launch["tokens"] * WARPS
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     # without counters for all no sequence is split
     units = 1
@@ -380,7 +411,7 @@ def decode_attention_triton(
         B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
         KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
         WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
-        TW=launch["tokens"], W=launch["warps"], STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
-        num_warps=launch["warps"], num_stages=1, **options,
+        TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
+        num_warps=WARPS, num_stages=1, **options,
     )  # fmt: skip
     return y

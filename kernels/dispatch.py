@@ -27,6 +27,7 @@ SCALED_MM_MIN_M = 32  # rows of x from which on torch._scaled_mm is faster than 
 MAX_ROW = 32768
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 ATTENTION_MAX_GROUP = 32  # query heads a kv head: more need more registers than there are
+ATTENTION_MAX_COLUMNS_AMD = 128  # of a head
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
@@ -174,6 +175,8 @@ def _in_registers(columns: int) -> Callable[[Problem], str | None]:
 def _attention(problem: Problem) -> str | None:
     if problem.group_size > ATTENTION_MAX_GROUP:
         return f"takes {ATTENTION_MAX_GROUP} query heads a kv head, not {problem.group_size}"
+    if problem.target in AMD and problem.N > ATTENTION_MAX_COLUMNS_AMD:
+        return f"spills registers for heads of {problem.N} columns on {problem.target}"
     return _floats(problem)
 
 

@@ -47,12 +47,18 @@ def bits_of(x):
 
 
 @triton.jit
+def nearest_bf16(x):
+    """float32 -> the nearest bfloat16, half to even, as a float32; by its bits, as Triton 3.9's interpreter truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def pair_of_range(low, high):
     """Scale and middle, float32 of bfloat16 precision, of values between low and high: `kv_pages.quantize`."""
-    middle = ((low + high) * 0.5).to(tl.bfloat16).to(tl.float32)
+    middle = nearest_bf16((low + high) * 0.5)
     scale = tl.div_rn(tl.maximum(high - middle, middle - low), 15.0)
-    scale = tl.where(scale < FLOOR, FLOOR, scale).to(tl.bfloat16).to(tl.float32)
-    return scale, middle
+    return nearest_bf16(tl.where(scale < FLOOR, FLOOR, scale)), middle
 
 
 @triton.jit
@@ -136,8 +142,9 @@ def rope_write_kernel(
         exists = (j < N)[:, None] & (head < heads)[None, :]
         if is_q:
             for i in tl.static_range(PLANES):
-                at = q_ptr + (t * H + head)[None, :] * D + (i * N + j)[:, None]
-                tl.store(at, y[i].to(dtype), mask=exists)
+                tl.store(
+                    q_ptr + (t * H + head)[None, :] * D + (i * N + j)[:, None], y[i].to(dtype), mask=exists
+                )
         else:
             lows, highs = (), ()
             for i in tl.static_range(PLANES):
@@ -162,8 +169,7 @@ def rope_write_kernel(
                 word |= code.to(tl.int32) << (4 * i)
                 pair = bits_of(scale) | (bits_of(middle) << 16)
                 if i * GROUPS % PLANES == 0:
-                    at = key_scales_ptr + row * GROUPS + i * GROUPS // PLANES
-                    tl.store(at, pair, mask=head < of_k)
+                    tl.store(key_scales_ptr + row * GROUPS + i * GROUPS // PLANES, pair, mask=head < of_k)
                 if i == 0:
                     tl.store(value_scales_ptr + row, pair, mask=head < of_v)
             word = (word << 1) | (word >> 15)

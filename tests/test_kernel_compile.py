@@ -363,6 +363,75 @@ def producer_jobs(target: str):
     yield "quantize long rows", quantize_activations.quantize_long_rows_kernel, types, launch
 
 
+# kind, x, columns of a head, query heads a kv head, window and soft cap or not
+DECODED = (
+    ("bf16", "bf16", 128, 4, False),
+    ("int8", "bf16", 128, 4, False),
+    ("fp8", "bf16", 128, 4, False),
+    ("int4", "bf16", 128, 4, False),
+    ("bf16", "bf16", 256, 2, True),
+    ("int4", "fp16", 64, 8, True),
+)
+PREFILLED = (("bf16", "bf16", 128, 4, False), ("int4", "bf16", 128, 4, True), ("int8", "bf16", 128, 4, False))
+ROPED = ("fp8", "int4", "bf16", "int8")
+
+
+def attention_jobs(target: str):
+    """What the wrappers of attention over pages launch, and of what writes them: as `jobs`."""
+    from quantkit.kernels import decode_attention, prefill_attention, rope_write
+    from quantkit.kernels.dispatch import native_fp8
+
+    few = () if target == "sm_90" else ("bf16", "int8", "int4") if target in FIRST else ("int4",)
+    decoded = [one for one in DECODED if not few or one[0] in few]
+    if target.startswith("gfx"):  # dispatch sends wider heads elsewhere
+        decoded = [one for one in decoded if one[2] <= 128]
+    if few:  # one of a kind: the widest head in 16 bits, the narrowest in int4
+        decoded = list({one[0]: one for one in decoded}.values())
+    prefilled = PREFILLED if not few else PREFILLED[:2] if target in FIRST else PREFILLED[2:]
+    roped = ROPED if not few else ROPED[:2] if target in FIRST else ROPED[:1]
+    asm = int(target[3:]) if target.startswith("sm_") else 0
+    flags = {"ASM": asm, "PDL": asm >= 90} | ({"launch_pdl": True} if asm >= 90 else {})
+
+    def pages(kind: str, x: str) -> dict:
+        codes = {"bf16": f"*{x}"}.get(kind, "*i16")
+        scales = {"bf16": None, "int4": "*i32"}.get(kind, "*fp32")
+        types = {"keys_ptr": codes, "values_ptr": codes, "key_scales_ptr": scales}
+        return types | {"value_scales_ptr": scales, "KIND": kind, "PAGE": 64}
+
+    for kind, x, D, group, masked in decoded:
+        chosen = decode_attention.config(kind, D, 64, target)
+        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(kind, x)
+        types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
+        types |= {"scale": "fp32", "soft_cap": "fp32"}
+        types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
+        of_decode = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "counter_ptr": "*i32"}
+        of_decode |= {"max_length": "i32", "units": "i32", "NP": 64, "R": 8, "TW": chosen["tokens"]}
+        of_decode |= {"W": decode_attention.WARPS, "STAGES": chosen["stages"]}
+        of_decode |= {"AT_ONCE": decode_attention.PARTS_AT_ONCE, "num_warps": decode_attention.WARPS}
+        name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}"
+        launch = of_decode | flags | {"num_stages": 1}
+        yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch
+    for kind, x, D, group, masked in prefilled:
+        chosen = prefill_attention.config(kind, D, group, target)
+        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(kind, x)
+        types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
+        types |= {"scale": "fp32", "soft_cap": "fp32", "starts_ptr": "*i32"}
+        types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
+        launch = {"QUERIES": chosen["queries"], "HEADS": chosen["heads"], "T": chosen["tokens"]}
+        launch |= {"STAGES": chosen["stages"], "num_warps": chosen["warps"], "num_stages": 1} | flags
+        name = f"prefill_attention {kind} of {D} columns{', masked' * masked}"
+        yield name, prefill_attention.prefill_attention_kernel, types, launch
+    for kind in roped:
+        normed = "*bf16" if kind == "int4" else None
+        types = {name: "*bf16" for name in ("qkv_ptr", "cos_ptr", "sin_ptr", "q_ptr")} | pages(kind, "bf16")
+        if kind in ("int8", "fp8"):
+            types |= dict.fromkeys(("keys_ptr", "values_ptr"), "*i8" if kind == "int8" else "*u8")
+        types |= {"slots_ptr": "*i64", "q_norm_ptr": normed, "k_norm_ptr": normed, "eps": "fp32"}
+        types |= dict.fromkeys(("H", "KV_HEADS", "stride_t", "stride_cos", "stride_sin"), "i32")
+        types |= {"D": 128, "R": rope_write.HEADS, "NATIVE_FP8": native_fp8(target)}
+        yield f"rope_write {kind}", rope_write.rope_write_kernel, types, flags | {"num_warps": 4}
+
+
 def jobs(target: str):
     """(name, kernel, run-time argument types, constexprs, launch options) of everything the wrappers launch."""
     import torch
@@ -373,6 +442,7 @@ def jobs(target: str):
     yield from w4a16_jobs(target)
     yield from low_bits_jobs(target)
     yield from producer_jobs(target)
+    yield from attention_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()
         yield from eight_bit_hopper_jobs()
@@ -501,6 +571,8 @@ def in_the_main_loop(kernel) -> dict[str, int]:
         "through_shared": sum(i.startswith(("LDS", "STS")) for i in loop),
         "waits_for_products": sum(i.startswith("WARPGROUP.DEPBAR") for i in loop),
         "spills_in_loop": sum(i.startswith(("LDL", "STL")) for i in loop),
+        "copies_of_16_bytes": sum(i.startswith("LDGSTS") and ".128" in i for i in loop),
+        "instructions": len(loop),
     }
 
 
@@ -545,7 +617,7 @@ def compile_all(target: str) -> None:
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
         if target == "sm_90" and name.startswith(
-            ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper")
+            ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper", "decode_attention")
         ):
             record |= in_the_main_loop(kernel)
         print(json.dumps(record), flush=True)
@@ -581,7 +653,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 79, "sm_89": 32, "sm_90": 125, "sm_100": 32, "sm_120": 32, "gfx942": 79, "gfx950": 32}
+KERNELS = {"sm_80": 86, "sm_89": 35, "sm_90": 138, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
@@ -603,7 +675,9 @@ def test_no_kernel_that_dispatch_chooses_spills_registers(compiled, target):
     assert max(spilled.values(), default=0) <= SPILLS, spilled
 
 
-@pytest.mark.parametrize("kernel", ["w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper"])
+@pytest.mark.parametrize(
+    "kernel", ["w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper", "decode_attention"]
+)
 def test_hoppers_kernels_spill_nothing_in_their_main_loop(compiled, kernel):
     loops = {k["name"]: k.get("spills_in_loop", 0) for k in compiled["sm_90"][0] if kernel in k["name"]}
     assert loops
@@ -629,6 +703,18 @@ def test_a_row_of_x_on_hopper_takes_no_turn_through_shared_memory(compiled):
     rows = [k for k in compiled["sm_90"][0] if k["name"].startswith("w4a16_decode") and " M=1 " in k["name"]]
     assert rows
     assert not {k["name"]: k["through_shared"] for k in rows if k.get("through_shared")}
+
+
+def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions(compiled):
+    """Budgets of `decode_attention.py`: instructions a token and warp; four programs' or three programs' registers."""
+    found = {k["name"]: k for k in compiled["sm_90"][0] if k["name"].startswith("decode_attention")}
+    for kind, tokens, row, most in (("bf16", 16, 256, 32), ("int8", 16, 128, 44), ("int4", 32, 64, 32)):
+        kernel = found[f"decode_attention {kind} of 128 columns, 4 heads of bf16"]
+        if "instructions" not in kernel:
+            pytest.skip("the Triton wheel has no disassembler")
+        assert kernel["copies_of_16_bytes"] == 2 * tokens * row // 512, kernel  # a lane's of K and V, all warps alike
+        assert kernel["instructions"] <= most * tokens, kernel
+        assert kernel["registers"] <= 168, kernel
 
 
 if __name__ == "__main__":
