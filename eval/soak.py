@@ -48,7 +48,7 @@ def soak(
     new_tokens: int = 64,
     rounds: int = 10,
     seed: int = 0,
-    **sizes: int,
+    **sizes: Any,
 ) -> Soak:
     """Gives random prompts of 1 to `longest` tokens to one manager, round after round, and to `generate` one at a time.
 

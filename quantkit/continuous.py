@@ -23,7 +23,7 @@ try:
         FullAttentionCacheAllocator,
     )
 except ImportError:  # transformers before 5.23
-    FULL_ATTENTION, FullAttentionCacheAllocator = "", object
+    FULL_ATTENTION, FullAttentionCacheAllocator = "", object  # type: ignore[misc, assignment]
 
 AVAILABLE = bool(FULL_ATTENTION)
 # Makes transformers prepare what a flash kernel takes, lengths instead of masks. Its attention is not called.
@@ -67,8 +67,8 @@ class PageAllocator(FullAttentionCacheAllocator):  # type: ignore[misc]
                 at += like.nbytes
                 rows.append(part.view(blocks, -1))
                 views.append(part.view(like.dtype).view(like.shape))
-            self.pages.append(KVPages(*views, self.kind))  # type: ignore[arg-type]
-        self._copy_view = BlockRows(rows)
+            self.pages.append(KVPages(*views, kind=self.kind))  # type: ignore[arg-type, misc]
+        self._copy_view = BlockRows(rows)  # type: ignore[assignment]
         self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, cache_tensor, pool)
 
 

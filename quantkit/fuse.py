@@ -76,7 +76,7 @@ class FusedDecoder(nn.Module):
     rotary_emb: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache: Any = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         allocator = page_allocator(cache)
         if allocator is None and not isinstance(cache, PagedCache):
             return super().forward(*args, **kwargs)
