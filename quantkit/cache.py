@@ -56,6 +56,7 @@ class PagedCache(Cache):
         layers: a `PagedLayer` for each of the model's.
         page_table: int32 [batch, pages].
         lengths: int32 [batch], on the device.
+        rotary: cosines and sines of all positions, [max_length, head_dim], for the model that uses the cache to keep.
         columns: tokens that were given to each sequence, padding included.
     """
 
@@ -74,7 +75,9 @@ class PagedCache(Cache):
         pages = -(-max_length // PAGE_SIZE)
         self.max_length = pages * PAGE_SIZE
         self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+        self.first_slots = self.max_length * torch.arange(batch, device=device).view(batch, 1)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.rotary: tuple[Tensor, Tensor] | None = None
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         super().__init__(
@@ -142,13 +145,17 @@ class PagedCache(Cache):
 
     def place(self, tokens: int, fresh: Tensor | None) -> Step:
         """The device's part of `take`, which can be captured."""
-        self.lengths += tokens if fresh is None else fresh
-        rows = torch.arange(-tokens, 0, device=self.lengths.device)
-        positions = self.lengths[:, None] + rows  # int64
-        page, place = positions.clamp(min=0) // PAGE_SIZE, positions % PAGE_SIZE
-        slots = self.page_table.gather(1, page).long() * PAGE_SIZE + place
-        if fresh is not None:
-            slots = torch.where(rows >= -fresh[:, None], slots, -1)
+        if tokens == 1 and fresh is None:
+            positions = self.lengths[:, None].long()
+            self.lengths += 1
+            slots = self.first_slots + positions
+        else:
+            self.lengths += tokens if fresh is None else fresh
+            rows = torch.arange(-tokens, 0, device=self.lengths.device)
+            positions = self.lengths[:, None] + rows  # int64
+            slots = self.first_slots + positions
+            if fresh is not None:
+                slots = torch.where(rows >= -fresh[:, None], slots, -1)
         starts = None
         if tokens > 1:
             starts = torch.arange(self.batch_size + 1, dtype=torch.int32, device=slots.device) * tokens

@@ -31,6 +31,10 @@ CACHE_NAME = ALL_CACHE_NAMES[0]  # of the argument that holds the cache, "cache"
 CACHE_NAMES = ("past_key_values", "cache")  # the second, of any version, in continuous batching
 
 
+# Kinds of rotary embeddings whose frequencies are the same whatever the length of the text.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
 class FusedBlock(nn.Module):
     """A decoder block that was fused: its class comes before the block's own, and only its forward is new.
 
@@ -93,9 +97,25 @@ class FusedDecoder(nn.Module):
             step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
             layers = [layer.pages for layer in cache.layers]
         positions = kwargs.get("position_ids")
-        rotary = self.rotary_emb(x, step.positions if positions is None else positions)
+        if positions is None and allocator is None and self.rotary_emb.rope_type in FIXED_ROPE:
+            rotary = self.rotary_of(step.positions, cache, x)
+        else:
+            rotary = self.rotary_emb(x, step.positions if positions is None else positions)
         given: dict[str, Any] = {"last_hidden_state": self.run(x, rotary, step, layers), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**given)
+
+    def rotary_of(
+        self, positions: torch.Tensor, cache: PagedCache, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `rotary_emb` gives, from a table: two kernels a step instead of ten."""
+        if cache.rotary is None:
+            every = torch.arange(cache.max_length, device=x.device).unsqueeze(0)
+            cos, sin = self.rotary_emb(x, every)
+            cache.rotary = cos[0], sin[0]
+        rows = (
+            positions if positions.shape[1] == 1 else positions.clamp(min=0)
+        )  # of padding, which is not seen
+        return cache.rotary[0][rows], cache.rotary[1][rows]
 
     def run(
         self, x: torch.Tensor, rotary: Sequence[torch.Tensor], step: Step, layers: Sequence[KVPages]
