@@ -29,6 +29,7 @@ class Step:
         lengths: int32 [B], tokens of each sequence, these included.
         starts: int32 [B + 1], the first row of each sequence; None where each has one row.
         max_length: no sequence has more tokens than this.
+        whole: these T are all tokens of every sequence, without padding.
     """
 
     positions: Tensor
@@ -37,6 +38,7 @@ class Step:
     lengths: Tensor
     starts: Tensor | None
     max_length: int
+    whole: bool = False
 
 
 class PagedCache(Cache):
@@ -159,7 +161,8 @@ class PagedCache(Cache):
         starts = None
         if tokens > 1:
             starts = torch.arange(self.batch_size + 1, dtype=torch.int32, device=slots.device) * tokens
-        return Step(positions, slots.flatten(), self.page_table, self.lengths, starts, self.max_length)
+        whole = tokens > 1 and tokens == self.columns and fresh is None
+        return Step(positions, slots.flatten(), self.page_table, self.lengths, starts, self.max_length, whole)
 
     def reset(self) -> None:
         self.columns = 0

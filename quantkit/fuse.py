@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
@@ -153,6 +154,8 @@ def attend(
         y = torch.ops.quantkit.decode_attention(
             q, *pages, *seen, attention.scaling, window, 0.0, step.max_length
         )
+    elif step.whole and pages.kind == "bf16" and not 0 < window < qkv.shape[1]:
+        y = causal_attention(q.unflatten(0, qkv.shape[:2]), pages, step.page_table, attention.scaling)
     else:
         y = torch.ops.quantkit.prefill_attention(q, *pages, *seen, step.starts, attention.scaling, window)
     return attention.o_proj(y.view(*qkv.shape[:-1], -1))
@@ -203,6 +206,17 @@ def merged(parts: Sequence[Any]) -> nn.Module:
     if x_dtype is not None:
         packed.repack(x_dtype)
     return packed
+
+
+def causal_attention(q: torch.Tensor, pages: KVPages, page_table: torch.Tensor, scale: float) -> torch.Tensor:
+    """PyTorch's kernels for q [B, T, heads, head_dim] of whole texts, whose keys and values are in unquantized pages."""
+    T = q.shape[1]
+    k, v = (part[:, :, :T] for part in pages.gather(page_table[:, : -(-T // pages.page_size)].long()))
+    grouped = q.shape[2] != k.shape[1]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+    return y.transpose(1, 2).contiguous()
 
 
 def after_norm(
