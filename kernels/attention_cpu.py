@@ -46,9 +46,7 @@ def rope_write_torch(
     return rotate(q).to(q.dtype) if pages.kind == "int4" else q
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kind: str, scale: float, soft_cap: float
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kind: str, scale: float, soft_cap: float) -> Tensor:
     """Attention of q [B, H, S, D] to k, v [B, kv_heads, L, D], where seen [B, 1, S, L]; 0 where a query sees nothing."""
     dtype = q.dtype
     # a NaN times a probability of zero would still be one

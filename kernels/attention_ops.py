@@ -72,7 +72,9 @@ def _check_pages(op: str, pages: KVPages, x: Tensor) -> None:
     count, heads, page_size, columns = pages.keys.shape
     stored = STORED_AS.get(pages.kind, x.dtype)
     for name, codes in (("keys", pages.keys), ("values", pages.values)):
-        _expect(op, name, codes, (None if name == "keys" else count, heads, page_size, columns), stored, x, MEND)
+        _expect(
+            op, name, codes, (None if name == "keys" else count, heads, page_size, columns), stored, x, MEND
+        )
     of_groups = {"key_scales": groups_of(pages.head_dim), "value_scales": 1}
     for name, groups in of_groups.items():
         scales = getattr(pages, name)
@@ -129,7 +131,9 @@ def _check_rope_write(
         raise QuantKitError(f"{op}: one of q_norm and k_norm is None, expected both or neither; pass both")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
-            _expect(op, name, weight, (D,), qkv.dtype, qkv, "pass the head norm's weight in the model's dtype")
+            _expect(
+                op, name, weight, (D,), qkv.dtype, qkv, "pass the head norm's weight in the model's dtype"
+            )
     return heads
 
 
@@ -308,7 +312,15 @@ def _check_prefill(
 ) -> None:
     op = "prefill_attention"
     _check_attention(op, q, pages, page_table, lengths, window, soft_cap)
-    _expect(op, "q_starts", q_starts, (len(lengths) + 1,), torch.int32, q, "the first row of q of each sequence, and T")
+    _expect(
+        op,
+        "q_starts",
+        q_starts,
+        (len(lengths) + 1,),
+        torch.int32,
+        q,
+        "the first row of q of each sequence, and T",
+    )
 
 
 def prefill_attention(

@@ -88,12 +88,17 @@ def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
             a = (w & 0x1E).to(tl.float16) - 15.0
             b = (w & 0x1E0).to(tl.float16) - 240.0
             c = ((w >> 8) & 0x1E).to(tl.float16) - 15.0
-            d = ((((w >> 8) & 0xE0) | ((w & 1) << 8))).to(tl.float16) - 240.0
+            d = (((w >> 8) & 0xE0) | ((w & 1) << 8)).to(tl.float16) - 240.0
         return (a.to(tl.float16), b.to(tl.float16), c.to(tl.float16), d.to(tl.float16))
     else:
         if ASM:
             a, b = tl.inline_asm_elementwise(
-                INT8 if KIND == "int8" else FP8, "=r,=r,r", [words], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+                INT8 if KIND == "int8" else FP8,
+                "=r,=r,r",
+                [words],
+                dtype=(tl.float16,) * 2,
+                is_pure=True,
+                pack=2,
             )
         else:
             low, high = (words << 8).to(tl.int16), words & -256

@@ -108,10 +108,14 @@ def rope_write_kernel(
         normed, others = (), ()
         for i in tl.static_range(PLANES):
             column = i * N + j
-            normed = normed + (head_norm(x[i], root, q_norm_ptr, k_norm_ptr, column, j, columns_q, columns_k, is_v),)
+            normed = normed + (
+                head_norm(x[i], root, q_norm_ptr, k_norm_ptr, column, j, columns_q, columns_k, is_v),
+            )
             if PLANES == 1:
                 half = tl.where(column < D // 2, column + D // 2, column - D // 2)
-                others = others + (head_norm(other[i], root, q_norm_ptr, k_norm_ptr, half, j, columns_q, columns_k, is_v),)
+                others = others + (
+                    head_norm(other[i], root, q_norm_ptr, k_norm_ptr, half, j, columns_q, columns_k, is_v),
+                )
         x = normed
         other = others
     turned = ()

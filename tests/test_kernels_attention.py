@@ -187,9 +187,9 @@ def test_decode_of_other_models(case, dtype):
 def run_prefill(case: Case, dtype: torch.dtype, with_triton: bool) -> None:
     pages, table, lengths = written(case, dtype)
     starts = [0, *torch.tensor(case.queries).cumsum(0).tolist()]
-    q = torch.randn(
-        starts[-1], KV_HEADS * case.group, case.D, generator=torch.Generator().manual_seed(1)
-    ).to(DEVICE, dtype)
+    q = torch.randn(starts[-1], KV_HEADS * case.group, case.D, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE, dtype
+    )
     rest = (
         torch.tensor(starts, dtype=torch.int32, device=DEVICE),
         case.D**-0.5,
@@ -314,7 +314,9 @@ def test_a_cpu_attends_as_transformers_does_to_the_bit():
 
 
 def test_dispatch_leaves_float32_and_many_heads_to_torch():
-    name = lambda dtype, group: select("decode_attention", Problem("sm_90", 1, 128, 99, dtype, dtype, group)).name
+    name = lambda dtype, group: (
+        select("decode_attention", Problem("sm_90", 1, 128, 99, dtype, dtype, group)).name
+    )
     assert name(torch.bfloat16, 8) == "decode_attention_triton"
     assert name(torch.float32, 8) == "decode_attention_torch"
     assert name(torch.bfloat16, 71) == "decode_attention_torch"

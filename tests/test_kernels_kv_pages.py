@@ -79,7 +79,9 @@ def test_values_are_rounded_by_half_a_step_at_most(kind):
     codes, scales = quantize(x, kind, groups)
     y = dequantize(codes, scales, kind)
     if kind == "fp8":
-        step = torch.maximum(x.abs() * 2**-3, scales[..., None] * 2**-9)  # e4m3 has 3 bits, subnormals of 2^-9
+        step = torch.maximum(
+            x.abs() * 2**-3, scales[..., None] * 2**-9
+        )  # e4m3 has 3 bits, subnormals of 2^-9
     elif kind == "int8":
         step = scales[..., None].expand_as(x)
     else:  # codes are two scales apart; rounding a scale down to 8 bits cuts the ends of the range by 15 / 256 of it
@@ -128,7 +130,13 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=1)[0]
 
 
-SIZES = [(64, 4, 2), (128, 18, 2), (16, 3, 1), (32, 2, 2), (256, 1, 1)]  # D, H (more than a program's), kv heads
+SIZES = [
+    (64, 4, 2),
+    (128, 18, 2),
+    (16, 3, 1),
+    (32, 2, 2),
+    (256, 1, 1),
+]  # D, H (more than a program's), kv heads
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
