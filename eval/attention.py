@@ -8,7 +8,8 @@ and withheld when that error is not of rounding's size; the launches of one grap
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -149,15 +150,7 @@ def full_cache(
 
 def another(cache: Cache) -> Cache:
     """The same content in other memory."""
-    copied = replace(
-        cache.pages,
-        **{
-            f.name: t.clone()
-            for f in fields(KVPages)
-            if isinstance(t := getattr(cache.pages, f.name), torch.Tensor)
-        },
-    )
-    return Cache(copied, cache.table, cache.lengths)
+    return Cache(deepcopy(cache.pages), cache.table, cache.lengths)
 
 
 def speeds(timing: Timing, moved: int, operations: int, limits: Roof | None) -> Record:

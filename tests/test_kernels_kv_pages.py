@@ -1,5 +1,6 @@
 """Pages of keys and values: sizes, rounding, and the kernel that writes them after RoPE, to the bit where rounding allows."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.errors import QuantKitError
-from quantkit.kernels import attention_cpu, attention_ops, cpu, rope_write
+from quantkit.kernels import attention_cpu, attention_ops, cpu, kv_operands, rope_write
 from quantkit.kernels.kv_pages import (
     FLOOR,
     KINDS,
@@ -98,6 +99,61 @@ def test_8_bits_are_rounded_as_activations_are(kind, dtype):
     expected, of_rows = cpu.quantize_activations(x, dtype)
     assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scales[:, None], of_rows)
+
+
+def run_ptx(asm: str, register: int, outputs: int) -> list[np.ndarray]:
+    """What the few instructions of `kv_operands.py` make of one register: pairs of float16."""
+    held = {f"${outputs}": register}
+    pair = lambda word: np.array([word & 0xFFFF, word >> 16], np.uint16).view(np.float16)
+    for line in asm.splitlines():
+        if line[:1] in "{}." or not line:
+            continue
+        operation, _, rest = line.rstrip(";").partition(" ")
+        to, *names = rest.split(", ")
+        a, *more = (held[name] if name in held else int(name, 0) for name in names)
+        match operation:
+            case "mov.b32":
+                result = a
+            case "xor.b32":
+                result = a ^ more[0]
+            case "and.b32":
+                result = a & more[0]
+            case "shl.b32":
+                result = a << more[0] & 0xFFFFFFFF
+            case "shr.u32":
+                result = a >> more[0]
+            case "prmt.b32":
+                result = sum(
+                    ((a | more[0] << 32) >> 8 * (more[1] >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4)
+                )
+            case "lop3.b32":
+                assert more[2] == 0xEA
+                result = a & more[0] | more[1]
+            case "add.rn.f16x2":
+                low, high = (pair(a) + pair(more[0])).view(np.uint16).tolist()
+                result = low | high << 16
+            case _:
+                raise AssertionError(operation)
+        held[to] = result
+    return [pair(held[f"${i}"]) for i in range(outputs)]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_the_instructions_for_operands_decode_what_the_format_says(kind):
+    asm = {"int8": kv_operands.INT8, "fp8": kv_operands.FP8, "int4": kv_operands.INT4}[kind].value
+    g = torch.Generator().manual_seed(0)
+    for low, high in torch.randint(0, 2**16, (2000, 2), generator=g).tolist():
+        planes = run_ptx(asm, low | high << 16, kv_operands.COUNTS[kind])
+        for i, word in enumerate((low, high)):
+            codes = torch.tensor([word & 0xFF, word >> 8], dtype=torch.uint8)
+            if kind == "int8":
+                expected = codes.view(torch.int8).float()
+            elif kind == "fp8":  # without the NaNs, which nothing writes
+                expected = torch.where(codes & 0x7F == 0x7F, torch.nan, codes.view(FP8).float() / 256)
+            else:
+                expected = (2 * unpack_int4(codes) - 15) * torch.tensor([1, 16, 1, 16])
+            found = torch.tensor([float(plane[i]) for plane in planes])
+            assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()].float())
 
 
 def operands(D: int, heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
