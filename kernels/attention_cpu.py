@@ -1,8 +1,8 @@
 """Attention over pages of keys and values in plain torch: what a CPU runs, and any GPU for float32 models.
 
 Pages are gathered and dequantized, one row of the batch beside the other. Unquantized pages go to PyTorch's
-scaled_dot_product_attention in the model's dtype, as transformers' "sdpa" does, and the result is the same to the bit; what
-is quantized is attended to in float32. A soft cap is computed as transformers' eager attention does.
+scaled_dot_product_attention in the model's dtype as transformers' "sdpa" hands them to it, with a mask, and the result is the
+same to the bit; what is quantized is attended to in float32. A soft cap is computed as transformers' eager attention does.
 What is past a sequence's length is never used, whatever it is: pages that are not written may hold NaN.
 """
 
@@ -60,7 +60,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kind: str, scale: floa
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         y = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     else:
-        y = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        heads, group = q.shape[:2], q.shape[1] // k.shape[1]
+        packed = q.shape[2] == 1  # the queries of a kv head as rows of one product, for a mask they share
+        rows = q.unflatten(1, (-1, group)).squeeze(3) if packed else q
+        y = F.scaled_dot_product_attention(rows, k, v, seen, scale=scale, enable_gqa=not packed and group > 1)
+        y = y.reshape(*heads, -1, y.shape[-1])
     y = torch.where(seen.any(-1, keepdim=True), y, 0)
     return (rotate(y) if kind == "int4" else y).to(dtype)
 

@@ -95,6 +95,13 @@ def _kernel(op: str, x: Tensor, rows: int, pages: KVPages, length: int, group: i
     return choose(op, problem)[0]
 
 
+def kernel_of(op: str, x: Tensor, pages: KVPages, rows: int, length: int) -> str:
+    """The name of the kernel that runs an op for q or qkv like x; see `_kernel`."""
+    return _kernel(
+        op, x, rows, pages, length, max(1, x.shape[1] // pages.kv_heads if x.dim() == 3 else 1)
+    ).name
+
+
 def _check_rope_write(
     qkv: Tensor,
     cos: Tensor,

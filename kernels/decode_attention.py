@@ -204,7 +204,9 @@ def sum_of_parts(
         for a in tl.static_range(AT_ONCE):  # loads in flight
             mask = r < tl.where(n0 + a < count, GROUP, 0)
             row = (first + (n0 + a) * stride).to(tl.int64) * GROUP + r
-            share = tl.exp2(tl.load(stats_ptr + row * 2, mask=mask, other=NOTHING, cache_modifier=".cg") - top)
+            share = tl.exp2(
+                tl.load(stats_ptr + row * 2, mask=mask, other=NOTHING, cache_modifier=".cg") - top
+            )
             added = ()
             for i in tl.static_range(PLANES):
                 at = partial_ptr + row[None, :] * (PLANES * C) + (i * C + j)[:, None]
@@ -282,7 +284,9 @@ def decode_attention_kernel(
             s = s * step[:, :, None] + middle[:, :, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES))
+                    word = tl.load(
+                        key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES)
+                    )
                     step, middle = pair_of(word)
                 s += tl.dot(ks[i], q[i]) * step[:, :, None] + middle[:, :, None] * sum_of_q[i]
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base[:, None] + place))
@@ -344,7 +348,17 @@ def decode_attention_kernel(
         counter = counter_ptr + b * KV_HEADS + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
             o, total = sum_of_parts(
-                partial_ptr, stats_ptr, first_unit * KV_HEADS + h, KV_HEADS, count, GROUP, PLANES, C, R, NP, AT_ONCE
+                partial_ptr,
+                stats_ptr,
+                first_unit * KV_HEADS + h,
+                KV_HEADS,
+                count,
+                GROUP,
+                PLANES,
+                C,
+                R,
+                NP,
+                AT_ONCE,
             )
             tl.store(counter, 0)
             finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
@@ -359,10 +373,10 @@ def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     """The tensors of pages as the kernels load them: codes as 16-bit words, pairs of int4 as 32-bit words."""
     if pages.kind == "bf16":
         return pages.keys, pages.values, None, None
-    assert pages.key_scales is not None and pages.value_scales is not None
-    scales = pages.key_scales, pages.value_scales
-    if pages.kind == "int4":
-        scales = scales[0].view(torch.int32), scales[1].view(torch.int32)
+    words = torch.int32 if pages.kind == "int4" else torch.float32
+    assert pages.key_scales is not None
+    assert pages.value_scales is not None
+    scales = pages.key_scales.view(words), pages.value_scales.view(words)
     return pages.keys.view(torch.int16), pages.values.view(torch.int16), *scales
 
 

@@ -19,8 +19,8 @@ from quantkit.kernels.decode_attention import (
     finish,
     load_query,
     log2_of,
-    pair_of,
     pages_of,
+    pair_of,
     reciprocal,
     score_scale,
 )
@@ -36,7 +36,12 @@ if hasattr(tl.extra, "cuda"):
 def config(kind: str, head_dim: int, group: int, target: str) -> dict[str, int]:
     """Launch parameters: queries of a block, which times heads are the rows of a product, tokens a step, stages, warps."""
     wide = target in ("sm_90", "sm_100")  # products of 64 rows and more without registers for their operands
-    few = head_dim == 256 or kind == "int4" or target.startswith("gfx") or (target == "sm_100" and kind != "bf16")
+    few = (
+        head_dim == 256
+        or kind == "int4"
+        or target.startswith("gfx")
+        or (target == "sm_100" and kind != "bf16")
+    )
     rows = 64 if few else 128
     heads = triton.next_power_of_2(group)
     roomy = kind == "bf16" and head_dim < 256

@@ -400,7 +400,9 @@ def attention_jobs(target: str):
 
     for kind, x, D, group, masked in decoded:
         chosen = decode_attention.config(kind, D, 64, target)
-        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(kind, x)
+        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(
+            kind, x
+        )
         types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
         types |= {"scale": "fp32", "soft_cap": "fp32"}
         types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
@@ -413,7 +415,9 @@ def attention_jobs(target: str):
         yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch
     for kind, x, D, group, masked in prefilled:
         chosen = prefill_attention.config(kind, D, group, target)
-        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(kind, x)
+        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(
+            kind, x
+        )
         types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
         types |= {"scale": "fp32", "soft_cap": "fp32", "starts_ptr": "*i32"}
         types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
@@ -712,7 +716,9 @@ def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions
         kernel = found[f"decode_attention {kind} of 128 columns, 4 heads of bf16"]
         if "instructions" not in kernel:
             pytest.skip("the Triton wheel has no disassembler")
-        assert kernel["copies_of_16_bytes"] == 2 * tokens * row // 512, kernel  # a lane's of K and V, all warps alike
+        assert kernel["copies_of_16_bytes"] == 2 * tokens * row // 512, (
+            kernel
+        )  # a lane's of K and V, all warps alike
         assert kernel["instructions"] <= most * tokens, kernel
         assert kernel["registers"] <= 168, kernel
 
