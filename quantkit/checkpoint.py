@@ -135,7 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.exists():
             raise QuantKitError(
-                f"{file}: not found; quantkit reads safetensors and GGUF weights, and no pickled ones (.bin, .pt)"
+                f"{file}: not found; quantkit reads safetensors weights, or one GGUF file, and no pickled ones (.bin, .pt)"
             )
     return files
 

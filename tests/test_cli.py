@@ -24,7 +24,7 @@ from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
 from quantkit.kernels import dispatch
 from quantkit.scheme import PRESETS
 
-VERBS = ("quantize", "inspect", "verify", "eval", "bench", "tune", "demo")
+VERBS = ("quantize", "convert", "inspect", "verify", "eval", "bench", "tune", "demo")
 QUICK = ("--scheme", "w8a16", "--method", "rtn", "--device", "cpu")
 GPTQ = ("--scheme", "w4a16-g32", "--method", "gptq", "--device", "cpu", "--samples", "2", "--seq-len", "16")
 
@@ -372,17 +372,23 @@ def test_a_flipped_bit_is_named(refused, model, quantized, tmp_path):
 
 def test_a_newer_format_is_named(refused, quantized):
     config = json.loads((quantized / "config.json").read_text())
-    edit_config(quantized, quantization_config=config["quantization_config"] | {"format_version": 3})
+    edit_config(quantized, quantization_config=config["quantization_config"] | {"format_version": 4})
     for verb in ("inspect", "verify", "eval"):
-        refused(verb, quantized, words=(str(quantized / "config.json"), "format_version 3", "newer quantkit"))
+        refused(verb, quantized, words=(str(quantized / "config.json"), "format_version 4", "newer quantkit"))
 
 
 def test_a_model_that_is_quantized_already_is_refused(refused, model, quantized, tmp_path):
     refused("quantize", quantized, tmp_path / "out", *QUICK, words=(str(quantized), "already (quantkit)"))
     edit_config(model, quantization_config={"quant_method": "awq", "bits": 4})
-    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), "already (awq)"))
+    refused(
+        "quantize", model, tmp_path / "out", *QUICK, words=(str(model), "says awq", "no linear packed so")
+    )
+    edit_config(model, quantization_config={"quant_method": "quanto"})
+    refused(
+        "quantize", model, tmp_path / "out", *QUICK, words=(str(model), "quant_method 'quanto'", "gptq, awq")
+    )
     edit_config(model, quantization_config="yes")
-    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), "already"))
+    refused("quantize", model, tmp_path / "out", *QUICK, words=(str(model), "'yes'", "expected an object"))
 
 
 def test_a_model_that_is_not_quantized_is_refused_where_one_is_needed(refused, model):

@@ -81,6 +81,10 @@ def open_source(model: str | Path) -> Source:
     folder = resolve(model)
     content = read_json(folder / "config.json")
     quantization = content.pop("quantization_config", None) or content.pop("compression_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        raise QuantKitError(
+            f"{folder / 'config.json'}: quantization_config is {quantization!r}, expected an object"
+        )
     config = auto_config(folder)
     if quantization is None:
         return Source(folder, PLAIN, config, content, CheckpointReader(folder))
@@ -102,12 +106,8 @@ def open_original(model: str | Path) -> Source:
     return source
 
 
-def open_layout(folder: Path, quantization: Any) -> tuple[Layout, CheckpointReader]:
+def open_layout(folder: Path, quantization: dict[str, Any]) -> tuple[Layout, CheckpointReader]:
     """The packed linears of a directory, by its quantization_config."""
-    if not isinstance(quantization, dict):
-        raise QuantKitError(
-            f"{folder / 'config.json'}: quantization_config is {quantization!r}, expected an object"
-        )
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # of early versions

@@ -112,9 +112,9 @@ def config_from(metadata: dict[str, Any], names: set[str], vocabulary: int) -> d
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": value("attention.key_length", max(width // heads, 1)),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": decimal(value("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": value("context_length"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(value("rope.freq_base", 10000.0))},
+        "rope_parameters": {"rope_type": "default", "rope_theta": decimal(value("rope.freq_base", 10000.0))},
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "float16",
     }
@@ -126,6 +126,11 @@ def config_from(metadata: dict[str, Any], names: set[str], vocabulary: int) -> d
     for ours, theirs in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
         config[ours] = metadata.get(f"tokenizer.ggml.{theirs}")
     return config
+
+
+def decimal(value: float) -> float:
+    """The number of few digits that a float32 stands for: 1e-06, not 9.999999974752427e-07."""
+    return float(f"{value:.7g}")
 
 
 def metadata_of(config: Any, name: str, kind: str) -> dict[str, Any]:
