@@ -126,14 +126,14 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantKitError(f"{index}: cannot be read ({error}); copy it again") from error
-        if strangers := [name for name in names if Path(name).name != name]:
+        if strangers := [name for name in names if Path(name).name != name or name == ".."]:
             raise QuantKitError(
                 f"{index}: names {strangers[0]!r}, expected files of its own folder; do not trust this checkpoint"
             )
     else:
         files = [folder / WEIGHTS]
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise QuantKitError(
                 f"{file}: not found; quantkit reads safetensors weights, or one GGUF file, and no pickled ones (.bin, .pt)"
             )

@@ -101,7 +101,7 @@ class QuantKitConfig(QuantizationConfigMixin):
         label = self.modules[module]["scheme"]
         try:
             scheme = Scheme(**self.schemes[label])
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             raise QuantKitError(f"config.json: scheme {label!r} cannot be read: {error}") from error
         preset = PRESETS.get(scheme.name)
         if preset is None or scheme != replace(

@@ -1,7 +1,8 @@
 """Formats of other tools: every weight that both sides can say comes back bit for bit, and the rest is refused."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
+from random import Random
 
 import pytest
 import torch
@@ -126,6 +127,28 @@ def test_bfloat16_scales_come_back_as_the_same_numbers_in_float16():
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scales.double(), weight.scales.double())
     assert read_back("compressed-tensors", weight).quantized.scales.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_weight_goes_through_any_two_formats_that_can_say_it(seed):
+    """Random bits, groups, zeros and shapes; what a format cannot say, it says that it cannot."""
+    source = Random(seed)
+    bits = source.choice((2, 3, 4, 8))
+    label = f"w{bits}a16"
+    if bits < 8:
+        label += source.choice(("-g32", "-g64", "-g128", "-channel")) + source.choice(("", "-asym"))
+    N, K = source.randint(1, 80), source.choice((32, 64, 96, 128, 160, 256, source.randint(1, 200)))
+    N = 32 * -(-N // 32) if source.random() < 0.6 else N
+    weight = packed_weight(label, N, K, seed, negative=source.random() < 0.5)
+    expected = weight.dequantize(torch.float64)
+    for first, second in permutations(["gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"], 2):
+        if WRITERS[first].misfit(weight):
+            continue
+        once = read_back(first, weight).quantized
+        assert torch.equal(once.dequantize(torch.float64), expected)
+        assert first == "gguf" or same(once, weight)
+        if not WRITERS[second].misfit(once):
+            assert torch.equal(read_back(second, once).quantized.dequantize(torch.float64), expected)
 
 
 # the bits

@@ -111,7 +111,7 @@ def open_layout(folder: Path, quantization: dict[str, Any]) -> tuple[Layout, Che
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # of early versions
-    if method not in LAYOUTS:
+    if not isinstance(method, str) or method not in LAYOUTS:
         raise QuantKitError(
             f"{folder / 'config.json'}: quant_method {method!r}, expected one of {', '.join(LAYOUTS)}; quantize the original "
             "model"

@@ -111,13 +111,19 @@ def config_from(metadata: dict[str, Any], names: set[str], vocabulary: int) -> d
         "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
-        "head_dim": value("attention.key_length", max(width // heads, 1)),
         "rms_norm_eps": decimal(value("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": value("context_length"),
         "rope_parameters": {"rope_type": "default", "rope_theta": decimal(value("rope.freq_base", 10000.0))},
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "float16",
     }
+    head_dim = value("attention.key_length", max(width // heads, 1))
+    if kind != "qwen2":
+        config["head_dim"] = head_dim
+    elif head_dim * heads != width:
+        raise QuantKitError(
+            f"GGUF metadata {kind}.attention.key_length is {head_dim}, expected {width} / {heads} heads"
+        )
     if kind == "llama":
         config |= {
             "attention_bias": "blk.0.attn_q.bias" in names,

@@ -20,16 +20,16 @@ def tokenizer_metadata(folder: Path, config: Any) -> tuple[dict[str, Any], str]:
 
     Byte-level BPE, and BPE with byte tokens as SentencePiece has it; other tokenizers are left out.
     """
-    file = folder / "tokenizer.json"
+    file, special = folder / "tokenizer.json", special_tokens(folder, config)
     if not file.is_file():
         return (
-            {},
+            special,
             f"{folder} has no tokenizer.json, so the GGUF holds no tokenizer: llama.cpp will not run it",
         )
     content = read_json(file)
     model = content.get("model") or {}
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        return {}, f"{file}: a tokenizer of type {model.get('type')}, which GGUF does not hold; left out"
+        return special, f"{file}: a tokenizer of type {model.get('type')}, which GGUF does not hold; left out"
     bytewise = bool(model.get("byte_fallback"))
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     kinds = [UNUSED] * config.vocab_size
@@ -56,7 +56,7 @@ def tokenizer_metadata(folder: Path, config: Any) -> tuple[dict[str, Any], str]:
     else:
         merges = model.get("merges") or []
         values["tokenizer.ggml.merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    return values | special_tokens(folder, config), ""
+    return values | special, ""
 
 
 def special_tokens(folder: Path, config: Any) -> dict[str, Any]:
