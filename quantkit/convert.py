@@ -99,7 +99,7 @@ def convert(
     Args:
         source: a directory, a GGUF file or a name on the hub, packed in any format that quantkit reads.
         out: the directory to make.
-        to: quantkit, gptq, gptq_v2, awq, compressed-tensors or gguf.
+        to: quantkit, gptq, gptq_v2, awq, compressed-tensors, fp8 or gguf.
         requantize: a scheme (for gguf q4_0, q8_0 or q4_k) for the linears that either format cannot hold as they are;
             None: they are refused.
 

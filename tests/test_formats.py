@@ -311,6 +311,11 @@ def test_hugging_face_fp8_blocks_are_quantkits(dtype):
         FP8({"weight_block_size": [64, 64]}, stored(tensors))
     with pytest.raises(QuantKitError, match="activation_scheme 'static'"):
         FP8({"weight_block_size": [128, 128], "activation_scheme": "static"}, stored(tensors))
+    again = WRITERS["fp8"].tensors(expected)
+    layout = FP8(WRITERS["fp8"].config({"m": expected.scheme}, ["lm_head"], False), stored(again))
+    assert same(layout.linear("m", again).quantized, expected)
+    misfits("fp8", packed_weight("fp8", 8, 32), "scheme fp8")
+    misfits("fp8", replace(weight, channel_scales=torch.ones(300).bfloat16()), "input channels")
 
 
 def test_hugging_face_fp8_with_one_scale_is_fp8_with_a_scale_a_row():

@@ -20,7 +20,7 @@ from quantkit.errors import MachineError
 from quantkit.formats import open_source
 from quantkit.formats.reader import PackedReader
 
-FUZZED_SECONDS = float(os.environ.get("QUANTKIT_FUZZ_SECONDS", "10"))
+FUZZED_SECONDS = float(os.environ.get("QUANTKIT_FUZZ_SECONDS", "20"))
 TARGETS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "gguf")
 FIRST = "model.layers.0.mlp.down_proj"
 

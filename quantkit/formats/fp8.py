@@ -1,4 +1,4 @@
-"""Hugging Face's own `fp8` checkpoints, as DeepSeek-V3 introduced them: read.
+"""Hugging Face's own `fp8` checkpoints, as DeepSeek-V3 introduced them: read, and blocks written.
 
 M.weight             float8_e4m3fn [N, K]
 M.weight_scale_inv   [ceil(N/128), ceil(K/128)], or one number; it multiplies, whatever its name says
@@ -13,6 +13,7 @@ from quantkit.errors import QuantKitError
 from quantkit.formats.affine import Linear, check_finite
 from quantkit.formats.compressed_tensors import fp8_linear
 from quantkit.formats.reader import Packed, modules_with, need
+from quantkit.packing import QuantizedTensor
 from quantkit.scheme import BLOCK, PRESETS
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -53,3 +54,28 @@ class FP8:
         if not self.scheme.block_size:
             scales = scales.reshape(1, 1).expand(weight.shape[0], 1)
         return fp8_linear(self.scheme, weight, scales.contiguous())
+
+
+def misfit(quantized: QuantizedTensor) -> str:
+    """Why this format cannot hold the weight; '' if it can."""
+    if quantized.scheme.name != "fp8-block":
+        return f"scheme {quantized.scheme.label}, and the fp8 format has fp8-block alone"
+    if quantized.channel_scales is not None or quantized.input_order is not None:
+        return "scales or an order of input channels, for which fp8 has no place"
+    return ""
+
+
+def tensors_of(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The tensors of a linear that has no `misfit`, by suffix."""
+    return {"weight": quantized.codes, "weight_scale_inv": quantized.scales}
+
+
+def config_of(kept: list[str]) -> dict[str, Any]:
+    """`quantization_config`; `kept` are the linears that are not packed."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": kept or None,
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quantkit.formats import awq, compressed_tensors, gguf_blocks, gptq
+from quantkit.formats import awq, compressed_tensors, fp8, gguf_blocks, gptq
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -59,6 +59,9 @@ WRITERS = {
         compressed_tensors.tensors_of,
         lambda schemes, kept, ordered: compressed_tensors.config_of(schemes, kept),
         half_scales=False,
+    ),
+    "fp8": Writer(
+        fp8.misfit, fp8.tensors_of, lambda schemes, kept, ordered: fp8.config_of(kept), half_scales=False
     ),
     GGUF: Writer(gguf_blocks.misfit, gguf_tensors),
 }
