@@ -22,17 +22,78 @@ from quantkit.formats.reader import PackedReader
 
 FUZZED_SECONDS = float(os.environ.get("QUANTKIT_FUZZ_SECONDS", "20"))
 TARGETS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "gguf")
+FUZZED = (*TARGETS, "fp8", "bitsandbytes", "hqq", "quantkit")
 FIRST = "model.layers.0.mlp.down_proj"
 
 
+def as_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight as bitsandbytes has it, on a map of sixteen even steps."""
+    blocks = weight.float().view(-1, 64)
+    absmax, values = blocks.abs().amax(1), torch.linspace(-1, 1, 16)
+    codes = (blocks / absmax[:, None] * 7.5 + 7.5).round().to(torch.uint8).view(-1, 2)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    return {
+        "weight": (codes[:, 0] << 4 | codes[:, 1])[:, None],
+        "weight.absmax": absmax,
+        "weight.quant_map": values,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+
+
+def as_hqq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight as HQQ has it: 4 bits, groups of 32 columns."""
+    rows = weight.float().view(-1, 32)
+    scale = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)) / 15
+    zero = -rows.amin(1, keepdim=True) / scale
+    codes = (rows / scale + zero).round().to(torch.uint8)
+    first, second = codes.chunk(2)
+    numbers = {"nbits": 4, "group_size": 32, "axis": 1, "view_as_float": 0}
+    return {
+        "W_q": first << 4 | second,
+        "scale": scale.half(),
+        "zero": zero.half(),
+        "shape": torch.tensor(weight.shape),
+        "packing": torch.tensor(list(b"4bit_u8"), dtype=torch.uint8),
+        **{name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()},
+    }
+
+
+HANDMADE = {"bitsandbytes": as_nf4, "hqq": as_hqq}  # which quantkit does not write
+
+
+def by_hand(source: Path, method: str, folder: Path) -> Path:
+    """A plain model's directory with its linears in a format."""
+    shutil.copytree(source, folder)
+    tensors = {}
+    for name, tensor in load_file(source / WEIGHTS).items():
+        if "_proj." in name:
+            module = name.removesuffix(".weight")
+            tensors |= {f"{module}.{suffix}": part for suffix, part in HANDMADE[method](tensor).items()}
+        else:
+            tensors[name] = tensor
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(content | {"quantization_config": {"quant_method": method}})
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
-def exported(packed, tmp_path_factory):
+def exported(packed, source, tmp_path_factory):
     """exported(format) -> a directory of a tiny model in it; not to be changed."""
     made: dict[str, Path] = {}
+    plain = source
 
     def export(target: str) -> Path:
+        if target in HANDMADE and target not in made:
+            made[target] = tmp_path_factory.mktemp(target) / "packed"
+            by_hand(plain("llama", tie_word_embeddings=False), target, made[target])
         if target not in made:
-            source = packed("llama", "w4a16-g32", tie_word_embeddings=False)
+            scheme = "fp8-block" if target == "fp8" else "w4a16-g32"
+            source = packed("llama", scheme, tie_word_embeddings=False)
             made[target] = tmp_path_factory.mktemp(target) / "packed"
             if target == "quantkit":
                 return shutil.copytree(source, made[target])
@@ -207,6 +268,44 @@ def test_quantkits_own_are_checked_by_the_same_rules(bad):
     assert not (folder.parent / "out").exists()
 
 
+def test_bitsandbytes_that_lies_is_refused(bad):
+    folder, name = bad("bitsandbytes"), f"{FIRST}.weight.quant_state.bitsandbytes__nf4"
+
+    def describe(**changes):
+        state = {"blocksize": 64, "shape": [64, 96]} | changes
+        data = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        edit(folder, lambda tensors: tensors.update({name: data}))
+
+    for changes, words in (
+        ({"shape": [2**40, 2**40]}, (f"{FIRST}.weight", "[1099511627776, 1099511627776]")),
+        ({"shape": [64]}, (name, "positive numbers")),
+        ({"blocksize": 0}, (name, "blocksize 0")),
+        ({"blocksize": 128}, (f"{FIRST}.weight.absmax", "blocksize 128")),
+        ({"shape": "x"}, (name, "cannot be read")),
+    ):
+        describe(**changes)
+        refused(folder, *words)
+
+
+def test_hqq_that_lies_is_refused(bad):
+    for changes, words in (
+        ({"shape": [2**40, 2**20]}, ("W_q", "bytes")),
+        ({"axis": 7}, ("axis [7]",)),
+        ({"nbits": 3}, ("nbits", "4bit_u8")),
+        ({"group_size": 7}, ("group_size: 7", "divisor")),
+        ({"group_size": 64}, (f"{FIRST}.scale",)),
+        ({"packing": list(b"9bit_u8")}, ("'9bit_u8'",)),
+    ):
+        folder = bad("hqq")
+        data = {f"{FIRST}.{name}": torch.tensor(value) for name, value in changes.items()}
+        edit(folder, lambda tensors, data=data: tensors.update(data))
+        refused(folder, FIRST, *words)
+        shutil.rmtree(folder)
+    folder = bad("hqq")
+    edit(folder, lambda tensors: tensors.pop(f"{FIRST}.nbits"))
+    refused(folder, f"{FIRST}.nbits: missing")
+
+
 @pytest.mark.parametrize("method", ["quanto", None, 7])
 def test_unknown_methods_are_refused_with_those_that_are_known(bad, method):
     folder = bad("gptq")
@@ -297,7 +396,7 @@ def gguf_bytes(folder: Path) -> bytearray:
         (lambda data: data[:-64], ("truncated",)),
         (lambda data: b"GGML" + data[4:], ("not a GGUF file",)),
         (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], ("version 9",)),
-        (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], ("truncated or damaged",)),
+        (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], ("damaged",)),
         (lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:], ("truncated or damaged",)),
         (lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:], ("truncated or damaged",)),
     ],
@@ -388,13 +487,13 @@ def read_whole(path: Path) -> None:
             source.reader.load_plain([name])
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "quantkit"])
+@pytest.mark.parametrize("target", FUZZED)
 def test_no_damage_makes_a_reader_fail_otherwise_than_with_its_own_error(exported, tmp_path, target):
     """QUANTKIT_FUZZ_SECONDS says for how long in all; the seed of a failure stands in its message."""
     folder = shutil.copytree(exported(target), tmp_path / "fuzzed")
     file = folder / ("model.gguf" if target == "gguf" else WEIGHTS)
     data, text = file.read_bytes(), (folder / "config.json").read_text() if target != "gguf" else ""
-    end = time.monotonic() + FUZZED_SECONDS / (len(TARGETS) + 1)
+    end = time.monotonic() + FUZZED_SECONDS / len(FUZZED)
     seed = 0
     while time.monotonic() < end:
         source = python_random.Random(seed)
@@ -415,6 +514,5 @@ def test_no_damage_makes_a_reader_fail_otherwise_than_with_its_own_error(exporte
 
 
 def test_the_undamaged_are_read(exported):
-    for target in (*TARGETS, "quantkit"):
+    for target in FUZZED:
         read_whole(exported(target))
-    assert torch.get_default_dtype() == torch.float32
