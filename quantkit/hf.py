@@ -165,7 +165,8 @@ class QuantKitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are, beside frozen linears (quantkit.adapters)."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

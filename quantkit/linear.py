@@ -262,6 +262,12 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return PackedProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """y, by the kernel; it has no gradient."""
         ops = torch.ops.quantkit
         if self.channel_scales is not None:
             x = (x * self.channel_scales).to(x.dtype)
@@ -334,6 +340,22 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, bias={self.bias is not None}"
+
+
+class PackedProduct(torch.autograd.Function):
+    """The product of a QuantLinear where x needs a gradient: dx = dy w, the weight dequantized for it.
+
+    A rounding of x counts as none (straight through). The weight itself is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: QuantLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return dy @ ctx.linear.quantized().effective_weight(dy.dtype), None
 
 
 def set_fp8_accumulation(model: nn.Module, mode: str) -> None:
