@@ -21,21 +21,23 @@ SMALL = (
 
 
 def try_out(
-    source: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
+    folder: Path, original: Path, packed: Path, device: torch.device, source_bytes: int, held_whole: bool
 ) -> tuple[tuple[Sample, ...], str]:
     """What both models write, and why they did not.
 
     Args:
-        source, packed: the folders of the original and the quantized model.
+        folder: of the original, with its tokenizer.
+        original: it, or the GGUF file in it.
+        packed: the folder of the quantized model.
         source_bytes, held_whole: as for `why_not`.
     """
     if skipped := why_not(source_bytes, held_whole, device):
         return (), skipped
     dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(folder)
         return samples(
-            lambda: whole_model(source, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
+            lambda: whole_model(original, device), lambda: load_model(packed, device, dtype=dtype), tokenizer
         ), ""
     except Exception as error:
         # the checkpoint is made: whatever `generate` makes of an odd model costs the sample alone

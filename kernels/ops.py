@@ -40,7 +40,7 @@ from quantkit.kernels.interleave import INT4_MAX_K, STEP
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-INT8_MAX_K = (2**31 - 1) // 127**2  # more columns could overflow the int32 sum
+INT8_MAX_K = (2**31 - 1) // (127 * 128)  # more columns could overflow the int32 sum
 
 SCHEMAS = {
     "w4a16": "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",

@@ -8,6 +8,7 @@ The import is what teaches transformers the format.
 
 __version__ = "0.1.0"
 
+from quantkit.convert import convert
 from quantkit.errors import QuantKitError
 from quantkit.hf import QuantKitConfig
 from quantkit.linear import QuantLinear, set_fp8_accumulation
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Scheme",
+    "convert",
     "load",
     "optimize",
     "parse_scheme",

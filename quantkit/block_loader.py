@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantkit.calibration.channels import ScaleInput, scale_input
 from quantkit.calibration.pipeline import ModuleResult, not_finite
@@ -28,29 +29,7 @@ class BlockLoader:
 
     def __init__(self, job: Job, reader: CheckpointReader, device: torch.device) -> None:
         self.job, self.reader, self.device = job, reader, device
-        tied = getattr(job.model, "all_tied_weights_keys", {})
-        self.names = [name for name in job.model.state_dict() if name not in tied]
-        for target, origin in (tied | job.untied).items():
-            both = target in reader.tensors and origin in reader.tensors
-            if both and sha256(reader.tensors[target]) != sha256(reader.tensors[origin]):
-                raise QuantKitError(
-                    f"{reader.folder / 'config.json'}: ties {target} to {origin}, but the files hold two different "
-                    "tensors; set tie_word_embeddings to false"
-                )
-        unknown = {n for n in reader.tensors if n.startswith(f"{job.prefix}.")} - set(self.names)
-        unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # of old Llama exports
-        if unknown:
-            raise QuantKitError(
-                f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
-                "have; they belong to different models"
-            )
-        for name, parameter in job.model.state_dict().items():
-            stored = self.find(name) if name not in tied else None
-            if stored is not None and stored.shape != parameter.shape:
-                raise QuantKitError(
-                    f"{stored.file}: {name} is {list(stored.shape)}, config.json makes it {list(parameter.shape)}; "
-                    "they belong to different models"
-                )
+        self.names = check_belongs(job.model, reader, job.prefix, job.untied)
         self.dtypes: dict[str, torch.dtype] = {}  # as stored, of the part that is loaded
         self.reading = ThreadPoolExecutor(1)
         # names, and what becomes of them
@@ -174,6 +153,44 @@ class BlockLoader:
                 scale_input(linear, None if c is None else ScaleInput(c))
             else:
                 current.copy_(tensors[full])
+
+
+def check_belongs(
+    model: PreTrainedModel, reader: CheckpointReader, prefix: str, untied: dict[str, str]
+) -> list[str]:
+    """The tensors that a model is loaded from, by their names in it, found to be in its files and of its shapes.
+
+    Args:
+        prefix: of the names of its decoder blocks.
+        untied: tensors that are stored as another one, to which they were tied.
+
+    Raises:
+        QuantKitError: files and config belong to different models.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    names = [name for name in model.state_dict() if name not in tied]
+    for target, origin in (tied | untied).items():
+        both = target in reader.tensors and origin in reader.tensors
+        if both and sha256(reader.tensors[target]) != sha256(reader.tensors[origin]):
+            raise QuantKitError(
+                f"{reader.folder / 'config.json'}: ties {target} to {origin}, but the files hold two different "
+                "tensors; set tie_word_embeddings to false"
+            )
+    unknown = {n for n in reader.tensors if n.startswith(f"{prefix}.")} - set(names)
+    unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # of old Llama exports
+    if unknown:
+        raise QuantKitError(
+            f"{reader.tensors[min(unknown)].file}: holds {min(unknown)}, which the model of config.json does not "
+            "have; they belong to different models"
+        )
+    for name, parameter in model.state_dict().items():
+        stored = reader.find(untied.get(name, name)) if name not in tied else None
+        if stored is not None and stored.shape != parameter.shape:
+            raise QuantKitError(
+                f"{stored.file}: {name} is {list(stored.shape)}, config.json makes it {list(parameter.shape)}; "
+                "they belong to different models"
+            )
+    return names
 
 
 def packed_weight_bytes(scheme: Scheme, N: int, K: int, channel_scales: bool = False) -> int:

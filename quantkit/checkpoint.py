@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,14 @@ RECORD = "job.json"  # in OUT.partial: what makes its bytes
 JOINED = "out"  # what becomes OUT
 FINISHED = "finished"  # the mark, made just before OUT appears
 CHUNK = 1 << 22  # bytes copied at a time
+BITS_OF = {
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F32", "U32", "I32"), 32),
+    **dict.fromkeys(("BF16", "F16", "U16", "I16"), 16),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 COPIES = 2  # of a checkpoint on the disk, before its parts are removed: they, and the shards that they are joined into
 # The order in which safetensors lays out tensors: its dtypes from the widest alignment down.
 DTYPE_ORDER = (
@@ -77,7 +86,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 for name, t in header.items()
                 for start, stop in [t["data_offsets"]]
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for tensor in tensors.values():
+                check_extent(tensor)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise QuantKitError(
                 f"{path}: damaged safetensors header ({error}); copy the file again"
             ) from error
@@ -87,6 +98,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: truncated, {size} bytes where its header promises {needed}; copy it again"
         )
     return tensors
+
+
+def check_extent(tensor: StoredTensor) -> None:
+    """Raises ValueError where shape and dtype do not make the bytes that the header gives the tensor."""
+    if tensor.dtype not in BITS_OF:
+        raise ValueError(f"{tensor.name} has the dtype {tensor.dtype!r}")
+    if not all(type(size) is int and size >= 0 for size in (*tensor.shape, tensor.start, tensor.stop)):
+        raise ValueError(f"{tensor.name} has sizes that are no whole numbers")
+    needed = prod(tensor.shape) * BITS_OF[tensor.dtype]
+    if needed != 8 * (tensor.stop - tensor.start):
+        raise ValueError(
+            f"{tensor.name} has {tensor.stop - tensor.start} bytes for {tensor.dtype} {list(tensor.shape)}"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -102,11 +126,17 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantKitError(f"{index}: cannot be read ({error}); copy it again") from error
+        if strangers := [name for name in names if Path(name).name != name or name == ".."]:
+            raise QuantKitError(
+                f"{index}: names {strangers[0]!r}, expected files of its own folder; do not trust this checkpoint"
+            )
     else:
         files = [folder / WEIGHTS]
     for file in files:
-        if not file.exists():
-            raise QuantKitError(f"{file}: not found; quantkit reads safetensors weights (not .bin or .gguf)")
+        if not file.is_file():
+            raise QuantKitError(
+                f"{file}: not found; quantkit reads safetensors weights, or one GGUF file, and no pickled ones (.bin, .pt)"
+            )
     return files
 
 
@@ -427,14 +457,31 @@ class CheckpointWriter:
         return tensors, notes
 
     def finish(
-        self, order: dict[str, torch.Tensor], total_parameters: int, add_files: Callable[[Path], None]
+        self,
+        order: dict[str, torch.Tensor],
+        total_parameters: int,
+        add_files: Callable[[Path], None],
+        manifest: bool = True,
     ) -> None:
         """Joins the parts into shards, adds the manifest and whatever `add_files` writes, and shows OUT.
 
         Args:
             order: every tensor of the checkpoint, on the meta device, in the order in which shards are filled.
             total_parameters: for the index file of a checkpoint of several shards.
+            manifest: whether to write one.
         """
+
+        def fill(folder: Path, sources: dict[str, StoredTensor]) -> None:
+            entries = self.join(folder, sources, order, total_parameters)
+            with self.writing(folder):
+                add_files(folder)
+                if manifest:
+                    save_manifest(folder, entries)
+
+        self.publish(fill)
+
+    def publish(self, fill: Callable[[Path, dict[str, StoredTensor]], None]) -> None:
+        """Shows OUT, which `fill` makes of the parts: it gets the folder, and where their tensors are."""
         sources: dict[str, StoredTensor] = {}
         for path in self.staging.glob("*.safetensors"):
             sources.update(read_header(path))
@@ -442,6 +489,23 @@ class CheckpointWriter:
         with self.writing(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+        fill(folder, sources)
+        with self.writing(folder):
+            for path in [*folder.iterdir(), folder]:
+                sync_path(path)
+            (self.staging / FINISHED).touch()
+            folder.rename(self.out)
+        sync_path(self.out.parent)
+        clear(self.staging)
+
+    def join(
+        self,
+        folder: Path,
+        sources: dict[str, StoredTensor],
+        order: dict[str, torch.Tensor],
+        total_parameters: int,
+    ) -> dict[str, dict[str, Any]]:
+        """Writes the shards and their index; the manifest's entries of their tensors."""
         shards = split_torch_state_dict_into_shards(
             order, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
         )
@@ -450,21 +514,14 @@ class CheckpointWriter:
             with self.writing(folder / filename):
                 sums = join_safetensors(names, sources, folder / filename)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
-        with self.writing(folder):
-            if shards.is_sharded:
-                index = {
-                    "metadata": {"total_parameters": total_parameters, **shards.metadata},
-                    "weight_map": shards.tensor_to_filename,
-                }
+        if shards.is_sharded:
+            index = {
+                "metadata": {"total_parameters": total_parameters, **shards.metadata},
+                "weight_map": shards.tensor_to_filename,
+            }
+            with self.writing(folder):
                 write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-            add_files(folder)
-            save_manifest(folder, entries)
-            for path in [*folder.iterdir(), folder]:
-                sync_path(path)
-            (self.staging / FINISHED).touch()
-            folder.rename(self.out)
-        sync_path(self.out.parent)
-        clear(self.staging)
+        return entries
 
 
 def manifest_entry(tensor: StoredTensor, filename: str, digest: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from quantkit import __version__
 from quantkit.allocation import Allocation, GroupChoice
 from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
+from quantkit.convert import convert
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.dry_run import DryRun, dry_run
 from quantkit.errors import QuantKitError, out_of_memory
@@ -35,11 +36,12 @@ from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import number, quality_tables, rich_table, tables
 from quantkit.eval.tune import BUCKETS, OPS, Weight, chosen_rows, save, tunable, tune, writable
 from quantkit.experts import describe_experts
+from quantkit.formats.writers import WRITERS
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_pages import KINDS
 from quantkit.kernels.tuned import TableError, user_table
 from quantkit.linear import QuantLinear, kernel_of, set_fp8_accumulation
-from quantkit.load import is_quantized, load_model, read_quantized_config, verify
+from quantkit.load import is_foreign, is_quantized, load, load_model, read_quantized_config, verify
 from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.optimize import optimize
 from quantkit.packing import PARTS
@@ -296,6 +298,7 @@ def quantize(
             start=lambda steps: bar.reset(task, description="blocks", total=steps),
             module=lambda module: bar.console.print(module_line(module), highlight=False, soft_wrap=True),
             step=lambda: bar.advance(task),
+            note=lambda text: bar.console.print(f"note: {escape(text)}", highlight=False, soft_wrap=True),
         )
         try:
             summary = quantize_checkpoint(
@@ -392,6 +395,61 @@ def module_line(module: dict[str, Any]) -> str:
     remark = f"  ({module['remark']})" if module.get("remark") else ""
     return escape(
         f"{module['name']}  {module['scheme']}  {module['method']}  {module['error_of']} error {module['error']:.2%}{remark}"
+    )
+
+
+@app.command(name="convert")
+def convert_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A packed directory, a GGUF file, or a name on the hub.")
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    to: Annotated[str, typer.Option("--to", help=f"{', '.join(WRITERS)}.")],
+    requantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="Round linears anew that cannot stay the same numbers: a scheme, or for gguf q4_0, q8_0, q4_k.",
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Write SRC, packed in any format, in another one: the same codes and scales, or a refusal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=out) as bar:
+        task = bar.add_task("blocks", total=None)
+        progress = Progress(
+            start=lambda steps: bar.reset(task, description="blocks", total=steps),
+            module=lambda module: (
+                None
+                if module["exact"]
+                else bar.console.print(rounded_line(module), highlight=False, soft_wrap=True)
+            ),
+            step=lambda: bar.advance(task),
+        )
+        try:
+            done = convert(source, out_dir, to, requantize, progress)
+        except KeyboardInterrupt:
+            bar.stop()
+            if (staging := staging_folder(out_dir)).exists():
+                err.print(f"{staging} keeps the finished blocks; the same command continues", soft_wrap=True)
+            raise
+    for note in done.notes:
+        out.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    exact = len(done.modules) - len(done.rounded)
+    out.print(
+        f"{out_dir}: {done.source_format} to {done.target}; {exact} of {len(done.modules)} linears with the same numbers"
+        + (f", {len(done.rounded)} rounded anew" if done.rounded else "")
+        + f"; weights {megabytes(done.source_bytes)} -> {megabytes(done.packed_bytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    save_json(json_file, asdict(done))
+
+
+def rounded_line(module: dict[str, Any]) -> str:
+    return escape(
+        f"{module['name']}  {module['scheme']}  weight error {module['error']:.2%}  ({module['reason']})"
     )
 
 
@@ -498,6 +556,8 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> tra
             raise QuantKitError(
                 f"{findings[0]} ({len(findings)} findings; quantkit verify {folder} lists them)"
             )
+    if is_foreign(folder):
+        return load(folder, device, dtype=dtype)
     return load_model(folder, device, dtype=dtype)
 
 

@@ -33,7 +33,8 @@ from quantkit.calibration.grid import AT_A_TIME as SEARCHED_AT_A_TIME
 from quantkit.calibration.grid import SHRINKS, SHRINKS_8, fit_grid
 from quantkit.calibration.pipeline import AT_A_TIME, batches, is_expert, needs_activations, needs_original
 from quantkit.calibration.statistics import SAMPLED, tensor_cores
-from quantkit.checkpoint import CheckpointReader, check_out, space
+from quantkit.checkpoint import check_out, space
+from quantkit.formats import open_original
 from quantkit.hf import linear_called
 from quantkit.method import LEARN, ROTATE, parse_method
 from quantkit.models import linears
@@ -41,7 +42,7 @@ from quantkit.names import model_names
 from quantkit.quantize import Job, check_context, default_device
 from quantkit.recipe import ModulePlan, Recipe
 from quantkit.scheme import Scheme, parse_scheme
-from quantkit.source import empty_model, read_config, resolve
+from quantkit.source import empty_model
 
 RATE_SECONDS, TRIALS = 0.2, 10
 FLOAT32, FLOAT64 = 4, 8  # bytes
@@ -289,9 +290,8 @@ def dry_run(
     device = torch.device(device) if device is not None else default_device()
     out = Path(out)
     check_out(out)
-    folder = resolve(source)
-    config = read_config(folder)
-    reader = CheckpointReader(folder)
+    original = open_original(source)
+    config, reader = original.config, original.reader
     job = Job(empty_model(config), recipe, device)
     reader.tensors = model_names(reader.tensors, job.model)
     if recipe.target_bpw is not None:

@@ -23,7 +23,9 @@ from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
 
-FORMAT_VERSION = 2  # of checkpoints with channel scales; the others are still of version 1
+FORMAT_VERSION = (
+    3  # of checkpoints with an order of columns; those with channel scales are of version 2, others of 1
+)
 METHOD = "quantkit"
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
@@ -44,7 +46,7 @@ class QuantKitConfig(QuantizationConfigMixin):
     Args:
         schemes: label -> the fields of a Scheme.
         modules: name of each packed linear -> {"scheme": label, "method": ..., "error": ...}, and
-            "channel_scales": true where x is multiplied by such.
+            "channel_scales": true where x is multiplied by such, "input_order": true where its columns are put in order.
         recipe: the recipe that made the checkpoint, whole; for people, not needed to load.
         calibration: source, shape, seed and hash of the calibration tokens, or None.
         format_version: of the layout; by default the oldest that can hold these modules. A newer one than this code
@@ -78,10 +80,10 @@ class QuantKitConfig(QuantizationConfigMixin):
                     f"config.json: module {name} names scheme {label!r}, which 'schemes' does not have"
                 )
         needed = 2 if any(entry.get("channel_scales") for entry in modules.values()) else 1
+        needed = 3 if any(entry.get("input_order") for entry in modules.values()) else needed
         if format_version is not None and format_version < needed:
-            raise QuantKitError(
-                f"config.json: format_version {format_version} has no channel_scales; copy it again"
-            )
+            what = "input_order" if needed == 3 else "channel_scales"
+            raise QuantKitError(f"config.json: format_version {format_version} has no {what}; copy it again")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes plain strings too
         self.format_version = needed if format_version is None else format_version
         self.schemes = schemes
@@ -92,11 +94,14 @@ class QuantKitConfig(QuantizationConfigMixin):
     def has_channel_scales(self, module: str) -> bool:
         return bool(self.modules[module].get("channel_scales", False))
 
+    def has_input_order(self, module: str) -> bool:
+        return bool(self.modules[module].get("input_order", False))
+
     def scheme_of(self, module: str) -> Scheme:
         label = self.modules[module]["scheme"]
         try:
             scheme = Scheme(**self.schemes[label])
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             raise QuantKitError(f"config.json: scheme {label!r} cannot be read: {error}") from error
         preset = PRESETS.get(scheme.name)
         if preset is None or scheme != replace(
@@ -123,10 +128,13 @@ class QuantKitQuantizer(HfQuantizer):
         for name in self.quantization_config.modules:
             scheme = self.quantization_config.scheme_of(name)
             linear = linear_called(model, name)
-            scaled = self.quantization_config.has_channel_scales(name)
-            check_stored(name, scheme, linear, stored, scaled)
+            beside = (
+                self.quantization_config.has_channel_scales(name),
+                self.quantization_config.has_input_order(name),
+            )
+            check_stored(name, scheme, linear, stored, *beside)
             _, scale_dtype = stored.get(f"{name}.scales", ((), "BF16"))
-            replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype], scaled))
+            replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype], *beside))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         return prepare(model)
@@ -157,7 +165,8 @@ class QuantKitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are, beside frozen linears (quantkit.adapters)."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -184,16 +193,19 @@ def check_stored(
     linear: nn.Linear,
     stored: dict[str, tuple[tuple[int, ...], str]],
     channel_scales: bool,
+    input_order: bool = False,
 ) -> None:
     """Refuses a packed module whose tensors are absent or of another shape: transformers would only warn."""
     if not stored:
         return
     scale_dtype = SCALE_DTYPES.get(stored.get(f"{name}.scales", ((), ""))[1], torch.bfloat16)
-    if f"{name}.channel_scales" in stored and not channel_scales:
-        raise QuantKitError(
-            f"{name}.channel_scales is stored, but its entry in config.json does not say so; copy config.json again"
-        )
-    specs = tensor_specs(scheme, linear.out_features, linear.in_features, scale_dtype, channel_scales)
+    for suffix, said in (("channel_scales", channel_scales), ("input_order", input_order)):
+        if f"{name}.{suffix}" in stored and not said:
+            raise QuantKitError(
+                f"{name}.{suffix} is stored, but its entry in config.json does not say so; copy config.json again"
+            )
+    N, K = linear.out_features, linear.in_features
+    specs = tensor_specs(scheme, N, K, scale_dtype, channel_scales, input_order)
     for suffix, (shape, dtype) in {"weight": ((2,), torch.int64), **specs}.items():
         full = f"{name}.{suffix}"
         if full not in stored:
@@ -223,6 +235,7 @@ def packed_twin(
     scheme: Scheme,
     scale_dtype: torch.dtype = torch.bfloat16,
     channel_scales: bool = False,
+    input_order: bool = False,
 ) -> QuantLinear:
     """An empty QuantLinear of the linear's shape, on the meta device."""
     return QuantLinear(
@@ -234,6 +247,7 @@ def packed_twin(
         scale_dtype=scale_dtype,
         device="meta",
         channel_scales=channel_scales,
+        input_order=input_order,
     )
 
 
@@ -264,13 +278,29 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     offloaded = (
         len(set(getattr(model, "hf_device_map", {}).values())) > 1
     )  # accelerate's hooks move the tensors
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
+            check_order(name, module)
             module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
             if not offloaded:
                 module.repack(model.dtype)
     model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign, assignment]
     return model
+
+
+def check_order(name: str, module: QuantLinear) -> None:
+    """Refuses an input_order that names columns that x does not have, or has been cut by tensor parallelism."""
+    order = module.input_order
+    if order is None or order.is_meta:
+        return
+    K = module.in_features
+    if order.shape != (K,) or not torch.equal(
+        order.sort().values, torch.arange(K, device=order.device).int()
+    ):
+        raise QuantKitError(
+            f"{name}.input_order: not an order of the numbers 0 to {K - 1}; copy the checkpoint again, or load it on one "
+            "device: tensor parallelism cannot cut it"
+        )
 
 
 def install(

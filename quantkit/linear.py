@@ -38,13 +38,18 @@ def tensor_specs(
     K: int,
     scale_dtype: torch.dtype = torch.bfloat16,
     channel_scales: bool = False,
+    input_order: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored tensor of one packed weight [N, K], by the suffix of its name.
 
     `scale_dtype` holds for 2 to 4 bits alone: the scales of 8-bit weights are float32. `channel_scales`: x is
-    multiplied by such.
+    multiplied by such. `input_order`: its columns are then put into an order.
     """
-    beside = {"channel_scales": ((K,), torch.bfloat16)} if channel_scales else {}
+    beside: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if channel_scales:
+        beside["channel_scales"] = ((K,), torch.bfloat16)
+    if input_order:
+        beside["input_order"] = ((K,), torch.int32)
     if scheme.bits < 8:
         groups = -(-K // (scheme.group_size or K))
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -98,7 +103,7 @@ def kernel_of(scheme: Scheme, target: str, M: int, N: int, K: int, x_dtype: torc
 
 
 class QuantLinear(nn.Module):
-    """y = (x * channel_scales) @ dequantize(codes, scales, zeros)^T + bias, by the kernel that dispatch picks.
+    """y = (x * channel_scales)[..., input_order] @ dequantize(codes, scales, zeros)^T + bias, by dispatch's kernel.
 
     Channel scales are bfloat16, so that in a bfloat16 model x takes one elementwise product and no copy in float32;
     torch.compile fuses it into what made x.
@@ -109,7 +114,7 @@ class QuantLinear(nn.Module):
 
     Attributes:
         scheme: what the tensors mean.
-        codes, scales, zeros, input_scale, channel_scales: as in `quantkit.packing`; the last three may be None.
+        codes, scales, zeros, input_scale, channel_scales, input_order: as in `quantkit.packing`; the last four may be None.
             codes is None while repacked, on a GPU scales and zeros too: ask `quantized()`.
         packed, packed_scales, packed_zeros: of int4 on a CPU what `kernels/int4pack.py` makes of them, on a GPU what
             `kernels/int4tiles.py` does; on sm_90 what `kernels/interleave.py` does of int4 beside int8 x, and of 8 bits
@@ -127,6 +132,7 @@ class QuantLinear(nn.Module):
     zeros: nn.Parameter | None
     input_scale: nn.Parameter | None
     channel_scales: nn.Parameter | None
+    input_order: nn.Parameter | None
     bias: nn.Parameter | None
     weight: torch.Tensor
     packed: torch.Tensor | None
@@ -146,10 +152,11 @@ class QuantLinear(nn.Module):
         scale_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         channel_scales: bool = False,
+        input_order: bool = False,
     ) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, in_features, out_features
-        specs = tensor_specs(scheme, out_features, in_features, scale_dtype, channel_scales)
+        specs = tensor_specs(scheme, out_features, in_features, scale_dtype, channel_scales, input_order)
         for name in PARTS:
             tensor = None
             if name in specs:
@@ -182,9 +189,8 @@ class QuantLinear(nn.Module):
         """The packed weight in the neutral layout."""
         codes, scales, zeros = self._neutral()
         shape = (self.out_features, self.in_features)
-        return QuantizedTensor(
-            self.scheme, shape, codes, scales, zeros, self.input_scale, self.channel_scales
-        )
+        beside = (self.input_scale, self.channel_scales, self.input_order)
+        return QuantizedTensor(self.scheme, shape, codes, scales, zeros, *beside)
 
     def _neutral(self) -> tuple[Any, Any, Any]:
         """codes, scales and zeros in the neutral layout."""
@@ -256,9 +262,17 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return PackedProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """y, by the kernel; it has no gradient."""
         ops = torch.ops.quantkit
         if self.channel_scales is not None:
             x = (x * self.channel_scales).to(x.dtype)
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
         if self.packed is not None and self.scheme.op == "w8a16":
             is_int8 = self.scheme.weight == "int8"
             return ops.w8a16_interleaved(x, self.packed, self.scales, self.bias, is_int8)
@@ -286,9 +300,10 @@ class QuantLinear(nn.Module):
     def rounding(self) -> tuple[torch.dtype, torch.Tensor | None, int] | None:
         """What `rms_norm_quantize` and `swiglu_quantize` are to round x to: dtype, input_scale, group_size.
 
-        None: x is not rounded, or multiplied by channel scales before.
+        None: x is not rounded, or multiplied by channel scales or put into another order before.
         """
-        if self.scheme.activation is None or self.channel_scales is not None:
+        beside = (self.channel_scales, self.input_order)
+        if self.scheme.activation is None or any(tensor is not None for tensor in beside):
             return None
         return CODE_DTYPES[self.scheme.activation], self.input_scale, self.scheme.block_size or 0
 
@@ -325,6 +340,22 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, bias={self.bias is not None}"
+
+
+class PackedProduct(torch.autograd.Function):
+    """The product of a QuantLinear where x needs a gradient: dx = dy w, the weight dequantized for it.
+
+    A rounding of x counts as none (straight through). The weight itself is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: QuantLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return dy @ ctx.linear.quantized().effective_weight(dy.dtype), None
 
 
 def set_fp8_accumulation(model: nn.Module, mode: str) -> None:

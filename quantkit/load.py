@@ -8,10 +8,14 @@ from transformers import PreTrainedModel
 
 from quantkit.checkpoint import CheckpointReader, damage, read_json
 from quantkit.errors import QuantKitError
+from quantkit.foreign import load_packed
+from quantkit.formats import open_source
+from quantkit.formats.gguf import gguf_of
 from quantkit.hf import METHOD, QuantKitConfig
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of, tensor_specs
 from quantkit.report import REPORT, read_report
+from quantkit.scheme import parse_scheme
 from quantkit.source import auto_class, auto_config, first_line
 
 
@@ -62,7 +66,8 @@ def verify(folder: Path) -> list[str]:
         if len(shape) != 2 or shape[0] != N:
             lines.append(f"{name}.weight: holds {shape}, expected [N, K] with N = {N} as codes has it")
             continue
-        specs = tensor_specs(scheme, N, shape[1], channel_scales=config.has_channel_scales(name))
+        beside = config.has_channel_scales(name), config.has_input_order(name)
+        specs = tensor_specs(scheme, N, shape[1], torch.bfloat16, *beside)
         for suffix, (expected, _) in specs.items():
             tensor = stored.get(f"{name}.{suffix}")
             if tensor is None or tensor.shape != expected:
@@ -78,22 +83,45 @@ def verify(folder: Path) -> list[str]:
     return lines
 
 
-def load(folder: str | Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained` of a quantkit directory, with clear errors.
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    requantize: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A packed model with its linears on quantkit's kernels: `from_pretrained` of a quantkit directory, with clear errors.
 
-    By `AutoModelForCausalLM`, or `AutoModelForImageTextToText` where the config has a vision tower.
+    By `AutoModelForCausalLM`, or `AutoModelForImageTextToText` where the config has a vision tower. Checkpoints of
+    other tools (docs/formats.md) are taken over as they are read, with the same codes and scales.
 
     Args:
-        folder: what `quantkit quantize` wrote.
+        folder: what `quantkit quantize` wrote; or a GPTQ, AWQ, compressed-tensors, fp8, bitsandbytes or HQQ directory, or a GGUF
+            file.
         device: where to put it; a GPU if there is one, by default.
-        kwargs: handed to `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+        requantize: of another tool's checkpoint: a scheme (`w8a16`) for linears that quantkit's format cannot hold as
+            they are; None: they are refused.
+        kwargs: handed to `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...); for other tools'
+            checkpoints `dtype` alone.
 
     Raises:
-        QuantKitError: not a quantkit directory, a newer format, a damaged file.
+        QuantKitError: not a packed model, a newer format, a damaged file.
     """
     folder = Path(folder)
-    read_quantized_config(folder)
-    return load_model(folder, device, **kwargs)
+    if not is_foreign(folder):
+        if requantize is not None:
+            raise QuantKitError(
+                f"{folder}: requantize is for checkpoints of other tools; use quantkit quantize"
+            )
+        read_quantized_config(folder)
+        return load_model(folder, device, **kwargs)
+    if strangers := set(kwargs) - {"dtype"}:
+        raise QuantKitError(
+            f"{folder}: {min(strangers)} is for quantkit's own checkpoints; make one with quantkit convert first"
+        )
+    scheme = None if requantize is None else parse_scheme(requantize)
+    model = load_packed(open_source(folder), device, kwargs.get("dtype"), scheme)
+    check_kernels(model)
+    return model
 
 
 def load_model(folder: Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -109,11 +137,29 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
         raise placed(error, folder) from error
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         raise QuantKitError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
+    check_kernels(model)
+    return model.eval()
+
+
+def check_kernels(model: PreTrainedModel) -> None:
+    """Refuses a model with a linear that no kernel runs where it is."""
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.device.type != "meta":
             N, K = module.out_features, module.in_features
             kernel_of(module.scheme, target_of(module.device), 1, N, K, model.dtype)
-    return model.eval()
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a path is a checkpoint that another tool packed."""
+    if not folder.exists():
+        return False
+    if gguf_of(folder) is not None:
+        return True
+    if not (folder / "config.json").is_file():
+        return False
+    content = read_json(folder / "config.json")
+    quantization = content.get("quantization_config") or content.get("compression_config")
+    return quantization is not None and quantization_of(folder).get("quant_method") != METHOD
 
 
 def placed(error: QuantKitError, folder: Path) -> QuantKitError:

@@ -24,7 +24,14 @@ from quantkit.errors import QuantKitError
 from quantkit.scheme import Scheme
 
 WORD = 32  # bits
-PARTS = ("codes", "scales", "zeros", "input_scale", "channel_scales")  # of a packed weight, as stored
+PARTS = (
+    "codes",
+    "scales",
+    "zeros",
+    "input_scale",
+    "channel_scales",
+    "input_order",
+)  # of a packed weight, as stored
 TURN = 8  # rows of one part, then as many of the other, where gates and ups are interleaved
 
 
@@ -80,11 +87,13 @@ class QuantizedTensor:
     Attributes:
         scheme: how to read the rest.
         shape: (N, K) of the weight.
-        codes, scales, zeros: see the table above. Scales of 2 to 4 bits are bfloat16 or float16,
-            the others float32.
+        codes, scales, zeros: see the table above. Scales of 2 to 4 bits are bfloat16 or float16 (float32 where an
+            import has such), the others float32.
         input_scale: float32 [1], the static activation scale (x is divided by it), or None.
         channel_scales: bfloat16 [K], or None. x is multiplied by them before anything else:
             y = (x * channel_scales) @ dequantize()^T.
+        input_order: int32 [K], or None. Column k of the codes multiplies column input_order[k] of x, as GPTQ's
+            `desc_act` has it: y = (x * channel_scales)[:, input_order] @ dequantize()^T.
     """
 
     scheme: Scheme
@@ -94,11 +103,12 @@ class QuantizedTensor:
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     channel_scales: torch.Tensor | None = None
+    input_order: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for [N, K]: the truth that every kernel is tested against.
 
-        Channel scales are not in it, since kernels get x with them; see `effective_weight`.
+        Channel scales and the order of columns are not in it, since kernels get x with them; see `effective_weight`.
         """
         N, K = self.shape
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -118,11 +128,19 @@ class QuantizedTensor:
         return w.to(dtype)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """What x itself is multiplied by [N, K]: dequantize() * channel_scales, rounded once to `dtype`."""
-        if self.channel_scales is None:
+        """What x itself is multiplied by [N, K]: dequantize(), its columns where x has them, times channel_scales.
+
+        Rounded once to `dtype`.
+        """
+        if self.channel_scales is None and self.input_order is None:
             return self.dequantize(dtype)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        return (self.dequantize(exact) * self.channel_scales.to(exact)).to(dtype)
+        w = self.dequantize(exact)
+        if self.input_order is not None:
+            w = w[:, self.input_order.long().argsort()]
+        if self.channel_scales is not None:
+            w = w * self.channel_scales.to(exact)
+        return w.to(dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are stored, by the suffix of their names."""
@@ -145,8 +163,8 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
         The weight [sum of N_i, K], rows of the first part first.
 
     Raises:
-        QuantKitError: the parts differ in scheme, K, dtype of the scales, device, static activation scale or channel
-            scales, or rows of two parts would meet in one block of fp8-block.
+        QuantKitError: the parts differ in scheme, K, dtype of the scales, device, static activation scale, channel
+            scales or order of columns, or rows of two parts would meet in one block of fp8-block.
     """
     if not parts:
         raise QuantKitError(
@@ -169,11 +187,12 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
                 f"merge_rows: part {i} has input_scale {part.input_scale.item():g}, expected "  # type: ignore[union-attr]
                 f"{first.input_scale.item():g} as part 0; calibrate them together or keep them apart"
             )
-        ours, theirs = first.channel_scales, part.channel_scales
-        if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):  # type: ignore[arg-type]
-            raise QuantKitError(
-                f"merge_rows: part {i} has other channel_scales than part 0, expected the same x; keep them apart"
-            )
+        for what in ("channel_scales", "input_order"):
+            ours, theirs = getattr(first, what), getattr(part, what)
+            if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+                raise QuantKitError(
+                    f"merge_rows: part {i} has other {what} than part 0, expected the same x; keep them apart"
+                )
     rows = [part.shape[0] for part in parts]
     block = first.scheme.block_size
     if interleave and (len(parts) != 2 or rows[0] != rows[1] or rows[0] % TURN):
@@ -209,4 +228,5 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
         merge(zeros) if zeros else None,
         first.input_scale,
         first.channel_scales,
+        first.input_order,
     )

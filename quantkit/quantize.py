@@ -42,6 +42,7 @@ class Progress:
         step: a finished step.
         measure: decoder blocks run so far, and in all, before the schemes are chosen (`target_bpw`).
         allocation: the schemes chosen.
+        note: a line that the user should read.
     """
 
     sampled: Callable[[int, int], None] = lambda done, total: None
@@ -50,6 +51,7 @@ class Progress:
     step: Callable[[], None] = lambda: None
     measure: Callable[[int, int], None] = lambda done, total: None
     allocation: Callable[[Allocation], None] = lambda allocation: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def calibration_tokens(

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quantkit.checkpoint import read_json
 from quantkit.errors import QuantKitError
 
 # What a checkpoint takes over from its source beside weights and config: the tokenizer and its like.
@@ -53,16 +52,6 @@ def resolve(model: str | Path) -> Path:
         raise QuantKitError(
             f"{model}: no such directory, and the hub gives no such model ({reason})"
         ) from error
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """config.json of a model that is not quantized yet."""
-    content = read_json(folder / "config.json")
-    if content.get("quantization_config"):
-        found = content["quantization_config"]
-        found = found.get("quant_method", "?") if isinstance(found, dict) else found
-        raise QuantKitError(f"{folder}: is quantized already ({found}); quantize the original model")
-    return auto_config(folder)
 
 
 def auto_config(folder: Path) -> PretrainedConfig:
@@ -105,5 +94,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def whole_model(folder: Path, device: torch.device) -> PreTrainedModel:
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    """The original model; a packed one with its linears dequantized."""
+    from quantkit.foreign import dequantized_model  # which imports this module
+    from quantkit.formats import PLAIN, open_source
+
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    source = open_source(folder)
+    if source.format != PLAIN:
+        return dequantized_model(source, device, dtype)
     return auto_class(auto_config(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()

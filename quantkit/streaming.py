@@ -23,7 +23,6 @@ from quantkit.calibration.pipeline import ModuleResult, config_entry
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
     INDEX,
-    CheckpointReader,
     CheckpointWriter,
     check_out,
     check_space,
@@ -33,6 +32,7 @@ from quantkit.checkpoint import (
 from quantkit.errors import MachineError, out_of_memory
 from quantkit.eval import samples as sampling
 from quantkit.eval.report_html import report_html
+from quantkit.formats import PLAIN, open_original
 from quantkit.hf import linear_called, packed_twin
 from quantkit.judge import judge
 from quantkit.linear import replace_module
@@ -61,7 +61,7 @@ from quantkit.report import (
     Verdict,
     report_json,
 )
-from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, read_config, resolve, whole_model
+from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, whole_model
 from quantkit.witness import Witness, call_witness
 
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
@@ -141,10 +141,15 @@ class Run:
         self.source, self.out, self.recipe, self.device = source, out, recipe, device
         self.progress, self.report = progress, report
         check_out(out)
-        self.folder = resolve(source)
-        config = read_config(self.folder)
-        self.reader = CheckpointReader(self.folder)
-        self.model = empty_model(config)
+        original = open_original(source)
+        self.folder, self.original = original.folder, original.path
+        self.reader = original.reader
+        self.model = empty_model(original.config)
+        if original.format != PLAIN:
+            note = f"{source} is packed ({original.format}): its linears are dequantized, and quantized anew"
+            self.progress.note(note)
+        for note in original.notes:
+            self.progress.note(note)
         self.job = Job(self.model, recipe, device)
         self.reader.tensors = model_names(self.reader.tensors, self.model)
         self.source_bytes = sum(tensor.stop - tensor.start for tensor in self.reader.tensors.values())
@@ -198,7 +203,7 @@ class Run:
                 self.held_whole = spec.source == "self"
                 tokenizer = None if self.held_whole else load_tokenizer(self.folder)
                 tokens = calibration_tokens(
-                    spec, tokenizer, lambda: whole_model(self.folder, self.device), self.progress
+                    spec, tokenizer, lambda: whole_model(self.original, self.device), self.progress
                 )
             check_tokens(tokens, self.model)
             self.calibration = describe_calibration(spec, tokens)
@@ -206,7 +211,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What makes the bytes of OUT, by which a run knows what a killed one left of the same job."""
-        files = [self.folder / "config.json", *self.reader.files]
+        files = [f for f in (self.folder / "config.json", *self.reader.files) if f.is_file()]
         return {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -225,7 +230,7 @@ class Run:
         if self.allocation is None:
             check_room(self.model, self.tokens, self.device)
             self.allocation = allocate(
-                whole_model(self.folder, self.device), self.recipe, self.tokens, self.progress.measure
+                whole_model(self.original, self.device), self.recipe, self.tokens, self.progress.measure
             )
             with self.writer.writing(saved):
                 write_text(saved, json.dumps(self.allocation.to_dict()))
@@ -344,7 +349,7 @@ class Run:
     def judged(self, packed: Path) -> Report:
         """The report on the run, with its verdict; `packed` can be loaded already."""
         written, skipped = sampling.try_out(
-            self.folder, packed, self.device, self.source_bytes, self.held_whole
+            self.folder, self.original, packed, self.device, self.source_bytes, self.held_whole
         )
         order = {name: i for i, name in enumerate(self.job.plans)}
         on_hub = self.folder != Path(self.source)

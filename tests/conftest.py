@@ -1,7 +1,9 @@
 """Settings for every test: the Triton interpreter where there is no GPU, and poisoned allocations in the kernels."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -177,3 +179,58 @@ def packed(
         return out
 
     return quantized
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """run(*arguments) -> (exit code, stdout, stderr) of the command, in this process."""
+    from quantkit import cli
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    verbosity = transformers.utils.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield call
+    # main() quietens what it calls, for the rest of the process
+    logging.disable(logging.NOTSET)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def refused(run: Any, tmp_path: Path) -> Any:
+    """refused(*arguments, words=...): exit code 2, one line on stderr with the words, nothing written."""
+
+    def check(*arguments: str | Path, words: tuple[str, ...]) -> None:
+        before = _tree(tmp_path)
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, f"more than one line: {err}"
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        for word in words:
+            assert word in err, f"{word!r} is not in: {err}"
+        assert _tree(tmp_path) == before
+
+    return check
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """tree(folder) -> size and time of all that is in it, by name."""
+    return _tree
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() or path.is_symlink()
+    } | {str(path.relative_to(folder)): (0, 0) for path in folder.rglob("*") if path.is_dir()}

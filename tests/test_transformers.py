@@ -167,10 +167,10 @@ def with_config(folder: Path, out: Path, **changes) -> Path:
 
 
 def test_a_newer_format_is_refused(packed, tmp_path):
-    folder = with_config(packed("llama", "w8a16"), tmp_path / "newer", format_version=3)
+    folder = with_config(packed("llama", "w8a16"), tmp_path / "newer", format_version=4)
     for load in (loaded, quantkit.load, verify):
         with pytest.raises(
-            QuantKitError, match=r"format_version 3, .* reads up to 2; install a newer quantkit"
+            QuantKitError, match=r"format_version 4, .* reads up to 3; install a newer quantkit"
         ):
             load(folder)
 
