@@ -32,7 +32,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.dispatch import target_of
-from quantkit.kernels.kv_operands import E4M3_STEP, ODD_STEP, columns_of, operands, rotate_planes
+from quantkit.kernels.kv_operands import (
+    COUNTS,
+    E4M3_STEP,
+    NATIVE_FP8,
+    ODD_STEP,
+    columns_of,
+    operands,
+    rotate_planes,
+)
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import ptx_level
@@ -47,7 +55,7 @@ LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 WARPS = 4
-PARTS_AT_ONCE = 8  # partial results that the last program loads at a time
+PARTS_AT_ONCE = 16  # partial results that the last program loads at a time
 
 
 def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, int]:
@@ -133,8 +141,17 @@ def unit_of(
 
 
 @triton.jit
-def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr):
-    """Queries of the rows r as planes [C, len(r)] and the factor that each row was divided by.
+def load_query(
+    ptr,
+    r,
+    inside,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    PLANES: tl.constexpr,
+    C: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Queries of the rows r as planes [C, len(r)] and the factor that scores then lack.
 
     ptr: to column 0 of each row, [len(r)]. What pads a plane is zero.
     """
@@ -157,7 +174,7 @@ def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.c
             if KIND == "int4" and i % 2 == 1:
                 x *= 1.0 / ODD_STEP
             scaled = scaled + (x.to(tl.float16),)
-        if KIND == "fp8":
+        if KIND == "fp8" and ASM < NATIVE_FP8:
             factor *= E4M3_STEP
     return scaled, factor
 
@@ -192,27 +209,26 @@ def sum_of_parts(
     j = tl.arange(0, C)
     n = tl.arange(0, NP)
     part = (first + n * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
-    there = (n < count)[:, None] & (r < GROUP)[None, :]
-    tops = tl.load(stats_ptr + part * 2, mask=there, other=NOTHING, cache_modifier=".cg")
-    totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    exists = (n < count)[:, None] & (r < GROUP)[None, :]
+    tops = tl.load(stats_ptr + part * 2, mask=exists, other=NOTHING, cache_modifier=".cg")
+    totals = tl.load(stats_ptr + part * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
     o = ()
     for _ in tl.static_range(PLANES):
         o = o + (tl.zeros((C, R), tl.float32),)
     for n0 in range(0, count, AT_ONCE):
-        for a in tl.static_range(AT_ONCE):  # loads in flight
-            mask = r < tl.where(n0 + a < count, GROUP, 0)
-            row = (first + (n0 + a) * stride).to(tl.int64) * GROUP + r
-            share = tl.exp2(
-                tl.load(stats_ptr + row * 2, mask=mask, other=NOTHING, cache_modifier=".cg") - top
-            )
-            added = ()
-            for i in tl.static_range(PLANES):
-                at = partial_ptr + row[None, :] * (PLANES * C) + (i * C + j)[:, None]
-                plane = tl.load(at, mask=mask[None, :], other=0.0, cache_modifier=".cg")
-                added = added + (o[i] + plane * share[None, :],)
-            o = added
+        a = n0 + tl.arange(0, AT_ONCE)
+        row = (first + a * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
+        there = (a < count)[:, None] & (r < GROUP)[None, :]
+        theirs = tl.load(stats_ptr + row * 2, mask=there, other=NOTHING, cache_modifier=".cg")
+        share = tl.exp2(theirs - top[None, :])
+        added = ()
+        for i in tl.static_range(PLANES):
+            at = partial_ptr + row[:, None, :] * (PLANES * C) + (i * C + j)[None, :, None]
+            plane = tl.load(at, mask=there[:, None, :], other=0.0, cache_modifier=".cg")
+            added = added + (o[i] + tl.sum(plane * share[:, None, :], 0),)
+        o = added
     return o, total
 
 
@@ -222,8 +238,8 @@ def decode_attention_kernel(
     partial_ptr, stats_ptr, counter_ptr,
     B, KV_HEADS, max_pages, max_length, units, window, scale, soft_cap,
     KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BP: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, TW: tl.constexpr, W: tl.constexpr,
-    STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RG: tl.constexpr,
+    TW: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 4 if KIND == "int4" else (1 if KIND == "bf16" else 2)
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
@@ -250,7 +266,7 @@ def decode_attention_kernel(
     r = tl.arange(0, R)
     column = j % WORDS if C > WORDS else j
     row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
-    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C)
+    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
     scaled = factor * scale  # to units of log2, or of the cap
     q, sum_of_q, acc = (), (), ()
     for i in tl.static_range(PLANES):
@@ -326,7 +342,7 @@ def decode_attention_kernel(
     o = ()
     for i in tl.static_range(PLANES):
         plane = tl.sum(acc[i] * share[:, None, :], 0)  # [C, R]
-        if KIND == "fp8":
+        if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
             if i % 2 == 1:
@@ -347,26 +363,24 @@ def decode_attention_kernel(
         tl.debug_barrier()
         counter = counter_ptr + b * KV_HEADS + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-            o, total = sum_of_parts(
-                partial_ptr,
-                stats_ptr,
-                first_unit * KV_HEADS + h,
-                KV_HEADS,
-                count,
-                GROUP,
-                PLANES,
-                C,
-                R,
-                NP,
-                AT_ONCE,
+            first_part = first_unit * KV_HEADS + h
+            of_all, total_of_all = sum_of_parts(
+                partial_ptr, stats_ptr, first_part, KV_HEADS, count, GROUP, PLANES, C, RG, NP, AT_ONCE
             )
             tl.store(counter, 0)
-            finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
+            rg = tl.arange(0, RG)
+            at_rows = y_ptr + ((b.to(tl.int64) * KV_HEADS + h) * GROUP + rg) * D
+            finish(of_all, total_of_all, at_rows, rg, rg < GROUP, D, PLANES, KIND == "int4", ASM)
 
 
 def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) -> int:
     """Units of a kv head that fit on the GPU at a time, no more than there are tiles."""
     return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
+
+
+def parts_rows(kind: str, group: int) -> int:
+    """Rows that hold the queries of a head where parts are added: those of a product if they are rotated after it."""
+    return max(8 if kind == "int4" else 1, triton.next_power_of_2(group))
 
 
 def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -414,7 +428,7 @@ def decode_attention_triton(
     programs = min(units + B, B * triton.cdiv(max_length, tile)) if units > 1 else B
     group = H // kv_heads
     y = torch.empty_like(q)
-    width = max(D, 64 if pages.kind == "int4" else 32 if pages.kind != "bf16" else 16)  # with padded planes
+    width = COUNTS[pages.kind] * max(16, D // COUNTS[pages.kind])  # with padded planes
     partial = q.new_empty(programs * H * width, dtype=torch.float32)
     stats = q.new_empty(programs * H * 2, dtype=torch.float32)
     factor, cap = score_scale(scale, soft_cap)
@@ -425,7 +439,7 @@ def decode_attention_triton(
         B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
         KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
         WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
-        TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
+        RG=parts_rows(pages.kind, group), TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
         num_warps=WARPS, num_stages=1, **options,
     )  # fmt: skip
     return y
