@@ -55,9 +55,6 @@ LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 WARPS = 4
-# partial results that the last program loads at a time: more of int4, whose rows are padded, need more registers than
-# the loop
-PARTS_AT_ONCE = {"bf16": 16, "int8": 16, "fp8": 16, "int4": 8}
 
 
 def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, int]:
@@ -66,7 +63,7 @@ def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, i
     tokens = min(page_size, 16 if bytes_of_row >= 128 else 32)
     stages = 3 if bytes_of_row >= 256 or kind == "int4" else 4
     if target.startswith("gfx"):
-        stages = 2  # registers hold what is loaded ahead
+        stages = 1 if bytes_of_row >= 256 else 2  # registers hold what is loaded ahead
     elif bytes_of_row >= 512 and target in ("sm_89", "sm_120"):
         stages = 2  # less shared memory
     return {"tokens": tokens, "stages": stages, "per_sm": 2 if head_dim == 256 else 3}
@@ -380,6 +377,11 @@ def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) 
     return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
 
 
+def parts_at_once(kind: str, target: str) -> int:
+    """Parts that the last program loads at a time; more would need more registers than the loop."""
+    return 4 if target.startswith("gfx") else 8 if kind == "int4" else 16
+
+
 def parts_rows(kind: str, group: int) -> int:
     """Rows that hold the queries of a head where parts are added: those of a product if they are rotated after it."""
     return max(8 if kind == "int4" else 1, triton.next_power_of_2(group))
@@ -420,7 +422,8 @@ def decode_attention_triton(
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    launch = config(pages.kind, D, pages.page_size, target_of(q.device))
+    target = target_of(q.device)
+    launch = config(pages.kind, D, pages.page_size, target)
     tile = launch["tokens"] * WARPS
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     # without counters for all no sequence is split
@@ -441,7 +444,7 @@ def decode_attention_triton(
         B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
         KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
         WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
-        RG=parts_rows(pages.kind, group), TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE[pages.kind], ASM=asm, PDL=asm >= 90,
+        RG=parts_rows(pages.kind, group), TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=parts_at_once(pages.kind, target), ASM=asm, PDL=asm >= 90,
         num_warps=WARPS, num_stages=1, **options,
     )  # fmt: skip
     return y

@@ -46,7 +46,7 @@ def config(kind: str, head_dim: int, group: int, target: str) -> dict[str, int]:
     heads = triton.next_power_of_2(group)
     roomy = kind == "bf16" and head_dim < 256
     stages = 3 if roomy and wide else 2
-    tokens = 64 if kind == "bf16" and wide else 32
+    tokens = 64 if kind == "bf16" and wide else 32 if kind == "bf16" or target == "sm_90" else 16
     return {
         "queries": max(1, rows // heads),
         "heads": heads,

@@ -410,7 +410,10 @@ def attention_jobs(target: str):
         of_decode |= {"max_length": "i32", "units": "i32", "NP": 64, "R": 8, "TW": chosen["tokens"]}
         of_decode |= {"RG": decode_attention.parts_rows(kind, group)}
         of_decode |= {"W": decode_attention.WARPS, "STAGES": chosen["stages"]}
-        of_decode |= {"AT_ONCE": decode_attention.PARTS_AT_ONCE[kind], "num_warps": decode_attention.WARPS}
+        of_decode |= {
+            "AT_ONCE": decode_attention.parts_at_once(kind, target),
+            "num_warps": decode_attention.WARPS,
+        }
         if kind == "fp8":  # one sequence and one head here: the launcher compiles a 1 in
             types |= {"B": 1, "BP": 1, "KV_HEADS": 1}
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}"
