@@ -8,8 +8,8 @@ over the tokens t = first to length - 1 of a sequence, first = max(0, length - w
 
 Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
 2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
-Compiled for sm_90 (D = 128, four queries a head, 3.6 and 3.9) the loop has 15 to 21 instructions in bfloat16, 21 to 27 in 8
-bits, 22 to 25 in int4; it loads 16 bytes a lane by cp.async, a tile or two ahead.
+Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop has 19 and 21 instructions a token and warp in
+bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 bytes a lane by cp.async, one to two steps ahead.
 
 - The product is transposed, k q^T and v^T p: keys are the operand of 16 rows and queries that of 8 columns, so that the
   4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
@@ -32,7 +32,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.dispatch import target_of
-from quantkit.kernels.kv_operands import E4M3_STEP, ODD_STEP, columns_of, operands, rotate_planes
+from quantkit.kernels.kv_operands import (
+    COUNTS,
+    E4M3_STEP,
+    NATIVE_FP8,
+    ODD_STEP,
+    columns_of,
+    operands,
+    rotate_planes,
+)
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import ptx_level
@@ -47,7 +55,6 @@ LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 WARPS = 4
-PARTS_AT_ONCE = 8  # partial results that the last program loads at a time
 
 
 def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, int]:
@@ -56,7 +63,7 @@ def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, i
     tokens = min(page_size, 16 if bytes_of_row >= 128 else 32)
     stages = 3 if bytes_of_row >= 256 or kind == "int4" else 4
     if target.startswith("gfx"):
-        stages = 2  # registers hold what is loaded ahead
+        stages = 1 if bytes_of_row >= 256 else 2  # registers hold what is loaded ahead
     elif bytes_of_row >= 512 and target in ("sm_89", "sm_120"):
         stages = 2  # less shared memory
     return {"tokens": tokens, "stages": stages, "per_sm": 2 if head_dim == 256 else 3}
@@ -133,8 +140,17 @@ def unit_of(
 
 
 @triton.jit
-def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr):
-    """Queries of the rows r as planes [C, len(r)] and the factor that each row was divided by.
+def load_query(
+    ptr,
+    r,
+    inside,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    PLANES: tl.constexpr,
+    C: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Queries of the rows r as planes [C, len(r)] and the factor that scores then lack.
 
     ptr: to column 0 of each row, [len(r)]. What pads a plane is zero.
     """
@@ -157,7 +173,7 @@ def load_query(ptr, r, inside, KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.c
             if KIND == "int4" and i % 2 == 1:
                 x *= 1.0 / ODD_STEP
             scaled = scaled + (x.to(tl.float16),)
-        if KIND == "fp8":
+        if KIND == "fp8" and ASM < NATIVE_FP8:
             factor *= E4M3_STEP
     return scaled, factor
 
@@ -192,27 +208,26 @@ def sum_of_parts(
     j = tl.arange(0, C)
     n = tl.arange(0, NP)
     part = (first + n * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
-    there = (n < count)[:, None] & (r < GROUP)[None, :]
-    tops = tl.load(stats_ptr + part * 2, mask=there, other=NOTHING, cache_modifier=".cg")
-    totals = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    exists = (n < count)[:, None] & (r < GROUP)[None, :]
+    tops = tl.load(stats_ptr + part * 2, mask=exists, other=NOTHING, cache_modifier=".cg")
+    totals = tl.load(stats_ptr + part * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
     o = ()
     for _ in tl.static_range(PLANES):
         o = o + (tl.zeros((C, R), tl.float32),)
     for n0 in range(0, count, AT_ONCE):
-        for a in tl.static_range(AT_ONCE):  # loads in flight
-            mask = r < tl.where(n0 + a < count, GROUP, 0)
-            row = (first + (n0 + a) * stride).to(tl.int64) * GROUP + r
-            share = tl.exp2(
-                tl.load(stats_ptr + row * 2, mask=mask, other=NOTHING, cache_modifier=".cg") - top
-            )
-            added = ()
-            for i in tl.static_range(PLANES):
-                at = partial_ptr + row[None, :] * (PLANES * C) + (i * C + j)[:, None]
-                plane = tl.load(at, mask=mask[None, :], other=0.0, cache_modifier=".cg")
-                added = added + (o[i] + plane * share[None, :],)
-            o = added
+        a = n0 + tl.arange(0, AT_ONCE)
+        row = (first + a * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
+        there = (a < count)[:, None] & (r < GROUP)[None, :]
+        theirs = tl.load(stats_ptr + row * 2, mask=there, other=NOTHING, cache_modifier=".cg")
+        share = tl.exp2(theirs - top[None, :])
+        added = ()
+        for i in tl.static_range(PLANES):
+            at = partial_ptr + row[:, None, :] * (PLANES * C) + (i * C + j)[None, :, None]
+            plane = tl.load(at, mask=there[:, None, :], other=0.0, cache_modifier=".cg")
+            added = added + (o[i] + tl.sum(plane * share[:, None, :], 0),)
+        o = added
     return o, total
 
 
@@ -222,8 +237,8 @@ def decode_attention_kernel(
     partial_ptr, stats_ptr, counter_ptr,
     B, KV_HEADS, max_pages, max_length, units, window, scale, soft_cap,
     KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BP: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, TW: tl.constexpr, W: tl.constexpr,
-    STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RG: tl.constexpr,
+    TW: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 4 if KIND == "int4" else (1 if KIND == "bf16" else 2)
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
@@ -250,7 +265,7 @@ def decode_attention_kernel(
     r = tl.arange(0, R)
     column = j % WORDS if C > WORDS else j
     row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
-    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C)
+    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
     scaled = factor * scale  # to units of log2, or of the cap
     q, sum_of_q, acc = (), (), ()
     for i in tl.static_range(PLANES):
@@ -326,7 +341,7 @@ def decode_attention_kernel(
     o = ()
     for i in tl.static_range(PLANES):
         plane = tl.sum(acc[i] * share[:, None, :], 0)  # [C, R]
-        if KIND == "fp8":
+        if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
             if i % 2 == 1:
@@ -347,26 +362,29 @@ def decode_attention_kernel(
         tl.debug_barrier()
         counter = counter_ptr + b * KV_HEADS + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-            o, total = sum_of_parts(
-                partial_ptr,
-                stats_ptr,
-                first_unit * KV_HEADS + h,
-                KV_HEADS,
-                count,
-                GROUP,
-                PLANES,
-                C,
-                R,
-                NP,
-                AT_ONCE,
+            first_part = first_unit * KV_HEADS + h
+            of_all, total_of_all = sum_of_parts(
+                partial_ptr, stats_ptr, first_part, KV_HEADS, count, GROUP, PLANES, C, RG, NP, AT_ONCE
             )
             tl.store(counter, 0)
-            finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
+            rg = tl.arange(0, RG)
+            at_rows = y_ptr + ((b.to(tl.int64) * KV_HEADS + h) * GROUP + rg) * D
+            finish(of_all, total_of_all, at_rows, rg, rg < GROUP, D, PLANES, KIND == "int4", ASM)
 
 
 def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) -> int:
     """Units of a kv head that fit on the GPU at a time, no more than there are tiles."""
     return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
+
+
+def parts_at_once(kind: str, target: str) -> int:
+    """Parts that the last program loads at a time; more would need more registers than the loop."""
+    return 4 if target.startswith("gfx") else 8 if kind == "int4" else 16
+
+
+def parts_rows(kind: str, group: int) -> int:
+    """Rows that hold the queries of a head where parts are added: those of a product if they are rotated after it."""
+    return max(8 if kind == "int4" else 1, triton.next_power_of_2(group))
 
 
 def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -404,7 +422,8 @@ def decode_attention_triton(
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    launch = config(pages.kind, D, pages.page_size, target_of(q.device))
+    target = target_of(q.device)
+    launch = config(pages.kind, D, pages.page_size, target)
     tile = launch["tokens"] * WARPS
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     # without counters for all no sequence is split
@@ -414,7 +433,7 @@ def decode_attention_triton(
     programs = min(units + B, B * triton.cdiv(max_length, tile)) if units > 1 else B
     group = H // kv_heads
     y = torch.empty_like(q)
-    width = max(D, 64 if pages.kind == "int4" else 32 if pages.kind != "bf16" else 16)  # with padded planes
+    width = COUNTS[pages.kind] * max(16, D // COUNTS[pages.kind])  # with padded planes
     partial = q.new_empty(programs * H * width, dtype=torch.float32)
     stats = q.new_empty(programs * H * 2, dtype=torch.float32)
     factor, cap = score_scale(scale, soft_cap)
@@ -425,7 +444,7 @@ def decode_attention_triton(
         B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
         KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
         WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
-        TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=PARTS_AT_ONCE, ASM=asm, PDL=asm >= 90,
+        RG=parts_rows(pages.kind, group), TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=parts_at_once(pages.kind, target), ASM=asm, PDL=asm >= 90,
         num_warps=WARPS, num_stages=1, **options,
     )  # fmt: skip
     return y

@@ -11,8 +11,8 @@ covers:
 
 Codes are multiplied as float16, in which all of them are exact, whatever the model's dtype: a bfloat16 has seven bits of
 mantissa, too few for int8. Instructions for the four codes of a register: int8 5 (the sign bit flipped, the byte put below
-0x64, which is 1024 + code, and 1152 subtracted), e4m3 8 (sign, and exponent and mantissa a bit lower, are float16's of the
-number / 256), and for the eight of int4 9: see `kv_pages.py`.
+0x64, which is 1024 + code, and 1152 subtracted), e4m3 3 on sm_89 and newer, elsewhere 7 (sign, and exponent and mantissa a
+bit lower, are float16's of the number / 256), and for the eight of int4 9: see `kv_pages.py`.
 """
 
 import triton
@@ -37,6 +37,15 @@ shr.u32 c, $2, 1;
 and.b32 c, c, 0x3f803f80;
 lop3.b32 $1, $2, 0x80008000, c, 0xea;
 }"""
+# bytes 0, 2, 1, 3, and the instruction that converts two, which sm_89 and newer have
+_FP8_NATIVE = """{
+.reg .b32 a;
+.reg .b16 low, high;
+prmt.b32 a, $2, 0, 0x3120;
+mov.b32 {low, high}, a;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}"""
 # planes 0 and 2: 1024 + 2 c - 1039; planes 1 and 3: 1024 + 32 c - 1264
 _INT4 = """{
 .reg .b32 a, b, c, d, swapped, magic, even, odd;
@@ -55,8 +64,10 @@ add.rn.f16x2 $3, d, odd;
 }"""
 INT8 = tl.constexpr(_INT8)
 FP8 = tl.constexpr(_FP8)
+FP8_NATIVE = tl.constexpr(_FP8_NATIVE)
 INT4 = tl.constexpr(_INT4)
-E4M3_STEP = tl.constexpr(256.0)  # what an operand of e4m3 is too small by
+E4M3_STEP = tl.constexpr(256.0)  # what an operand of e4m3 is too small by, unless it was converted natively
+NATIVE_FP8 = tl.constexpr(89)  # the first ASM with the instruction
 ODD_STEP = tl.constexpr(16.0)  # what planes 1 and 3 of int4 are too large by
 COUNTS = {"bf16": 1, "int8": 2, "fp8": 2, "int4": 4}  # planes
 
@@ -74,7 +85,7 @@ def columns_of(plane: tl.constexpr, j, D: tl.constexpr, PLANES: tl.constexpr):
 def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
     """Words of codes -> the operands of all planes, in the shape and layout of the words.
 
-    bf16: the numbers themselves. int8: codes. fp8: codes / 256. int4: 2 c - 15, in planes 1 and 3 sixteen times that.
+    bf16: the numbers themselves. int8: codes. fp8: numbers, / 256 where ASM < NATIVE_FP8. int4: 2 c - 15, in planes 1 and 3 sixteen times that.
     """
     if KIND == "bf16":
         return (words,)
@@ -92,13 +103,10 @@ def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
         return (a.to(tl.float16), b.to(tl.float16), c.to(tl.float16), d.to(tl.float16))
     else:
         if ASM:
+            FROM_FP8: tl.constexpr = FP8_NATIVE if ASM >= NATIVE_FP8 else FP8
+            DECODE: tl.constexpr = INT8 if KIND == "int8" else FROM_FP8
             a, b = tl.inline_asm_elementwise(
-                INT8 if KIND == "int8" else FP8,
-                "=r,=r,r",
-                [words],
-                dtype=(tl.float16,) * 2,
-                is_pure=True,
-                pack=2,
+                DECODE, "=r,=r,r", [words], dtype=(tl.float16,) * 2, is_pure=True, pack=2
             )
         else:
             low, high = (words << 8).to(tl.int16), words & -256

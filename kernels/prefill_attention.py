@@ -25,7 +25,7 @@ from quantkit.kernels.decode_attention import (
     score_scale,
 )
 from quantkit.kernels.dispatch import target_of
-from quantkit.kernels.kv_operands import E4M3_STEP, ODD_STEP, operands
+from quantkit.kernels.kv_operands import E4M3_STEP, NATIVE_FP8, ODD_STEP, operands
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.w4a16 import ptx_level
 
@@ -46,7 +46,7 @@ def config(kind: str, head_dim: int, group: int, target: str) -> dict[str, int]:
     heads = triton.next_power_of_2(group)
     roomy = kind == "bf16" and head_dim < 256
     stages = 3 if roomy and wide else 2
-    tokens = 64 if kind == "bf16" and wide else 32
+    tokens = 64 if kind == "bf16" and wide else 32 if kind == "bf16" or target == "sm_90" else 16
     return {
         "queries": max(1, rows // heads),
         "heads": heads,
@@ -97,7 +97,7 @@ def prefill_attention_kernel(
     position = length - queries + query  # [M]
     inside = (query < queries) & (r % HEADS < GROUP)
     row_of_q = ((start + query).to(tl.int64) * KV_HEADS + h) * GROUP + r % HEADS
-    planes, factor = load_query(q_ptr + row_of_q * D, r, inside, KIND, D, PLANES, C)
+    planes, factor = load_query(q_ptr + row_of_q * D, r, inside, KIND, D, PLANES, C, ASM)
     scaled = factor * scale
     q, sum_of_q, acc = (), (), ()
     for i in tl.static_range(PLANES):
@@ -169,7 +169,7 @@ def prefill_attention_kernel(
     o = ()
     for i in tl.static_range(PLANES):
         plane = acc[i]
-        if KIND == "fp8":
+        if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
             if i % 2 == 1:

@@ -408,8 +408,14 @@ def attention_jobs(target: str):
         types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
         of_decode = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "counter_ptr": "*i32"}
         of_decode |= {"max_length": "i32", "units": "i32", "NP": 64, "R": 8, "TW": chosen["tokens"]}
+        of_decode |= {"RG": decode_attention.parts_rows(kind, group)}
         of_decode |= {"W": decode_attention.WARPS, "STAGES": chosen["stages"]}
-        of_decode |= {"AT_ONCE": decode_attention.PARTS_AT_ONCE, "num_warps": decode_attention.WARPS}
+        of_decode |= {
+            "AT_ONCE": decode_attention.parts_at_once(kind, target),
+            "num_warps": decode_attention.WARPS,
+        }
+        if kind == "fp8":  # one sequence and one head here: the launcher compiles a 1 in
+            types |= {"B": 1, "BP": 1, "KV_HEADS": 1}
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}"
         launch = of_decode | flags | {"num_stages": 1}
         yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch

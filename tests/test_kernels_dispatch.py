@@ -25,6 +25,9 @@ CODES = {
     "quantize_activations": INT8,
     "rms_norm_quantize": INT8,
     "swiglu_quantize": INT8,
+    "rope_write": INT8,
+    "decode_attention": INT8,
+    "prefill_attention": INT8,
 }
 DECODES = {"w4a16": "w4a16_vendor", "w4a16_tiles": "w4a16_decode"}  # the others have one Triton kernel
 HOPPERS = {"w8a8": "w8a8_hopper", "fp8_block": "fp8_block_hopper"}
