@@ -52,12 +52,12 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
     """One table a model and text."""
     out = []
     for (model, text), group in grouped(
-        latest(records, "model", "text", "scheme", "method"), "model", "text"
+        latest(records, "model", "text", "scheme", "method", "kv"), "model", "text"
     ).items():
         timed = any(r.get("tokens_per_s") for r in group)
         rows = [
             (
-                str(r["scheme"]),
+                str(r["scheme"]) + (f", {r['kv']} KV" if r.get("kv") else ""),
                 r["method"] or "",
                 number(r["bits_per_weight"], ".2f"),
                 number(r["disk_bytes"], ".1f", 1e-6),
@@ -253,11 +253,58 @@ def calibration_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def attention_tables(records: Sequence[Record]) -> list[Table]:
+    """One table an op: a row a kind of cache and a problem, PyTorch's own attention among them."""
+    out = []
+    keys = ("device", "op", "shape", "batch", "length", "kv", "kernel", "library", "page_size")
+    for (_, op), group in grouped(latest(records, *keys), "device", "op").items():
+        rows = [
+            (
+                r["shape"],
+                f"{r['batch']} x {r['length']}",
+                r.get("library") or f"{r['kv']} pages",
+                number(r["us"], ".1f"),
+                number(r["limit_us"], ".1f"),
+                number(r["GB_per_s"], ",.0f"),
+                number(r["TFLOP_per_s"], ".1f"),
+                number(r["rel_error"], ".1e"),
+            )
+            for r in group
+        ]
+        header = ("shape", "sequences x tokens", "cache", "us", "limit us", "GB/s", "TFLOP/s", "error")
+        out.append(Table(str(op), header, tuple(rows), conditions(group)))
+    return out
+
+
+def soak_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a device: a row a model and cache."""
+    out = []
+    for (_,), group in grouped(latest(records, "device", "model", "scheme", "kv"), "device").items():
+        rows = [
+            (
+                f"{r['model']}, {r['scheme']}, {r['kv']} KV",
+                str(r["requests"]),
+                str(r["equal"]),
+                str(r["tied"]),
+                str(r["wrong"]),
+                number(r["grew_bytes"], "+.2f", 1e-6),
+            )
+            for r in group
+        ]
+        header = ("model", "requests", "equal", "tied", "wrong", "MB grown")
+        out.append(
+            Table("continuous batching against one request at a time", header, tuple(rows), conditions(group))
+        )
+    return out
+
+
 KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "calibration": calibration_tables,
     "quality": quality_tables,
     "linear": linear_tables,
     "decode": decode_tables,
+    "attention": attention_tables,
+    "soak": soak_tables,
     "quality-peers": quality_peer_tables,
 }
 

@@ -590,6 +590,9 @@ def evaluate_command(
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append the result to a .jsonl file.")
+    ] = None,
 ) -> None:
     """Perplexity, and divergence from the original, with the protocol stated."""
     if text is not None and dataset is not None:
@@ -623,6 +626,8 @@ def evaluate_command(
         out.print(rich_table(table))
     out.print(f"in memory {megabytes(record['memory_bytes'])}, on disk {megabytes(record['disk_bytes'])}")
     save_json(json_file, record)
+    if records is not None:
+        write_records(records, [record])
 
 
 @app.command()

@@ -113,6 +113,38 @@ def test_an_optimized_model_has_rows_of_its_own():
     assert [row[0] for row in table.rows] == ["fp8", "fp8, optimized, int8 KV"]
 
 
+def test_quantized_keys_and_values_have_rows_of_their_own():
+    (table,) = tables([quality(), quality(kv="bf16"), quality(kv="int8"), quality(kv="int8")])
+    assert [row[0] for row in table.rows] == ["w4a16-g128", "w4a16-g128, bf16 KV", "w4a16-g128, int8 KV"]
+
+
+def attention(op="decode_attention", kv="int8", us=5.5, **changes):
+    problem = dict(kind="attention", op=op, shape="llama-3-8b", batch=16, length=4096, kv=kv, page_size=64)
+    speeds = dict(kernel="k", us=us, limit_us=4.1, GB_per_s=2500.4, TFLOP_per_s=12.3, rel_error=0.0012)
+    return {**problem, **speeds, **MADE, **changes}
+
+
+def test_attention_is_a_table_an_op_with_the_peer_among_its_rows():
+    records = [attention(kv="bf16"), attention(), attention(op="rope_write")]
+    records += [
+        attention(kv="bf16", library="torch 2.11.0"),
+        attention(us=None, GB_per_s=None, TFLOP_per_s=None),
+    ]
+    first, second = tables(records)
+    assert (first.title, second.title) == ("decode_attention", "rope_write")
+    assert first.rows == (
+        ("llama-3-8b", "16 x 4096", "bf16 pages", "5.5", "4.1", "2,500", "12.3", "1.2e-03"),
+        ("llama-3-8b", "16 x 4096", "int8 pages", "-", "4.1", "-", "-", "1.2e-03"),  # the last of its setting
+        ("llama-3-8b", "16 x 4096", "torch 2.11.0", "5.5", "4.1", "2,500", "12.3", "1.2e-03"),
+    )
+
+
+def test_a_soak_is_a_row_a_cache():
+    soaked = dict(kind="soak", model="lm-7m", scheme="float32", kv="int8", requests=2000, **MADE)
+    (table,) = tables([soaked | dict(equal=1998, tied=2, wrong=0, grew_bytes=250_000)])
+    assert table.rows == (("lm-7m, float32, int8 KV", "2000", "1998", "2", "0", "+0.25"),)
+
+
 def test_decode_without_a_graph_has_a_dash():
     (table,) = tables([decode(), decode(16, graph_ms=None)])
     assert table.rows[0][6:] == ("40", "25.00", "312", "3.20", "1.87")
