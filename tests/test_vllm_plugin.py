@@ -1,6 +1,6 @@
 """vLLM's linears with the plug-in's method, cut over processes, against the whole packed weight.
 
-With vLLM's own layers where the package is there (0.23 has been; the model runner needs a GPU and is not part of this).
+With vLLM's own layers where the package is there (0.23 and 0.33 have been; the model runner needs a GPU and is not part of this).
 """
 
 import pytest
