@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.cache import PagedCache
 from quantkit.decode import Decoder, Generating
 from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
@@ -68,15 +67,15 @@ class OptimizedDecoder:
 
     def __init__(self, model: Any, prompt: torch.Tensor, new_tokens: int) -> None:
         self.model = model
-        model.empty_cache(len(prompt), prompt.shape[1] + new_tokens)
-        self.decoder: Decoder = model.last_decoder
+        self.cache = model.empty_cache(len(prompt), prompt.shape[1] + new_tokens)
+        self.decoder = Decoder(model, self.cache)
         self.token = torch.zeros(len(prompt), 1, dtype=torch.int64, device=prompt.device)
 
     @torch.no_grad()
     def prefill(self, prompt: torch.Tensor) -> None:
         """Starts over with a prompt, int64 [batch, T]; `token` becomes the one that follows it."""
-        self.decoder.cache.reset()
-        logits = self.model(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: self.decoder.cache}).logits
+        self.cache.reset()
+        logits = self.model(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: self.cache}).logits
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     @torch.no_grad()
@@ -161,24 +160,17 @@ def bench_decode(
 def prefill_seconds(model: "PreTrainedModel", prompt: torch.Tensor, repeats: int) -> float:
     """Seconds of one forward over the prompt, filling a growing cache, with logits for the last position only."""
 
+    cache = model.new_cache(*prompt.shape) if isinstance(model, Generating) else None
+
     @torch.no_grad()
     def run() -> None:
-        cache = empty_cache(model, prompt, 0)
-        model(
-            input_ids=prompt,
-            use_cache=True,
-            logits_to_keep=1,
-            **({} if cache is None else {CACHE_NAME: cache}),
-        )
+        if cache is None:
+            model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        else:
+            cache.reset()
+            model(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: cache})
 
     return median(synchronized_seconds(run, prompt.device, repeats))
-
-
-def empty_cache(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> PagedCache | None:
-    """What an optimized model's `generate` would take for the prompt; None: a growing cache of transformers."""
-    if not isinstance(model, Generating):
-        return None
-    return model.empty_cache(len(prompt), prompt.shape[1] + new_tokens)
 
 
 def generate_seconds(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int, repeats: int) -> float:
@@ -252,8 +244,9 @@ def optimized_how(model: Any) -> dict[str, str]:
 
 
 def scheme_of(model: torch.nn.Module) -> str:
-    """Labels of the packed linears' schemes, joined by '+'; the dtype of a model without any."""
-    labels = {m.scheme.label for m in model.modules() if isinstance(m, QuantLinear)}
+    """Labels of the packed linears' schemes but the LM head's, joined by '+'; the dtype of a model without any."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    labels = {m.scheme.label for m in model.modules() if isinstance(m, QuantLinear) and m is not head}
     return "+".join(sorted(labels)) or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 

@@ -171,7 +171,7 @@ def read(model: "PreTrainedModel", text: torch.Tensor) -> torch.Tensor:
     """Logits of one window, int64 [S] -> the model's dtype [S, V]; of an optimized model through its pages."""
     ids = text[None].to(model.device)
     if isinstance(model, Generating):
-        return model(input_ids=ids, **{CACHE_NAME: model.empty_cache(1, ids.shape[1])}).logits[0]
+        return model(input_ids=ids, **{CACHE_NAME: model.new_cache(*ids.shape)}).logits[0]
     return model(input_ids=ids, use_cache=False).logits[0]
 
 

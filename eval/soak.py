@@ -14,6 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from quantkit.decode import Generating
 from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
+from quantkit.fuse import CACHE_NAME
 
 # Logits of this share of the largest are as likely, by dtype: eight roundings of it on the way from a sum to a logit.
 TIE = {torch.float32: 8 * 2.0**-20, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8}
@@ -38,7 +39,7 @@ class Soak:
     @property
     def grew(self) -> int:
         """Bytes from the second round, by which all is allocated, to the last."""
-        return self.held_bytes[-1] - self.held_bytes[min(1, len(self.held_bytes) - 1)]
+        return self.held_bytes[-1] - self.held_bytes[1]
 
 
 def soak(
@@ -60,6 +61,11 @@ def soak(
     Raises:
         QuantKitError: the model is not optimized, or has no room for such requests.
     """
+    if rounds < 3 or requests < rounds:
+        raise QuantKitError(
+            f"soak: {requests} requests in {rounds} rounds, expected 3 rounds or more with a request each: memory is compared "
+            "between the second and the last"
+        )
     if not isinstance(model, Generating):
         raise QuantKitError("soak: the model is not optimized; call quantkit.optimize first")
     config = model.config.get_text_config()  # type: ignore[attr-defined]
@@ -127,7 +133,7 @@ def judge(model: Any, prompt: list[int], new: int, found: list[int]) -> str:
     at = next(i for i, pair in enumerate(zip(found, alone, strict=True)) if pair[0] != pair[1])
     text = torch.tensor([prompt + alone[:at]], device=model.device)
     logits = (
-        model(text, past_key_values=model.new_cache(1, text.shape[1]), logits_to_keep=1).logits[0, -1].float()
+        model(text, **{CACHE_NAME: model.new_cache(1, text.shape[1])}, logits_to_keep=1).logits[0, -1].float()
     )
     gap = (logits[alone[at]] - logits[found[at]]).abs()
     return "tied" if gap <= TIE[model.dtype] * logits.abs().max() else "wrong"

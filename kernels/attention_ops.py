@@ -352,9 +352,10 @@ def prefill_attention(
         q_starts: int32 [B + 1], from 0 to T, not falling.
 
     Returns:
-        y: q.dtype [T, H, head_dim]; 0 for rows of a sequence whose length is 0.
+        y: q.dtype [T, H, head_dim]; 0 for rows before a sequence's first token (padding), of which there are some where it has
+            more queries than tokens.
 
-    The rest as in `decode_attention`; no sequence has more queries than its length, if that is not 0.
+    The rest as in `decode_attention`.
     """
     pages = KVPages(keys, values, key_scales, value_scales, kind)
     _check_prefill(q, pages, page_table, lengths, q_starts, window, soft_cap)

@@ -18,6 +18,19 @@ from quantkit.kernels.kv_pages import KVPages
 PAGE_SIZE = 64  # tokens
 
 
+@dataclass
+class Fill:
+    """How full a cache is, for its layers too, which must not hold it: pages go with the last who uses the cache.
+
+    Attributes:
+        columns: tokens that were given to each sequence, padding included.
+        max_length: tokens that there is room for.
+    """
+
+    columns: int
+    max_length: int
+
+
 @dataclass(frozen=True)
 class Step:
     """The T tokens that each of B sequences gets in one forward.
@@ -59,7 +72,7 @@ class PagedCache(Cache):
         page_table: int32 [batch, pages].
         lengths: int32 [batch], on the device.
         rotary: cosines and sines of all positions, [max_length, head_dim], for the model that uses the cache to keep.
-        columns: tokens that were given to each sequence, padding included.
+        captured: a CUDA graph of a step over these very tensors, for `decode.py` to keep.
     """
 
     layers: list["PagedLayer"]  # type: ignore[assignment]
@@ -73,26 +86,35 @@ class PagedCache(Cache):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.kind, self.columns = kind, 0
         pages = -(-max_length // PAGE_SIZE)
-        self.max_length = pages * PAGE_SIZE
-        self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
-        self.first_slots = self.max_length * torch.arange(batch, device=device).view(batch, 1)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.kind, self.dtype, self.fill = kind, dtype, Fill(0, pages * PAGE_SIZE)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        super().__init__(
-            layers=[
-                PagedLayer(
-                    self,
-                    KVPages.allocate(
-                        kind, batch * pages, heads, head_dim, page_size=PAGE_SIZE, dtype=dtype, device=device
-                    ),
+        layers = []
+        with torch.inference_mode(False):  # its tensors are changed in place, in that mode or not
+            for _ in range(config.num_hidden_layers):
+                made = KVPages.allocate(
+                    kind, batch * pages, heads, head_dim, page_size=PAGE_SIZE, dtype=dtype, device=device
                 )
-                for _ in range(config.num_hidden_layers)
-            ]
-        )
+                layers.append(PagedLayer(self.fill, made))
+            self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+            self.first_slots = self.max_length * torch.arange(batch, device=device).view(batch, 1)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.captured: Any = None
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    @property
+    def columns(self) -> int:
+        return self.fill.columns
+
+    @columns.setter
+    def columns(self, value: int) -> None:
+        self.fill.columns = value
+
+    @property
+    def max_length(self) -> int:
+        return self.fill.max_length
 
     @property
     def batch_size(self) -> int:
@@ -117,28 +139,28 @@ class PagedCache(Cache):
                 f"PagedCache: made for {self.batch_size} sequences, got {batch}; make one for {batch}"
             )
         self.check_room(tokens)
-        self.columns += tokens
         fresh = None if mask is None else self.real(mask, tokens)
+        self.columns += tokens
         return self.place(tokens, fresh)
 
     def check_room(self, tokens: int) -> None:
         if self.columns + tokens > self.max_length:
             raise QuantKitError(
                 f"PagedCache: {self.columns} tokens and {tokens} more, room for {self.max_length}; "
-                "make it with a larger max_length"
+                "make one for all that is to come: model.new_cache(batch, tokens)"
             )
 
     def real(self, mask: Tensor, tokens: int) -> Tensor | None:
         """How many of the next tokens of each sequence are not padding, int32 [batch]; None: all of them."""
-        if mask.dim() != 2 or mask.shape != (self.batch_size, self.columns):
+        if mask.dim() != 2 or mask.shape != (self.batch_size, self.columns + tokens):
             raise QuantKitError(
-                f"attention_mask: {list(mask.shape)}, a PagedCache expects [{self.batch_size}, {self.columns}], "
+                f"attention_mask: {list(mask.shape)}, a PagedCache expects [{self.batch_size}, {self.columns + tokens}], "
                 "a column for each token that was and is given"
             )
         mask = mask.bool()
         if mask.all():
             return None
-        if (mask[:, :-1] & ~mask[:, 1:]).any():
+        if not on_the_left(mask):
             raise QuantKitError(
                 "attention_mask: hides tokens behind others, a PagedCache takes padding on the left alone; "
                 "set tokenizer.padding_side = 'left'"
@@ -159,7 +181,7 @@ class PagedCache(Cache):
             if fresh is not None:
                 slots = torch.where(rows >= -fresh[:, None], slots, -1)
         starts = None
-        if tokens > 1:
+        if tokens != 1:
             starts = torch.arange(self.batch_size + 1, dtype=torch.int32, device=slots.device) * tokens
         whole = tokens > 1 and tokens == self.columns and fresh is None
         return Step(positions, slots.flatten(), self.page_table, self.lengths, starts, self.max_length, whole)
@@ -169,12 +191,28 @@ class PagedCache(Cache):
         self.lengths.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens of every sequence, none of which may be padding."""
-        self.columns -= tokens_to_remove
-        self.lengths -= tokens_to_remove
+        """Forgets the last tokens of every sequence, none of which may be padding: as many as a negative number says."""
+        if tokens_to_remove > 0:
+            raise QuantKitError(
+                f"PagedCache.crop: {tokens_to_remove}, expected 0 or less; -1 removes one token of every sequence"
+            )
+        self.columns += tokens_to_remove
+        self.lengths += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise QuantKitError("PagedCache: sequences cannot be reordered; generate beams without it")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        raise QuantKitError("PagedCache: sequences cannot be picked; make one for those that are to go on")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        raise QuantKitError("PagedCache: sequences cannot be repeated; make one for all of them")
+
+
+def on_the_left(mask: Tensor) -> bool:
+    """Whether what a mask [batch, columns] hides are the first columns of each sequence."""
+    mask = mask.bool()
+    return not bool((mask[:, :-1] & ~mask[:, 1:]).any())
 
 
 class PagedLayer(CacheLayerMixin):
@@ -183,9 +221,9 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, cache: PagedCache, pages: KVPages) -> None:
+    def __init__(self, fill: Fill, pages: KVPages) -> None:
         super().__init__()
-        self.cache, self.pages, self.is_initialized = cache, pages, True
+        self.fill, self.pages, self.is_initialized = fill, pages, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the pages are there."""
@@ -196,10 +234,10 @@ class PagedLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
+        return self.fill.columns + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.columns
+        return self.fill.columns
 
     def get_max_length(self) -> int:
-        return self.cache.max_length
+        return self.fill.max_length

@@ -641,9 +641,10 @@ def generate(
         float, typer.Option(min=0, help="0: always the likeliest token, else it is drawn.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draws from the likeliest tokens of so much probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+        float | None,
+        typer.Option(min=0, max=1, help="Draws from the likeliest tokens of so much probability; 1."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn; 0.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put prompts into the model's chat template.")
     ] = False,
@@ -654,12 +655,19 @@ def generate(
     device: Device = None,
 ) -> None:
     """Continue a text with an optimized model; the text goes to stdout, what it took to stderr."""
+    if temperature == 0 and (top_p is not None or seed is not None):
+        raise QuantKitError("--top-p and --seed go with --temperature, without which nothing is drawn")
     where = pick_device(device)
     texts = [sys.stdin.read() if text == "-" else text for text in prompt]
     subject = open_model(model, where, compute_dtype(where, dtype))
     tokenizer = load_tokenizer(resolve(model))
     set_fp8_accumulation(subject, fp8_accumulation)
-    optimize(subject, head, kv or "bf16")
+    try:
+        optimize(subject, head, kv or "bf16")
+    except QuantKitError as error:
+        if kv or head:
+            raise
+        err.print(f"note: not optimized: {error}", highlight=False, soft_wrap=True)
     given = prompt_tokens(tokenizer, texts, chat).to(where)
     context = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
     if context and given["input_ids"].shape[1] + new > context:
@@ -669,17 +677,20 @@ def generate(
         )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True) if len(texts) == 1 else None
+        torch.manual_seed(seed or 0)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": 0}
+    streamer = None
+    if len(texts) == 1:
+        streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     begun = time.monotonic()
     found = subject.generate(  # type: ignore[operator]
         **given, **sampling, max_new_tokens=new, pad_token_id=tokenizer.pad_token_id, streamer=streamer
     )
     made = found[:, given["input_ids"].shape[1] :]
     tokens, seconds = int((made != tokenizer.pad_token_id).sum()), time.monotonic() - begun
-    for text in tokenizer.batch_decode(made, skip_special_tokens=True) if streamer is None else []:
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    if streamer is None:
+        for prompted, text in zip(texts, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+            out.print(f"{prompted}\n{text}\n", markup=False, highlight=False, soft_wrap=True)
     err.print(
         f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second, the prompt's time included"
     )
@@ -804,7 +815,8 @@ def bench(
             optimize(subject, head, kv or "bf16")
         name = Path(against or str(model)).name
         time_decode(subject, name)
-        packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear)}
+        head_of = subject.get_output_embeddings()
+        packed = {q.scheme for q in subject.modules() if isinstance(q, QuantLinear) and q is not head_of}
         time_linears(model_shapes(subject), sorted(packed, key=lambda s: s.label))
         if against:
             time_decode(open_model(against, where, computed), name)

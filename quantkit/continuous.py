@@ -5,7 +5,8 @@ keys and values lie in `KVPages` instead of tensors of the model's dtype. A bloc
 layer, and has the same number in all of them. Sliding windows keep transformers' own cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -98,7 +99,18 @@ def allocator_of(kind: str) -> type[PageAllocator]:
     return type("PageAllocator", (PageAllocator,), {"kind": kind})
 
 
-def serve_pages(manager: Any, kind: str, fast_path_blocks: int | None) -> None:
+@contextmanager
+def as_flash(config: Any) -> Iterator[None]:
+    """The model's config with an attention for which transformers prepares lengths; its own again afterwards."""
+    attention = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+
+
+def serve_pages(manager: Any, model_config: Any, kind: str, fast_path_blocks: int | None) -> None:
     """Makes a manager that has not begun hold keys and values in pages of a kind.
 
     Args:
@@ -110,7 +122,7 @@ def serve_pages(manager: Any, kind: str, fast_path_blocks: int | None) -> None:
 
     def with_pages() -> Any:
         allocators = {FULL_ATTENTION: allocator_of(kind)}
-        with patch.dict(transformers_cache.ATTN_TYPE_TO_ALLOCATOR, allocators):
+        with as_flash(model_config), patch.dict(transformers_cache.ATTN_TYPE_TO_ALLOCATOR, allocators):
             return create()
 
     manager._create_batch_processor = with_pages

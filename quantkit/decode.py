@@ -3,6 +3,8 @@
 The host runs ahead of the GPU: whether all sequences have ended is asked of the step before the last.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,25 +12,47 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from quantkit.cache import PagedCache
-from quantkit.continuous import ATTENTION, AVAILABLE, serve_pages
+from quantkit.cache import PagedCache, on_the_left
+from quantkit.continuous import AVAILABLE, as_flash, serve_pages
 from quantkit.errors import QuantKitError
-from quantkit.fuse import CACHE_NAME
+from quantkit.fuse import CACHE_NAME, hooked_part
+from quantkit.kernels.kv_pages import PAGE_SIZES
 
 ROOM = 256  # tokens; caches are made in multiples of so many, to fit the next call too
+
+
+@dataclass
+class Captured:
+    """A step that was recorded: it reads and writes these tensors, and the cache's.
+
+    Attributes:
+        of: `what_runs` of the model when it was recorded.
+        tokens: int64 [batch, 1], what it is given.
+        logits: [batch, vocabulary].
+    """
+
+    of: tuple[Any, ...]
+    graph: Any
+    tokens: Tensor
+    logits: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a cache has other tensors: its step is recorded anew."""
 
 
 class Decoder:
     """One token for each of a batch of sequences: the model's forward over a cache, on a GPU as a CUDA graph.
 
-    Attributes:
+    The graph stays with the cache, and serves the next decoder of the same model and cache.
+
+    Args:
         cache: of the sequences; filled with their prompts before the first `step`.
     """
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
-        self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        if cache.captured is not None and cache.captured.of != what_runs(model):
+            cache.captured = None
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -38,40 +62,53 @@ class Decoder:
             tokens: int64 [batch].
 
         Returns:
-            Logits of what follows, [batch, vocabulary]; the next step overwrites them.
+            Logits of what follows, [batch, vocabulary]; on a GPU the next step overwrites them.
 
         Raises:
             QuantKitError: the cache is full.
         """
-        self.tokens.copy_(tokens[:, None])
-        if self.tokens.device.type != "cuda":
-            return self.forward()
-        if self.graph is None:
-            self.capture()
         self.cache.check_room(1)
+        if tokens.device.type != "cuda":
+            return self.forward(tokens[:, None])
+        if self.cache.captured is None:
+            self.cache.captured = self.capture(tokens)
+        captured = self.cache.captured
+        captured.tokens.copy_(tokens[:, None])
         self.cache.columns += 1
-        self.graph.replay()  # type: ignore[union-attr]
-        return self.logits
+        captured.graph.replay()
+        return captured.logits  # type: ignore[no-any-return]
 
-    def forward(self) -> Tensor:
-        return self.model(
-            input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
+    def forward(self, tokens: Tensor) -> Tensor:
+        given = {"input_ids": tokens, CACHE_NAME: self.cache, "use_cache": True, "logits_to_keep": 1}
+        return self.model(**given).logits[:, -1]
 
-    def capture(self) -> None:
-        """Records a step. The one that is run before it, for compilation cannot be captured, is taken back."""
-        lengths, columns = self.cache.lengths.clone(), self.cache.columns
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.forward()
-            self.cache.lengths.copy_(lengths)
-            self.cache.columns = columns
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward()
-        self.cache.columns = columns
+    def capture(self, tokens: Tensor) -> Captured:
+        """Records a step. It and the one that is run before it, for compilation cannot be captured, are taken back."""
+        cache, columns = self.cache, self.cache.columns
+        with torch.inference_mode(False):
+            tokens = tokens[:, None].clone()
+        lengths = cache.lengths.clone()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.forward(tokens)
+                cache.lengths.copy_(lengths)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self.forward(tokens)
+        finally:
+            cache.columns = columns
+            cache.lengths.copy_(lengths)
+        return Captured(what_runs(self.model), graph, tokens, logits)
+
+
+def what_runs(model: torch.nn.Module) -> tuple[Any, ...]:
+    """What a recorded step has of a model's state: where its tensors are, its modules, how they sum, which adapters act."""
+    tensors = (tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
+    switches = ("fast_accumulation", "_active_adapter", "_disable_adapters", "merged_adapters")
+    modules = ((id(m), *(str(getattr(m, name, None)) for name in switches)) for m in model.modules())
+    return (*tensors, *modules)
 
 
 class StopCheck:
@@ -103,11 +140,11 @@ class Generating:
 
     Attributes:
         kv: kind of the caches that `generate` makes.
-        last_decoder: of the last call, whose cache and graph the next call takes if they fit.
+        kept_cache: of the last call, which the next one takes with its graph if it fits; None while a call has it.
     """
 
     kv: str
-    last_decoder: Decoder | None = None
+    kept_cache: PagedCache | None = None
 
     def _prepare_cache_for_generation(
         self: Any,
@@ -117,7 +154,7 @@ class Generating:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if not pages_serve(generation_config, model_kwargs, generation_mode):
+        if not pages_serve(self, generation_config, model_kwargs, generation_mode):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -132,16 +169,22 @@ class Generating:
         """A cache for so many sequences and tokens, to be given to forward or `generate`."""
         return PagedCache(self.config.get_text_config(), batch, max_length, self.kv, self.dtype, self.device)
 
+    def free_cache(self) -> None:
+        """Gives back the pages that the last call of `generate` left for the next one."""
+        self.kept_cache = None
+
     def empty_cache(self: Any, batch: int, max_length: int) -> PagedCache:
-        """The cache of the last call if it fits, else a new one."""
-        kept = None if self.last_decoder is None else self.last_decoder.cache
-        if kept is not None and kept.batch_size == batch and max_length <= kept.max_length:
+        """The cache that the last call left, if it fits, else a new one; `keep_cache` leaves it to the next."""
+        kept = self.__dict__.pop("kept_cache", None)  # at once: calls in two threads must not get the same
+        fits = kept is not None and kept.batch_size == batch and max_length <= kept.max_length
+        if fits and (kept.kind, kept.dtype, kept.lengths.device) == (self.kv, self.dtype, self.device):
             kept.reset()
-            return kept
-        self.last_decoder = None  # its memory first
-        cache = self.new_cache(batch, -(-max_length // ROOM) * ROOM)
-        self.last_decoder = Decoder(self, cache)
-        return cache
+            return kept  # type: ignore[no-any-return]
+        kept = None  # its memory first
+        return self.new_cache(batch, -(-max_length // ROOM) * ROOM)
+
+    def keep_cache(self, cache: PagedCache) -> None:
+        self.kept_cache = cache
 
     @torch.no_grad()
     def _sample(
@@ -154,8 +197,14 @@ class Generating:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        decoder = self.last_decoder
-        if decoder is None or model_kwargs.get(CACHE_NAME) is not decoder.cache or synced_gpus:
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        ours = isinstance(cache, PagedCache) and not getattr(cache, "_is_user_defined", False)
+        if (
+            not ours
+            or synced_gpus
+            or generation_config.return_dict_in_generate
+            or places_differ(model_kwargs)
+        ):
             return super()._sample(  # type: ignore[misc]
                 input_ids,
                 logits_processor,
@@ -165,6 +214,33 @@ class Generating:
                 streamer=streamer,
                 **model_kwargs,
             )
+        on_its_device: AbstractContextManager[Any] = nullcontext()
+        if input_ids.is_cuda:
+            on_its_device = torch.cuda.device(input_ids.device)
+        with on_its_device:
+            tokens = self.decode(
+                Decoder(self, cache),
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                model_kwargs,
+            )
+        self.keep_cache(cache)
+        return tokens
+
+    def decode(
+        self: Any,
+        decoder: Decoder,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The loop of transformers' `_sample`, for what `pages_serve` allows."""
         device = input_ids.device
         stop = StopCheck(torch.device("cpu") if streamer is not None else device)  # it gets no token too many
         may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -204,18 +280,16 @@ class Generating:
         given = kwargs.get("continuous_batching_config") or next(
             (one for one in args if isinstance(one, ContinuousBatchingConfig)), None
         )
+        if given is not None and given.page_size not in PAGE_SIZES:
+            raise QuantKitError(
+                f"generate_batch: page_size {given.page_size}, expected one of {', '.join(map(str, PAGE_SIZES))}"
+            )
         blocks = None if given is None else given.max_blocks_per_request
         kept = getattr(self, "_cached_continuous_batching_manager", None)
-        attention = self.config._attn_implementation
-        self.config._attn_implementation = ATTENTION
-        try:
+        with as_flash(self.config):
             manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            self.config._attn_implementation = attention
-            raise
         if manager is not kept:
-            manager._original_attn_impl = attention  # to which it will return
-            serve_pages(manager, self.kv, blocks)
+            serve_pages(manager, self.config, self.kv, blocks)
         return manager
 
 
@@ -225,9 +299,16 @@ def layer_kinds(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or [one] * config.num_hidden_layers
 
 
-def pages_serve(generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode) -> bool:
-    """Whether a `PagedCache` can serve a call of `generate`: it gives no attentions, and cannot reorder its sequences."""
-    return (
+def pages_serve(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode
+) -> bool:
+    """Whether a `PagedCache` can serve a call of `generate`: it gives no attentions, cannot reorder its sequences, takes
+    padding on the left, and does not call the hooks of what is in a block.
+
+    Raises:
+        QuantKitError: it cannot for the padding or hooks, and the model is to have quantized keys and values.
+    """
+    able = (
         mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and model_kwargs.get(CACHE_NAME) is None
         and generation_config.use_cache is not False
@@ -236,3 +317,23 @@ def pages_serve(generation_config: Any, model_kwargs: dict[str, Any], mode: Gene
         and not generation_config.output_attentions
         and not generation_config.output_hidden_states
     )
+    if not able:
+        return False
+    mask = model_kwargs.get("attention_mask")
+    why = ""
+    if isinstance(mask, Tensor) and (mask.dim() != 2 or not on_the_left(mask)):
+        why = "the attention_mask hides tokens behind others, expected padding on the left"
+    elif hooked := hooked_part(model.get_decoder()):
+        why = f"{hooked} has forward hooks, which a block over pages does not call"
+    if why and model.kv != "bf16":
+        raise QuantKitError(f"generate with {model.kv} KV: {why}; change that, or optimize with kv='bf16'")
+    return not why
+
+
+def places_differ(model_kwargs: dict[str, Any]) -> bool:
+    """Whether a caller has given other positions than the tokens' places among those that are no padding."""
+    given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if given is None:
+        return False
+    real = torch.ones_like(given) if mask is None else mask[:, -given.shape[-1] :].to(given.dtype)
+    return bool(((given - (real.cumsum(-1) - 1)) * real).any())

@@ -36,6 +36,9 @@ CACHE_NAMES = ("past_key_values", "cache")  # the second, of any version, in con
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
+CAPTURING = "transformers.utils.output_capturing"
+
+
 class FusedBlock(nn.Module):
     """A decoder block that was fused: its class comes before the block's own, and only its forward is new.
 
@@ -81,29 +84,45 @@ class FusedDecoder(nn.Module):
     rotary_emb: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False))
         cache: Any = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         allocator = page_allocator(cache)
         if allocator is None and not isinstance(cache, PagedCache):
-            return super().forward(*args, **kwargs)
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise QuantKitError(
-                "PagedCache: gives neither attentions nor hidden states; ask for them without it"
-            )
+            return super().forward(**kwargs)
+        self.check_pages_serve(kwargs)
         x = kwargs.get("inputs_embeds")
         if x is None:
-            x = self.embed_tokens(*args, *([] if args else [kwargs["input_ids"]]))
+            x = self.embed_tokens(kwargs["input_ids"])
         if allocator is not None:
             step, layers = step_of(allocator, kwargs), allocator.pages
         else:
             step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
             layers = [layer.pages for layer in cache.layers]
         positions = kwargs.get("position_ids")
-        if positions is None and allocator is None and self.rotary_emb.rope_type in FIXED_ROPE:
+        if positions is None:
             rotary = self.rotary_of(step.positions, cache, x)
         else:
             rotary = self.rotary_emb(x, step.positions if positions is None else positions)
         given: dict[str, Any] = {"last_hidden_state": self.run(x, rotary, step, layers), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**given)
+
+    def check_pages_serve(self, kwargs: dict[str, Any]) -> None:
+        """Refuses what a forward over pages would leave out."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise QuantKitError(
+                    "PagedCache: gives neither attentions nor hidden states; ask for them without it"
+                )
+        if hooked := hooked_part(self):
+            raise QuantKitError(
+                f"PagedCache: {hooked} has forward hooks, which a block over pages does not call; remove them, or go "
+                "without the cache"
+            )
+        device = self.norm.weight.device.type
+        if torch.is_autocast_enabled(device):
+            raise QuantKitError(
+                f"PagedCache: autocast is on for {device}, expected the model's own dtype; load it with dtype=... instead"
+            )
 
     def rotary_of(
         self, positions: torch.Tensor, cache: PagedCache, x: torch.Tensor
@@ -158,7 +177,7 @@ def attend(
         y = causal_attention(q.unflatten(0, qkv.shape[:2]), pages, step.page_table, attention.scaling)
     else:
         y = torch.ops.quantkit.prefill_attention(q, *pages, *seen, step.starts, attention.scaling, window)
-    return attention.o_proj(y.view(*qkv.shape[:-1], -1))
+    return attention.o_proj(y.view(*qkv.shape[:-1], q.shape[1] * q.shape[2]))
 
 
 class Rows(nn.Module):
@@ -255,6 +274,10 @@ def fuse(model: PreTrainedModel) -> None:
             f"{kind}: hidden_act {config.hidden_act!r}, expected 'silu'; its blocks cannot be fused"
         )
     blocks = model.get_decoder().layers  # type: ignore[operator]
+    if hooked := next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None):
+        raise QuantKitError(
+            f"{kind}: {hooked or 'it'} has accelerate's hooks, expected none; load it with device_map={{'': device}}"
+        )
     if any(isinstance(block, FusedBlock) for block in blocks):
         raise QuantKitError(f"{kind}: its blocks are fused already")
     devices = {str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]}
@@ -278,6 +301,15 @@ def fuse_block(block: Any) -> None:
         start += part.out_features
     del mlp.gate_proj, mlp.up_proj
     put_before(block, FusedBlock)
+
+
+def hooked_part(decoder: Any) -> str | None:
+    """A module in the blocks with forward hooks other than those by which transformers captures outputs."""
+    for name, module in decoder.layers.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks):
+            return f"layers.{name}"
+    return None
 
 
 def put_before(module: Any, new: type) -> None:

@@ -8,7 +8,7 @@ from quantkit.cache import PAGE_SIZE
 from quantkit.calibration.rtn import rtn
 from quantkit.decode import Generating
 from quantkit.errors import QuantKitError
-from quantkit.fuse import fuse, put_before
+from quantkit.fuse import FIXED_ROPE, fuse, put_before
 from quantkit.kernels.kv_pages import check_layout
 from quantkit.linear import QuantLinear
 from quantkit.scheme import Scheme, parse_scheme
@@ -21,7 +21,8 @@ def optimize(model: Model, head: str | Scheme | None = None, kv: str = "bf16") -
     a CUDA graph for its steps (`fuse.py`, `decode.py`).
 
     Beam search and assisted generation, and calls that ask for attentions, hidden states or a cache of their own, have
-    transformers' loop and cache.
+    transformers' loop and cache. A `PagedCache` of the caller's (`model.new_cache`) and `return_dict_in_generate` have its loop
+    over pages. The pages of a call are kept for the next one, until `model.free_cache()`.
 
     Args:
         model: of a kind in `fuse.KINDS`, on the one device where it is to run: blocks are laid out for it.
@@ -36,6 +37,10 @@ def optimize(model: Model, head: str | Scheme | None = None, kv: str = "bf16") -
         QuantKitError: the model's blocks cannot be fused, it was optimized before, the head is packed already or is
             to be packed with static scales, which are calibrated, or there is no such kv. The model is as before then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise QuantKitError(
+            f"optimize: {type(model).__name__}, expected a transformers model; of a PEFT model it is model.get_base_model()"
+        )
     why_not = not_pageable(model, kv)
     if why_not and kv != "bf16":
         raise QuantKitError(f"kv {kv}: {why_not}")
@@ -65,8 +70,11 @@ def not_pageable(model: PreTrainedModel, kv: str) -> str | None:
     """Why a model's keys and values cannot be held in pages of a kind; None: they can."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "the model rotates a part of its heads, expected whole ones; leave kv out"
+    if (kind := rope.get("rope_type", "default")) not in FIXED_ROPE:
+        return f"rope_type {kind!r} has frequencies of the text's length, expected {', '.join(FIXED_ROPE)}; leave kv out"
     try:
         check_layout(kv, PAGE_SIZE, head_dim, model.dtype)
     except QuantKitError as error:

@@ -108,7 +108,8 @@ def test_blocks_are_as_small_as_their_pages(kv):
         generation_config=greedy(4),
         continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=16),
     )
-    assert model.config._attn_implementation.startswith("flash")
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]))  # is as it was
     manager.start()
     (output,) = [manager.get_result(manager.add_request([5, 6, 7], max_new_tokens=4))]
     assert len(output.generated_tokens) == 4
@@ -118,8 +119,12 @@ def test_blocks_are_as_small_as_their_pages(kv):
     assert allocator.bytes_per_block == 2 * one_layer
     assert len(allocator.pages) == 2
     assert sum(pages.nbytes for pages in allocator.pages) <= cache.cache_tensor.numel()
+    assert manager.batch_processor.inputs_and_outputs.attention_mask is None
     manager.stop(block=True)
-    assert not model.config._attn_implementation.startswith("flash")
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(QuantKitError, match="page_size 24, expected one of 16, 32"):
+        batched(model, [[5]], 1, page_size=24)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_blocks_are_copied_from_all_tensors():
@@ -158,12 +163,14 @@ def test_a_soak_counts_what_is_equal(kv, monkeypatch):
     record = soak_record(found, model, name="tiny", scheme="float32", requests=24)
     assert (record["kind"], record["kv"], record["equal"]) == ("soak", kv, 24)
     monkeypatch.setattr(PageAllocator, "get_write_indices", lambda self, *a: [16] * a[2])  # all to one place
-    found = soak(model, requests=4, longest=40, new_tokens=12, rounds=1, **sizes)
+    found = soak(model, requests=4, longest=40, new_tokens=12, rounds=3, **sizes)
     assert found.wrong > 0
 
 
 def test_a_soak_that_cannot_be_is_refused():
     with pytest.raises(QuantKitError, match=r"not optimized; call quantkit\.optimize first"):
         soak(tiny("llama", None, torch.float32))
+    with pytest.raises(QuantKitError, match="9 requests in 2 rounds, expected 3 rounds or more"):
+        soak(tiny("llama", None, torch.float32), requests=9, rounds=2)
     with pytest.raises(QuantKitError, match="512 tokens and 64 new ones exceed the model's context of 64"):
         soak(quantkit.optimize(tiny("llama", None, torch.float32)))

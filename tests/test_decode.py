@@ -1,6 +1,10 @@
 """generate of an optimized model: the tokens that transformers' own loop and cache give, from pages and its own loop."""
 
+import gc
 import itertools
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import pytest
 import torch
@@ -164,7 +168,7 @@ def test_the_next_call_takes_the_cache_of_the_last_if_it_fits():
 
     def run(**options):
         tokens = model.generate(**prompts(), do_sample=False, pad_token_id=0, **options)
-        made.append(model.last_decoder.cache)
+        made.append(model.kept_cache)
         return tokens
 
     first = run(max_new_tokens=5)
@@ -177,7 +181,7 @@ def test_the_next_call_takes_the_cache_of_the_last_if_it_fits():
     model.generate(
         **prompts(), max_length=decode.ROOM + 12, min_new_tokens=2, do_sample=False, pad_token_id=0
     )
-    assert model.last_decoder.cache.max_length == 2 * decode.ROOM
+    assert model.kept_cache.max_length == 2 * decode.ROOM
 
 
 def test_a_cache_is_filled_and_continued_by_hand():
@@ -207,6 +211,141 @@ def test_a_cache_is_filled_and_continued_by_hand():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_guesses_that_were_wrong_are_taken_out_of_a_cache(kv):
+    """Prompt lookup crops the cache after every wrong guess."""
+    model = quantkit.optimize(tiny("llama", None, torch.float32), kv=kv)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 9, 5, 6]])
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False, pad_token_id=0)
+    cache = model.new_cache(1, 64)
+    found = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(found, model.generate(ids, **options))
+    assert cache.columns == cache.lengths.item() == found.shape[1] - 1
+    with pytest.raises(QuantKitError, match=r"crop: 3, expected 0 or less"):
+        cache.crop(3)
+
+
+def test_calls_within_and_beside_each_other_do_not_meet():
+    model = quantkit.optimize(tiny("llama", None, torch.float32), kv="int8")
+    options = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
+    given = [prompts(seed) for seed in range(4)]
+    expected = [model.generate(**one, **options) for one in given]
+
+    class Nested(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            model.generate(**given[1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    assert torch.equal(model.generate(**given[0], **options, stopping_criteria=[Nested()]), expected[0])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: model.generate(**one, **options), given))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_positions_of_the_callers_own_are_kept_to():
+    plain, model = pair()
+    given = prompts()
+    given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0) * 2
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(**given, **options), plain.generate(**given, **options))
+
+
+def test_hooks_and_masks_that_pages_do_not_serve():
+    plain, model = pair()
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    right = {name: value.flip(1) for name, value in prompts().items()}
+    assert torch.equal(model.generate(**right, **options), plain.generate(**right, **options))
+    calls = []
+    for m in (plain, model):
+        m.model.layers[1].register_forward_hook(lambda *a: calls.append(1))
+        m.generate(**prompts(), **options)
+    assert len(calls) == 2 * 5
+    with pytest.raises(QuantKitError, match=r"layers\.1 has forward hooks"):
+        model(**prompts(), past_key_values=model.new_cache(3, 20))
+    quantized = quantkit.optimize(tiny("llama", None, torch.float32), kv="int8")
+    with pytest.raises(
+        QuantKitError, match="generate with int8 KV: the attention_mask hides tokens behind others"
+    ):
+        quantized.generate(**right, **options)
+    with torch.no_grad():  # transformers' own hooks, by which it captures outputs, stay where they are
+        quantized(**prompts(), output_hidden_states=True)
+    quantized.generate(**prompts(), **options)
+
+
+def test_a_cache_that_does_not_fit_any_more_is_not_taken():
+    model = quantkit.optimize(tiny("llama", None, torch.float32))
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    model.generate(**prompts(), **options)
+    model.kv = "int8"
+    model.generate(**prompts(), **options)
+    assert model.kept_cache.kind == "int8"
+    model.to(torch.bfloat16).generate(**prompts(), **options)
+    assert model.kept_cache.dtype == torch.bfloat16
+    model.free_cache()
+    assert model.kept_cache is None
+
+
+def test_pages_go_with_the_last_who_uses_them():
+    model = quantkit.optimize(tiny("llama", None, torch.float32))
+    gc.collect()
+    gc.disable()
+    try:
+        for given in (prompts(), {name: value[:1] for name, value in prompts().items()}):
+            model.generate(**given, max_new_tokens=3, do_sample=False, pad_token_id=0)
+            kept = weakref.ref(model.kept_cache)
+            model.generate(**{name: value[:2] for name, value in prompts().items()}, max_new_tokens=3)
+            assert kept() is None
+        kept = weakref.ref(model)
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode_or_not():
+    model = quantkit.optimize(tiny("llama", None, torch.float32), kv="int8")
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    with torch.inference_mode():
+        first = model.generate(**prompts(), **options)
+    assert torch.equal(model.generate(**prompts(), **options), first)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(**prompts(), **options), first)
+
+
+def test_a_copy_has_pages_of_its_own():
+    model = quantkit.optimize(tiny("llama", None, torch.float32))
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = model.generate(**prompts(), **options)
+    copied = deepcopy(model)
+    assert torch.equal(copied.generate(**prompts(), **options), expected)
+    assert copied.kept_cache is not model.kept_cache
+    kept = deepcopy(model.kept_cache)
+    kept.columns += 1
+    assert kept.get_seq_length() == model.kept_cache.get_seq_length() + 1
+
+
+def test_what_was_recorded_is_of_the_model_as_it_was():
+    model = quantkit.optimize(tiny("llama", "fp8", torch.float32))
+    before = decode.what_runs(model)
+    assert decode.what_runs(model) == before
+    quantkit.set_fp8_accumulation(model, "fast")
+    assert decode.what_runs(model) != before
+    quantkit.set_fp8_accumulation(model, "accurate")
+    assert decode.what_runs(model) == before
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert decode.what_runs(model) != before
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_nothing_is_an_empty_result(tokens):
+    model = quantkit.optimize(tiny("llama", None, torch.float32))
+    for batch in (0, 2) if tokens else (2,):
+        ids = torch.full((batch, tokens), 7)
+        with torch.no_grad():
+            logits = model(ids, past_key_values=model.new_cache(batch, 20)).logits
+        assert logits.shape == (batch, tokens, 96)
+
+
 def test_what_a_cache_cannot_do_is_refused():
     plain, model = pair()
     given = prompts()
@@ -219,17 +358,34 @@ def test_what_a_cache_cannot_do_is_refused():
         model(**given, past_key_values=cache)
         with pytest.raises(QuantKitError, match=f"11 tokens and {PAGE_SIZE} more, room for {PAGE_SIZE}"):
             model(torch.full((3, PAGE_SIZE), 7), past_key_values=cache)
+    empty = model.new_cache(3, 20)
     for mask in (given["attention_mask"].flip(1), torch.tensor([[1, 0, 1] + [1] * 8] * 3)):
         with pytest.raises(QuantKitError, match="padding on the left alone"):
-            model(given["input_ids"], attention_mask=mask, past_key_values=model.new_cache(3, 20))
+            model(given["input_ids"], attention_mask=mask, past_key_values=empty)
+        assert empty.columns == 0
     with pytest.raises(QuantKitError, match=r"attention_mask: \[3, 12\], a PagedCache expects \[3, 11\]"):
         model(given["input_ids"], attention_mask=torch.ones(3, 12), past_key_values=model.new_cache(3, 20))
     with pytest.raises(QuantKitError, match="cannot be reordered"):
         cache.reorder_cache(torch.tensor([1, 0, 2]))
     with pytest.raises(QuantKitError, match="neither attentions nor hidden states"):
         model.model(**given, past_key_values=model.new_cache(3, 20), output_attentions=True)
+    with pytest.raises(QuantKitError, match="autocast is on for cpu"), torch.autocast("cpu"):
+        model(**given, past_key_values=model.new_cache(3, 20))
+    with pytest.raises(QuantKitError, match="optimize: Linear, expected a transformers model"):
+        quantkit.optimize(torch.nn.Linear(1, 1))
     with pytest.raises(QuantKitError, match="kind is int2, expected one of bf16, int8, fp8, int4"):
         quantkit.optimize(tiny("llama", None, torch.float32), kv="int2")
+
+
+def test_frequencies_that_change_with_the_text_keep_the_cache_of_transformers(monkeypatch):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    monkeypatch.setitem(KINDS, "dynamic", transformers.LlamaConfig(**TINY, rope_parameters=rope))
+    _, model = pair("dynamic")
+    assert not isinstance(model, decode.Generating)
+    with pytest.raises(
+        QuantKitError, match="kv int8: rope_type 'dynamic' has frequencies of the text's length"
+    ):
+        quantkit.optimize(tiny("dynamic", None, torch.float32), kv="int8")
 
 
 def test_heads_that_no_page_holds_keep_the_cache_of_transformers(monkeypatch):
@@ -275,12 +431,12 @@ def test_a_replayed_step_is_the_step(kind, kv):
 
 @pytest.mark.gpu
 def test_generate_on_a_gpu_gives_the_same_tokens_call_after_call():
-    plain, model = pair(dtype=torch.float32)
-    plain, model = plain.cuda(), quantkit.optimize(tiny("llama", None, torch.float32).cuda())
+    plain, model = (tiny("llama", None, torch.float32).cuda() for _ in range(2))
+    quantkit.optimize(model)
     given = {name: value.cuda() for name, value in prompts().items()}
     expected = plain.generate(**given, max_new_tokens=14, pad_token_id=0, do_sample=False)
     for _ in range(2):
         assert torch.equal(
             model.generate(**given, max_new_tokens=14, pad_token_id=0, do_sample=False), expected
         )
-    assert model.last_decoder.graph is not None
+    assert model.kept_cache.captured is not None

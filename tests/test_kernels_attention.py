@@ -122,7 +122,7 @@ def reference(q: Tensor, pages: KVPages, tokens: Tensor, seen: Tensor, case: Cas
         s = case.soft_cap * torch.tanh(s / case.soft_cap)
         wrong = wrong + case.soft_cap * 2**-21
     s = s.masked_fill(~seen, -torch.inf)
-    p = s.softmax(-1)
+    p = torch.where(seen.any(-1, keepdim=True), s.softmax(-1), 0)
     y, magnitude = p @ v, p @ v.abs()
     L = len(tokens)
     rounded = torch.float16 if case.kind != "bf16" else q.dtype
@@ -212,6 +212,12 @@ def test_prefill_stays_within_its_rounding_steps(case):
 def test_a_sequence_without_tokens_has_rows_of_zeros():
     case = Case("int8", 64, 2, 16, (20, 0), queries=(3, 2))
     run_prefill(case, torch.float16, True)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_rows_of_padding_before_a_sequence_see_nothing(kind):
+    """As a batch that is padded on the left has them: more queries than tokens."""
+    run_prefill(Case(kind, 64, 2, 16, (3, 11, 7), queries=(11, 11, 11)), torch.float16, True)
 
 
 @pytest.mark.gpu
