@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import QuantKitError
@@ -130,6 +131,11 @@ def fuse(model: PreTrainedModel) -> None:
     if len(devices) > 1:
         raise QuantKitError(
             f"{kind}: is on {', '.join(sorted(devices))}, expected one device; load it with device_map={{'': device}}"
+        )
+    if any(isinstance(tensor, DTensor) for block in blocks for tensor in block.parameters()):
+        raise QuantKitError(
+            f"{kind}: has linears in its blocks that are not packed and cut over processes, expected packed ones; load it "
+            "without tp_plan"
         )
     for block in blocks:
         fuse_block(block)

@@ -144,7 +144,7 @@ class QuantKitQuantizer(HfQuantizer):
         is_cut = localize(model)
         prepare(model)
         if is_cut:
-            model.save_pretrained = refuse_to_save(model.config.name_or_path)  # type: ignore[method-assign, assignment]
+            model.save_pretrained = refuse_to_save  # type: ignore[method-assign, assignment]
         return model
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -308,8 +308,10 @@ def check_order(name: str, module: QuantLinear) -> None:
     if order is None or order.is_meta:
         return
     columns = order.unique()
-    if order.shape != (module.in_features,) or len(columns) != len(order) or not (
-        0 <= int(columns[0]) <= int(columns[-1]) < module.input_width
+    if (
+        order.shape != (module.in_features,)
+        or len(columns) != len(order)
+        or not (0 <= int(columns[0]) <= int(columns[-1]) < module.input_width)
     ):
         raise QuantKitError(
             f"{name}.input_order: not an order of the numbers 0 to {module.input_width - 1}; copy the checkpoint again"

@@ -1,22 +1,13 @@
 """Tensor parallel packed linears: transformers' plans and loader cut them, and from then on they are ours.
 
 While a model is loaded, a packed linear's parts are DTensors without numbers, so that transformers reads of each file a
-rank's part alone. Once they are filled, the linear becomes one of a rank's own shape with plain tensors. It repacks them,
-and runs the kernels, as a linear on one device does:
-
-    colwise     y_r = x w_r^T                      a plain `QuantLinear` of N / ranks rows
-    gathered    y = [y_0 | y_1 | ...]              `GatheredLinear`
-    rowwise     y = sum over ranks of x_r w_r^T    `RowLinear`
-
-A scheme that rounds each row of x by its largest |x| gets that of the whole row, from all ranks: the same codes of x as on
-one device, hence the same sums up to the order of their additions.
+rank's part alone. Once they are filled, the linear becomes one of a rank's own shape with plain tensors (`rank_linear.py`). It
+repacks them, and runs the kernels, as a linear on one device does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -29,10 +20,10 @@ from transformers.distributed.tensor_parallel import (
 
 from quantkit.errors import QuantKitError
 from quantkit.experts import UnfusedExperts
-from quantkit.kernels.cpu import SCALE_FLOOR, TOP
-from quantkit.linear import CODE_DTYPES, QuantLinear
+from quantkit.linear import QuantLinear
 from quantkit.packing import PARTS
 from quantkit.processes import agree
+from quantkit.rank_linear import GatheredLinear, RowLinear, Shared, Summed
 from quantkit.sharding import Along, Shape, cut_dimensions, faults, local_part, refusal, working_ranks
 
 OURS = "quantkit:"  # before the name of transformers' style, which other linears of the same place get
@@ -48,7 +39,8 @@ ALONG: dict[str, Along] = {
 }
 WHOLE_INPUT = ("rowwise_split_input", "rowwise_rep")
 WHOLE_OUTPUT = ("colwise_gather_output", "colwise_rep")
-EXPERTS = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": PARTIAL}
+EXPERTS = "experts"
+OF_EXPERTS = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": PARTIAL}
 
 
 @dataclass
@@ -103,7 +95,8 @@ def plan_model(model: PreTrainedModel, headers: str) -> Planned:
         if isinstance(module, UnfusedExperts) and key in plan:
             for stacked in ("gate_up_proj", "down_proj"):
                 plan.pop(f"{key}.{stacked}", None)
-            plan.update({f"{key}.*.{linear}": OURS + style for linear, style in EXPERTS.items()})
+            plan[key] = OURS + EXPERTS
+            plan.update({f"{key}.*.{linear}": OURS + style for linear, style in OF_EXPERTS.items()})
         style = plan.get(key, "").removeprefix(OURS)
         if isinstance(module, QuantLinear) and style in ALONG:
             plan[key] = OURS + style
@@ -115,6 +108,13 @@ def plan_model(model: PreTrainedModel, headers: str) -> Planned:
         for key, style in plan.items()
     )
     return planned
+
+
+def style_of(model: PreTrainedModel, name: str) -> str:
+    """The plan's style of a parameter, its own or its module's; '' where there is none."""
+    key = replace_layer_number_by_wildcard(name)
+    plan = model._tp_plan or {}
+    return plan.get(key) or plan.get(key.rpartition(".")[0], "")
 
 
 class PackedStyle(TensorParallelLayer):  # type: ignore[misc]
@@ -164,100 +164,20 @@ class PartialStyle(TensorParallelLayer):  # type: ignore[misc]
         module._parameters[param] = nn.Parameter(cut, requires_grad=False)
 
 
+class ExpertsStyle(TensorParallelLayer):  # type: ignore[misc]
+    """Experts that are linears, each cut over all ranks: the ranks' results are added once, after all experts."""
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
+        hidden_states, top_k_index, top_k_weights = args
+        return (hidden_states, top_k_index, Shared.apply(top_k_weights, mesh.get_group())), kwargs
+
+    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: Any) -> Any:
+        return Summed.apply(output, mesh.get_group())
+
+
+ALL_PARALLEL_STYLES[OURS + EXPERTS] = ExpertsStyle()
 for _style in ALONG:
-    ALL_PARALLEL_STYLES.register(OURS + _style, PackedStyle(_style))
-
-
-class GatheredLinear(QuantLinear):
-    """A linear cut by its outputs that gives all of them to every rank."""
-
-    group: Any
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return gathered(super().product(x), self.group)
-
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        first = dist.get_rank(self.group) * self.out_features
-        return super().input_gradient(dy[..., first : first + self.out_features])
-
-
-class RowLinear(QuantLinear):
-    """A linear cut by its inputs: a rank's columns of x times its part of the weight, then the sum over the ranks.
-
-    Attributes:
-        late_bias: [out_features] or None; added once to the sum, while `bias` is None.
-        first_column: of the rank's columns of x where x comes whole; None: x is the rank's part.
-        adds: whether it adds the ranks' results, or leaves that to the module around it.
-    """
-
-    group: Any
-    late_bias: nn.Parameter | None
-    first_column: int | None = None
-    adds: bool = True
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.first_column is not None:
-            x = x[..., self.first_column : self.first_column + self.in_features]
-        if self.channel_scales is not None:
-            x = (x * self.channel_scales).to(x.dtype)
-        if self.input_order is not None:
-            x = gathered(x, self.group).index_select(-1, self.input_order)
-        if self.scheme.activation_scale == "token":
-            codes, scales = rounded_rows(x, CODE_DTYPES[self.scheme.activation], self.group)  # type: ignore[index]
-            y = super().of_rounded(codes, scales, x.dtype)
-        else:
-            y = self.multiply(x)
-        return self.summed(y)
-
-    def summed(self, y: torch.Tensor) -> torch.Tensor:
-        if self.adds:
-            dist.all_reduce(y, group=self.group)
-        return y if self.late_bias is None else y + self.late_bias
-
-    @property
-    def input_width(self) -> int:
-        return self.in_features * dist.get_world_size(self.group)
-
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        if self.input_order is not None:
-            raise QuantKitError(
-                "gradients: a linear with input_order is cut by its inputs, expected none; load the model on one device"
-            )
-        dx = dy @ self.quantized().effective_weight(dy.dtype)
-        if self.first_column is None:
-            return dx
-        whole = dx.new_zeros(*dx.shape[:-1], self.input_width)
-        whole[..., self.first_column : self.first_column + self.in_features] = dx
-        dist.all_reduce(whole, group=self.group)
-        return whole
-
-    @property
-    def rounding(self) -> tuple[torch.dtype, torch.Tensor | None, int] | None:
-        """As of a whole linear, but None where a row's scale needs all ranks."""
-        return None if self.scheme.activation_scale == "token" else super().rounding
-
-    def of_rounded(
-        self, x_codes: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, fast: bool | None = None
-    ) -> torch.Tensor:
-        return self.summed(super().of_rounded(x_codes, x_scales, dtype, fast))
-
-
-def rounded_rows(x: torch.Tensor, dtype: torch.dtype, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cpu.quantize_activations` of the ranks' rows of x side by side: this rank's codes [..., K], scales [M, 1]."""
-    wide = x.float()
-    largest = wide.abs().amax(-1, keepdim=True)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    scales = (largest / TOP[dtype]).clamp(min=SCALE_FLOOR)
-    scaled = (wide / scales).clamp(-TOP[dtype], TOP[dtype])
-    codes = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
-    return codes.contiguous(), scales.view(-1, 1)
-
-
-def gathered(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """The ranks' x [..., n] side by side [..., ranks n]."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, -1)
+    ALL_PARALLEL_STYLES[OURS + _style] = PackedStyle(_style)
 
 
 def localize(model: nn.Module) -> bool:
@@ -301,10 +221,8 @@ def localize_linear(module: Any) -> None:
         module.first_column = rank * module.in_features if place.style in WHOLE_INPUT else None
 
 
-def refuse_to_save(folder: str) -> Callable[..., None]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise QuantKitError(
-            f"save_pretrained: each process holds a part of {folder}; copy that directory, or load it on one device"
-        )
-
-    return refuse
+def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise QuantKitError(
+        "save_pretrained: each process holds a part of the model; copy the directory that it was loaded from, or load it on "
+        "one device"
+    )
