@@ -31,10 +31,12 @@ from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import smooth_scales
 from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
+from quantkit.calibration.together import combined, deal, moved
 from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.method import parse_method
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
+from quantkit.peers import Peers
 from quantkit.recipe import ModulePlan
 from quantkit.report import DIGITS
 from quantkit.scheme import BLOCK, LARGEST_CODE, Scheme
@@ -197,6 +199,7 @@ class BlockInputs:
     index: int
     activations: Activations
     device: torch.device
+    peers: Peers | None = None  # which have the other samples
 
     def run(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         return run_block(block, self.index, self.activations, self.device, hidden)
@@ -354,7 +357,11 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: statistics[first] for name, first in leader.items()}
+    found = {name: statistics[first] for name, first in leader.items()}
+    if inputs.peers is None:
+        return found
+    widths = {name: linear_in(block, name).in_features for name in plans}
+    return combined(found, widths, inputs.device, inputs.peers)
 
 
 def needs_activations(plan: ModulePlan) -> bool:
@@ -374,6 +381,7 @@ def quantize_block(
     norms_plus_one: bool = False,
     stored_dtype: torch.dtype | None = None,
     runs_on: bool = True,
+    peers: Peers | None = None,
 ) -> list[ModuleResult]:
     """Packs the planned linears of a block.
 
@@ -384,6 +392,7 @@ def quantize_block(
         norms_plus_one: the norms multiply by 1 + weight.
         stored_dtype: what the norms will be rounded to when they are stored; None: their own dtype.
         runs_on: leave the dequantized weights in the block, because it is to be run.
+        peers: among which the linears are dealt; each gets the results of all.
     """
     weights = {name: finite_weight(block, plan, name) for name, plan in plans.items()}
     wanted = {name: plan for name, plan in plans.items() if needs_activations(plan)} if inputs else {}
@@ -410,16 +419,25 @@ def quantize_block(
 
     originals: dict[str, torch.Tensor] = {}  # of those that will be refined
 
-    def pack(name: str) -> None:
-        weight = weights.pop(name)
-        results[name] = quantize_linear(weight, plans[name], statistics.get(name), factors)
-        if name in channels:
-            results[name] = with_channel_scales(results[name], channels[name])
-        if results[name].targets is not None:
-            originals[name] = weight
-        if runs_on:
-            linear = linear_in(block, name)
-            linear.weight.data = results[name].quantized.dequantize(linear.weight.dtype)
+    def pack(name: str) -> ModuleResult:
+        result = quantize_linear(weights[name], plans[name], statistics.get(name), factors)
+        return with_channel_scales(result, channels[name]) if name in channels else result
+
+    def pack_all(names: list[str]) -> None:
+        """Packs linears one after the other, or the share of this process, and puts the results of all in place."""
+        packed: Iterator[tuple[str, ModuleResult]] = ((name, pack(name)) for name in names)
+        if peers is not None:
+            dealt = deal({name: weights[name].shape for name in names}, statistics, peers.count)
+            own = [name for name in names if dealt[name] == peers.rank]
+            found = peers.exchange(lambda: {n: on_device(pack(n), "cpu") for n in own}, "linears of a block")
+            packed = ((n, on_device(found[dealt[n]][n], weights[n].device)) for n in names)
+        for name, result in packed:
+            weight, results[name] = weights.pop(name), result
+            if result.targets is not None:
+                originals[name] = weight
+            if runs_on:
+                linear = linear_in(block, name)
+                linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
 
     original = None
     if inputs and any(method.rounding == "gptaq" for method in methods.values()):
@@ -429,16 +447,18 @@ def quantize_block(
         if original and inputs:
             part = {name: plans[name] for name in stage}
             statistics.update(collect(block, part, inputs, original=original))
-        for name in stage:
-            pack(name)
+        pack_all(stage)
         factors.clear()
         for name in stage if original and not refining else ():
             del statistics[name]
-    for name in list(weights):  # those that no token reached
-        pack(name)
+    pack_all(list(weights))  # those that no token reached
     if inputs and originals:
         results.update(refine(block, results, originals, statistics, inputs))
     return [replace(results[name], targets=None) for name in plans]
+
+
+def on_device(result: ModuleResult, device: torch.device | str) -> ModuleResult:
+    return replace(result, quantized=moved(result.quantized, device))
 
 
 def fed_together(statistics: dict[str, InputStatistics]) -> list[list[str]]:

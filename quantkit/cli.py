@@ -43,6 +43,8 @@ from quantkit.load import is_foreign, is_quantized, load, load_model, read_quant
 from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.optimize import optimize
 from quantkit.packing import PARTS
+from quantkit.peers import join
+from quantkit.processes import launched
 from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
@@ -257,6 +259,11 @@ def quantize(
             )
         save_json(json_file, asdict(found) | {"seconds": found.seconds})
         return
+    where = pick_device(device)
+    peers = join(where) if launched() > 1 else None
+    if peers is not None and not peers.first:
+        quantize_checkpoint(model, out_dir, plan, where, peers=peers)
+        return
     with Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -278,9 +285,7 @@ def quantize(
             note=lambda text: bar.console.print(f"note: {escape(text)}", highlight=False, soft_wrap=True),
         )
         try:
-            summary = quantize_checkpoint(
-                model, out_dir, plan, pick_device(device), progress=progress, report=True
-            )
+            summary = quantize_checkpoint(model, out_dir, plan, where, None, progress, True, peers)
         except KeyboardInterrupt:
             bar.stop()
             if (staging := staging_folder(out_dir)).exists():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import MachineError, QuantKitError
 
 TIMEOUT = "QUANTKIT_TIMEOUT"  # seconds that a process waits for the others
 SECONDS = 600.0
@@ -46,7 +46,8 @@ def start(device_type: str) -> None:
     """Joins the processes that a launcher has started, unless this one has joined them.
 
     Raises:
-        QuantKitError: no launcher, or not all of them came in time.
+        QuantKitError: no launcher.
+        MachineError: not all of them came in time.
     """
     if dist.is_initialized():
         return
@@ -83,7 +84,7 @@ def named_faults(doing: str) -> Iterator[None]:
             raise
         rank, ranks = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuantKitError(
+        raise MachineError(
             f"process {rank} of {ranks}: another one did not answer ({doing}: {first}); see its own error, and start all "
             f"again, with a larger {TIMEOUT} (seconds) if it was only slow"
         ) from error
