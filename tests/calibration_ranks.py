@@ -2,30 +2,55 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import quantkit.streaming
-from quantkit import QuantKitError, Recipe, Rule, cli, quantize_checkpoint
-from quantkit.checkpoint import CheckpointWriter
+from quantkit import QuantKitError, Recipe, cli, quantize_checkpoint
 from quantkit.peers import join
+from quantkit.streaming import Run
 
 
 def tokens_of(samples: int) -> torch.Tensor:
+    """Calibration tokens for the tiny models, int64 [samples, 24]."""
     return torch.randint(3, 128, (samples, 24), generator=torch.Generator().manual_seed(0))
 
 
-def main(rank: int, jobs: list[dict[str, Any]], errors: str) -> None:
-    """Runs jobs one after the other; notes what each process says of those that are refused."""
+def die_at(part: str) -> None:
+    """Ends this process, without a word, when it comes to a part."""
+    store = Run.store
+
+    def dying(self: Run, name: str, *rest: Any) -> Any:
+        if name == part:
+            os._exit(9)
+        return store(self, name, *rest)
+
+    Run.store = dying  # type: ignore[method-assign]
+
+
+def main(rank: int, jobs: list[dict[str, Any]], said: str) -> None:
+    """Runs jobs one after the other, or a command; notes what this process says of those that fail."""
     torch.set_num_threads(1)
-    peers = join(torch.device("cpu"))
     for number, job in enumerate(jobs):
-        recipe = Recipe(job["scheme"], job["method"], tuple(Rule(*rule) for rule in job.get("rules", ())))
-        source = job["source"] if isinstance(job["source"], str) else job["source"][rank]
-        tokens = tokens_of(job.get("samples", 8))
+        if rank in job.get("dead", {}).values():
+            die_at(next(iter(job["dead"])))
+        if "argv" in job:
+            sys.argv = ["quantkit", *job["argv"]]
+            cli.main()
+        began = time.monotonic()
         try:
-            quantize_checkpoint(source, job["out"], recipe, "cpu", tokens, report=job.get("report", False), peers=peers)
+            peers = join(torch.device("cpu"))
+            quantize_checkpoint(
+                job["sources"][rank % len(job["sources"])],
+                job["out"],
+                Recipe(job["scheme"], job["method"]),
+                "cpu",
+                tokens_of(job.get("samples", 8)),
+                report=job.get("report", False),
+                peers=peers,
+            )
         except QuantKitError as error:
-            Path(errors, f"{number}-{rank}").write_text(f"{type(error).__name__}: {error}")
+            took = time.monotonic() - began
+            Path(said, f"{number}-{rank}").write_text(f"{type(error).__name__} {took:.0f} {error}")
