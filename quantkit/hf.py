@@ -289,17 +289,26 @@ class SaveWithManifest:
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
-    offloaded = (
-        len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    )  # accelerate's hooks move the tensors
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             check_order(name, module)
             module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
-            if not offloaded:
+            if not is_offloaded(name, getattr(model, "hf_device_map", {})):
                 module.repack(model.dtype)
     model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign, assignment]
     return model
+
+
+def is_offloaded(name: str, device_map: dict[str, Any]) -> bool:
+    """Whether accelerate brings a module's tensors to where they are needed at each call, under their own names."""
+    places = {
+        module: place
+        for module, place in device_map.items()
+        if f"{name}.".startswith(f"{module}." * bool(module))
+    }
+    place = places[max(places, key=len)] if places else None
+    on_cpu_alone = all(place in ("cpu", "disk") for place in map(str, device_map.values()))
+    return str(place) == "disk" or (str(place) == "cpu" and not on_cpu_alone)
 
 
 def check_order(name: str, module: QuantLinear) -> None:
