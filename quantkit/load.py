@@ -114,10 +114,10 @@ def load(
             raise QuantKitError(
                 f"{folder}: requantize is for checkpoints of other tools; use quantkit quantize"
             )
-        if kwargs.get("tp_plan") is not None:
+        if is_cut(kwargs):
             if device is not None:
                 raise QuantKitError(
-                    f"{folder}: tp_plan and device {device}; leave the device out, each process takes its own"
+                    f"{folder}: device {device} of a model that is cut over processes; leave the device out, each process takes its own"
                 )
             join(folder)
         read_quantized_config(folder)
@@ -135,7 +135,7 @@ def load(
 def load_model(folder: Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
     """A model directory, quantized or not, as `load` would load it."""
     CheckpointReader(folder)  # headers and sizes: a truncated file is named here
-    if device is None and "device_map" not in kwargs and kwargs.get("tp_plan") is None:
+    if device is None and "device_map" not in kwargs and not is_cut(kwargs):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
@@ -147,6 +147,11 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
         raise QuantKitError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
     check_kernels(model)
     return model.eval()
+
+
+def is_cut(kwargs: dict[str, Any]) -> bool:
+    """Whether `from_pretrained` is asked to cut the model over processes."""
+    return any(kwargs.get(name) is not None for name in ("tp_plan", "distributed_config"))
 
 
 def join(folder: Path) -> None:

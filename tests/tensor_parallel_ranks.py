@@ -1,5 +1,6 @@
 """What each process of test_tensor_parallel.py does: loads directories cut over all of them, and notes what comes out."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def look(folder: str, extras: list[str], dtype: torch.dtype) -> dict[str, Any]:
         return note
     note |= {"read": sum(read), "held": linear_bytes(model), "all": all_bytes(model)}
     note |= answers(model)
+    if "compile" in extras:
+        with torch.no_grad():
+            note["graphs"] = torch._dynamo.explain(model)(PROMPT).graph_count
     if "gradient" in extras:
         note["gradient"] = gradient(model)
     if "save" in extras:
@@ -90,4 +94,19 @@ def main(rank: int, cases: dict[str, Any], out: str) -> None:
         name: look(folders[rank % len(folders)], extras, getattr(torch, dtype))
         for name, (folders, extras, dtype) in cases.items()
     }
+    if rank == 0:
+        found["deserted"] = desert(cases["w8a8"][0][0])
+    else:
+        quantkit.load(cases["w8a8"][0][0], tp_plan="auto")
     torch.save(found, Path(out) / f"{rank}.pt")
+
+
+def desert(folder: str) -> dict[str, Any]:
+    """What a forward raises, and after how many seconds, where the other process has ended."""
+    model = quantkit.load(folder, tp_plan="auto")
+    began = time.monotonic()
+    try:
+        while True:  # it may not have ended yet
+            answers(model)
+    except RuntimeError as error:
+        return {"seconds": time.monotonic() - began, "error": str(error)}
