@@ -31,7 +31,7 @@ from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import smooth_scales
 from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
-from quantkit.calibration.together import combined, deal, moved
+from quantkit.calibration.together import combined, deal, divided, moved
 from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.method import parse_method
 from quantkit.models import Fold
@@ -406,9 +406,14 @@ def quantize_block(
         lend_ranges(statistics, plans)
     if scaled:
         weights = {name: weight.float() for name, weight in weights.items()}
-        for fold in folds:
-            fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
-        channels = keep_scales(block, plans, weights, statistics)
+        # all before the first is folded: a linear is searched before its rows are divided as another fold's source
+        searches = [partial(fold_search, fold, block, plans, weights, statistics) for fold in folds]
+        costs = [search_cost([weights[n] for n in fold.linears if n in weights]) for fold in folds]
+        device = next(iter(weights.values())).device
+        found = divided(searches, costs, device, peers)
+        for fold, s in zip(folds, found, strict=True):
+            fold_scale(fold, s, block, plans, weights, statistics, norms_plus_one, stored_dtype)
+        channels = keep_scales(block, plans, weights, statistics, peers)
         rounds = {name: plan for name, plan in wanted.items() if plan.scheme.activation}
         if inputs and rounds:  # what is rounded has changed
             statistics.update(collect(block, rounds, inputs))
@@ -494,8 +499,42 @@ def not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
+def searched_linears(fold: Fold, plans: dict[str, ModulePlan]) -> list[str]:
+    """The linears of a fold that its scales are for, by their names in the block."""
+    return [name for name in fold.linears if name in plans and parse_method(plans[name].method).scaling]
+
+
+def search_cost(matrices: list[torch.Tensor]) -> int:
+    """Products of one trial of a search: the error of each weight [N, K] under a Hessian [K, K]."""
+    return sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in matrices)
+
+
+def fold_search(
+    fold: Fold,
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    weights: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
+) -> torch.Tensor | None:
+    """AWQ's or SmoothQuant's scales [K] for one fold; None where it gets none, or such as need no search."""
+    searched = searched_linears(fold, plans)
+    if not searched or (inputs := statistics.get(searched[0])) is None:
+        return None
+    plan, matrices = plans[searched[0]], [weights[name] for name in searched]
+    scaling, scheme = parse_method(plan.method).scaling, plan.scheme
+    head_dim, repeats = heads(block, fold)
+    if scaling == "equalize":
+        return None
+    if scaling == "awq":
+        hessian = hessian_or_costs(plan, inputs)
+        return search_scales(matrices, hessian, inputs.mean_abs, scheme, head_dim=head_dim, repeats=repeats)
+    shared = partial(tie, head_dim=head_dim, repeats=repeats)
+    return smooth_scales(matrices, inputs, scheme, shared, column_costs(plan, inputs))
+
+
 def fold_scale(
     fold: Fold,
+    s: torch.Tensor | None,
     block: nn.Module,
     plans: dict[str, ModulePlan],
     weights: dict[str, torch.Tensor],
@@ -507,31 +546,20 @@ def fold_scale(
 
     `weights` (float32, by name) and `statistics` are brought up to date; both hold what the linears will see, and
     so do the weights in the block, in its dtype.
+
+    Args:
+        s: that `fold_search` has found.
     """
-    searched = [name for name in fold.linears if name in plans and parse_method(plans[name].method).scaling]
+    searched = searched_linears(fold, plans)
     if not searched:
         return
-    plan, inputs = plans[searched[0]], statistics.get(searched[0])
-    scaling, scheme = parse_method(plan.method).scaling, plan.scheme
-    matrices = [weights[name] for name in searched]
+    inputs = statistics.get(searched[0])
     head_dim, repeats = heads(block, fold)
     source = block.get_submodule(fold.source)
-    if scaling == "equalize":
+    if parse_method(plans[searched[0]].method).scaling == "equalize":
         s = tie(equalizing_scales(produced_range(source, fold, block, norms_plus_one)), head_dim, repeats)
-    elif inputs is None:
+    if s is None:
         return
-    elif scaling == "awq":
-        s = search_scales(
-            matrices,
-            hessian_or_costs(plan, inputs),
-            inputs.mean_abs,
-            scheme,
-            head_dim=head_dim,
-            repeats=repeats,
-        )
-    else:
-        shared = partial(tie, head_dim=head_dim, repeats=repeats)
-        s = smooth_scales(matrices, inputs, scheme, shared, column_costs(plan, inputs))
     if fold.source in weights:  # kept in float32 besides, where it is to be packed itself
         rows = untie(s, head_dim, repeats) if head_dim is not None else s
         weights[fold.source], _ = fold_into_linear(weights[fold.source], None, rows)
@@ -566,6 +594,7 @@ def keep_scales(
     plans: dict[str, ModulePlan],
     weights: dict[str, torch.Tensor],
     statistics: dict[str, InputStatistics],
+    peers: Peers | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scales of input channels for the plans that no fold serves, bfloat16 [K] by name; x is multiplied by them.
 
@@ -576,14 +605,22 @@ def keep_scales(
     for name, inputs in statistics.items():
         if plans[name].channel_scales and inputs.tokens >= FEW_TOKENS * weights[name].shape[1]:
             groups.setdefault(id(inputs), []).append(name)
-    kept = {}
-    for names in groups.values():
+
+    def search(names: list[str]) -> torch.Tensor:
         plan, inputs = plans[names[0]], statistics[names[0]]
         matrices = [weights[name] for name in names]
         if parse_method(plan.method).scaling == "awq":
-            s = search_scales(matrices, hessian_or_costs(plan, inputs), inputs.mean_abs, plan.scheme)
-        else:
-            s = smooth_scales(matrices, inputs, plan.scheme, tie, column_costs(plan, inputs))
+            return search_scales(matrices, hessian_or_costs(plan, inputs), inputs.mean_abs, plan.scheme)
+        return smooth_scales(matrices, inputs, plan.scheme, tie, column_costs(plan, inputs))
+
+    shared = list(groups.values())
+    costs = [search_cost([weights[name] for name in names]) for names in shared]
+    device = next(iter(weights.values())).device
+    found = divided([partial(search, names) for names in shared], costs, device, peers)
+    kept = {}
+    for names, s in zip(shared, found, strict=True):
+        assert s is not None
+        inputs = statistics[names[0]]
         if (c := channel_scales(s)) is None:
             continue
         after, hook = inputs.scaled(c.float()), ScaleInput(c)

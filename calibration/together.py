@@ -4,7 +4,7 @@ Statistics are means, so that those of all samples are the processes' means weig
 process, but for the order of the sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -91,7 +91,7 @@ def combine(
 def deal(
     shapes: dict[str, Sequence[int]], statistics: dict[str, InputStatistics], count: int
 ) -> dict[str, int]:
-    """Which process packs which linear: those that share an input stay together, the costliest are dealt first.
+    """Which process packs which linear: those that share an input stay together.
 
     Args:
         shapes: [N, K] by name.
@@ -106,12 +106,37 @@ def deal(
         K = shapes[names[0]][1]
         return K * K * (K + sum(shapes[name][0] for name in names))
 
-    load, dealt = [0] * count, dict[str, int]()
-    for names in sorted(groups.values(), key=cost, reverse=True):
-        rank = load.index(min(load))
-        load[rank] += cost(names)
-        dealt |= dict.fromkeys(names, rank)
-    return dealt
+    ranks = deal_costs([cost(names) for names in groups.values()], count)
+    return {name: rank for names, rank in zip(groups.values(), ranks, strict=True) for name in names}
+
+
+def deal_costs(costs: list[int], count: int) -> list[int]:
+    """A process for each piece of work: the costliest first, to the one that has least to do."""
+    load, ranks = [0] * count, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: costs[i], reverse=True):
+        ranks[i] = load.index(min(load))
+        load[ranks[i]] += costs[i]
+    return ranks
+
+
+def divided(
+    calls: Sequence[Callable[[], torch.Tensor | None]],
+    costs: list[int],
+    device: torch.device,
+    peers: Peers | None,
+) -> list[torch.Tensor | None]:
+    """What calls give, each made by one of the processes."""
+    if peers is None:
+        return [call() for call in calls]
+    ranks = deal_costs(costs, peers.count)
+
+    def own() -> dict[int, torch.Tensor | None]:
+        made = {i: call() for i, call in enumerate(calls) if ranks[i] == peers.rank}
+        return {i: None if tensor is None else tensor.cpu() for i, tensor in made.items()}
+
+    found = peers.exchange(own, "scales of a block")
+    tensors = [found[rank][i] for i, rank in enumerate(ranks)]
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
 
 def moved(quantized: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:

@@ -193,7 +193,7 @@ def localize(model: nn.Module) -> bool:
             found = True
         elif isinstance(module, QuantLinear) and any(isinstance(p, DTensor) for p in module.parameters()):
             raise QuantKitError(
-                f"{name}: cut by a style that packed linears do not have, expected {', '.join(ALONG)}; use tp_plan='auto'"
+                f"{name}: cut by a plan that was given, expected the model's own; use tp_plan='auto'"
             )
     return found
 

@@ -71,6 +71,7 @@ def look(folder: str, extras: list[str], dtype: torch.dtype) -> dict[str, Any]:
         return note
     note |= {"read": sum(read), "held": linear_bytes(model), "all": all_bytes(model)}
     note |= answers(model)
+    note["repacked"] = any(m.repacked_for for m in model.modules() if isinstance(m, QuantLinear))
     if "compile" in extras:
         with torch.no_grad():
             note["graphs"] = torch._dynamo.explain(model)(PROMPT).graph_count
