@@ -24,7 +24,7 @@ METHODS = [
     ("llama", "w8a8-static", "smooth+gptq"),
     ("llama", "w3a16-g32", "gptaq"),
     ("llama", "w4a16-g32", "rtn"),
-    ("qwen3_moe", "w4a16-g32", "gptq"),
+    ("qwen3_moe", "w4a16-g32", "awq+gptq"),
 ]
 
 
