@@ -31,10 +31,12 @@ from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import smooth_scales
 from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
+from quantkit.calibration.together import combined, deal, divided, moved
 from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.method import parse_method
 from quantkit.models import Fold
 from quantkit.packing import QuantizedTensor
+from quantkit.peers import Peers
 from quantkit.recipe import ModulePlan
 from quantkit.report import DIGITS
 from quantkit.scheme import BLOCK, LARGEST_CODE, Scheme
@@ -197,6 +199,7 @@ class BlockInputs:
     index: int
     activations: Activations
     device: torch.device
+    peers: Peers | None = None  # which have the other samples
 
     def run(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         return run_block(block, self.index, self.activations, self.device, hidden)
@@ -354,7 +357,11 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: statistics[first] for name, first in leader.items()}
+    found = {name: statistics[first] for name, first in leader.items()}
+    if inputs.peers is None:
+        return found
+    widths = {name: linear_in(block, name).in_features for name in plans}
+    return combined(found, widths, inputs.device, inputs.peers)
 
 
 def needs_activations(plan: ModulePlan) -> bool:
@@ -374,6 +381,7 @@ def quantize_block(
     norms_plus_one: bool = False,
     stored_dtype: torch.dtype | None = None,
     runs_on: bool = True,
+    peers: Peers | None = None,
 ) -> list[ModuleResult]:
     """Packs the planned linears of a block.
 
@@ -384,6 +392,7 @@ def quantize_block(
         norms_plus_one: the norms multiply by 1 + weight.
         stored_dtype: what the norms will be rounded to when they are stored; None: their own dtype.
         runs_on: leave the dequantized weights in the block, because it is to be run.
+        peers: among which the linears are dealt; each gets the results of all.
     """
     weights = {name: finite_weight(block, plan, name) for name, plan in plans.items()}
     wanted = {name: plan for name, plan in plans.items() if needs_activations(plan)} if inputs else {}
@@ -397,9 +406,14 @@ def quantize_block(
         lend_ranges(statistics, plans)
     if scaled:
         weights = {name: weight.float() for name, weight in weights.items()}
-        for fold in folds:
-            fold_scale(fold, block, plans, weights, statistics, norms_plus_one, stored_dtype)
-        channels = keep_scales(block, plans, weights, statistics)
+        # all before the first is folded: a linear is searched before its rows are divided as another fold's source
+        searches = [partial(fold_search, fold, block, plans, weights, statistics) for fold in folds]
+        costs = [search_cost([weights[n] for n in fold.linears if n in weights]) for fold in folds]
+        device = next(iter(weights.values())).device
+        found = divided(searches, costs, device, peers)
+        for fold, s in zip(folds, found, strict=True):
+            fold_scale(fold, s, block, plans, weights, statistics, norms_plus_one, stored_dtype)
+        channels = keep_scales(block, plans, weights, statistics, peers)
         rounds = {name: plan for name, plan in wanted.items() if plan.scheme.activation}
         if inputs and rounds:  # what is rounded has changed
             statistics.update(collect(block, rounds, inputs))
@@ -410,16 +424,25 @@ def quantize_block(
 
     originals: dict[str, torch.Tensor] = {}  # of those that will be refined
 
-    def pack(name: str) -> None:
-        weight = weights.pop(name)
-        results[name] = quantize_linear(weight, plans[name], statistics.get(name), factors)
-        if name in channels:
-            results[name] = with_channel_scales(results[name], channels[name])
-        if results[name].targets is not None:
-            originals[name] = weight
-        if runs_on:
-            linear = linear_in(block, name)
-            linear.weight.data = results[name].quantized.dequantize(linear.weight.dtype)
+    def pack(name: str) -> ModuleResult:
+        result = quantize_linear(weights[name], plans[name], statistics.get(name), factors)
+        return with_channel_scales(result, channels[name]) if name in channels else result
+
+    def pack_all(names: list[str]) -> None:
+        """Packs linears one after the other, or the share of this process, and puts the results of all in place."""
+        packed: Iterator[tuple[str, ModuleResult]] = ((name, pack(name)) for name in names)
+        if peers is not None:
+            dealt = deal({name: weights[name].shape for name in names}, statistics, peers.count)
+            own = [name for name in names if dealt[name] == peers.rank]
+            found = peers.exchange(lambda: {n: on_device(pack(n), "cpu") for n in own}, "linears of a block")
+            packed = ((n, on_device(found[dealt[n]][n], weights[n].device)) for n in names)
+        for name, result in packed:
+            weight, results[name] = weights.pop(name), result
+            if result.targets is not None:
+                originals[name] = weight
+            if runs_on:
+                linear = linear_in(block, name)
+                linear.weight.data = result.quantized.dequantize(linear.weight.dtype)
 
     original = None
     if inputs and any(method.rounding == "gptaq" for method in methods.values()):
@@ -429,16 +452,18 @@ def quantize_block(
         if original and inputs:
             part = {name: plans[name] for name in stage}
             statistics.update(collect(block, part, inputs, original=original))
-        for name in stage:
-            pack(name)
+        pack_all(stage)
         factors.clear()
         for name in stage if original and not refining else ():
             del statistics[name]
-    for name in list(weights):  # those that no token reached
-        pack(name)
+    pack_all(list(weights))  # those that no token reached
     if inputs and originals:
         results.update(refine(block, results, originals, statistics, inputs))
     return [replace(results[name], targets=None) for name in plans]
+
+
+def on_device(result: ModuleResult, device: torch.device | str) -> ModuleResult:
+    return replace(result, quantized=moved(result.quantized, device))
 
 
 def fed_together(statistics: dict[str, InputStatistics]) -> list[list[str]]:
@@ -474,8 +499,42 @@ def not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
+def searched_linears(fold: Fold, plans: dict[str, ModulePlan]) -> list[str]:
+    """The linears of a fold that its scales are for, by their names in the block."""
+    return [name for name in fold.linears if name in plans and parse_method(plans[name].method).scaling]
+
+
+def search_cost(matrices: list[torch.Tensor]) -> int:
+    """Products of one trial of a search: the error of each weight [N, K] under a Hessian [K, K]."""
+    return sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in matrices)
+
+
+def fold_search(
+    fold: Fold,
+    block: nn.Module,
+    plans: dict[str, ModulePlan],
+    weights: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
+) -> torch.Tensor | None:
+    """AWQ's or SmoothQuant's scales [K] for one fold; None where it gets none, or such as need no search."""
+    searched = searched_linears(fold, plans)
+    if not searched or (inputs := statistics.get(searched[0])) is None:
+        return None
+    plan, matrices = plans[searched[0]], [weights[name] for name in searched]
+    scaling, scheme = parse_method(plan.method).scaling, plan.scheme
+    head_dim, repeats = heads(block, fold)
+    if scaling == "equalize":
+        return None
+    if scaling == "awq":
+        hessian = hessian_or_costs(plan, inputs)
+        return search_scales(matrices, hessian, inputs.mean_abs, scheme, head_dim=head_dim, repeats=repeats)
+    shared = partial(tie, head_dim=head_dim, repeats=repeats)
+    return smooth_scales(matrices, inputs, scheme, shared, column_costs(plan, inputs))
+
+
 def fold_scale(
     fold: Fold,
+    s: torch.Tensor | None,
     block: nn.Module,
     plans: dict[str, ModulePlan],
     weights: dict[str, torch.Tensor],
@@ -487,31 +546,20 @@ def fold_scale(
 
     `weights` (float32, by name) and `statistics` are brought up to date; both hold what the linears will see, and
     so do the weights in the block, in its dtype.
+
+    Args:
+        s: that `fold_search` has found.
     """
-    searched = [name for name in fold.linears if name in plans and parse_method(plans[name].method).scaling]
+    searched = searched_linears(fold, plans)
     if not searched:
         return
-    plan, inputs = plans[searched[0]], statistics.get(searched[0])
-    scaling, scheme = parse_method(plan.method).scaling, plan.scheme
-    matrices = [weights[name] for name in searched]
+    inputs = statistics.get(searched[0])
     head_dim, repeats = heads(block, fold)
     source = block.get_submodule(fold.source)
-    if scaling == "equalize":
+    if parse_method(plans[searched[0]].method).scaling == "equalize":
         s = tie(equalizing_scales(produced_range(source, fold, block, norms_plus_one)), head_dim, repeats)
-    elif inputs is None:
+    if s is None:
         return
-    elif scaling == "awq":
-        s = search_scales(
-            matrices,
-            hessian_or_costs(plan, inputs),
-            inputs.mean_abs,
-            scheme,
-            head_dim=head_dim,
-            repeats=repeats,
-        )
-    else:
-        shared = partial(tie, head_dim=head_dim, repeats=repeats)
-        s = smooth_scales(matrices, inputs, scheme, shared, column_costs(plan, inputs))
     if fold.source in weights:  # kept in float32 besides, where it is to be packed itself
         rows = untie(s, head_dim, repeats) if head_dim is not None else s
         weights[fold.source], _ = fold_into_linear(weights[fold.source], None, rows)
@@ -546,6 +594,7 @@ def keep_scales(
     plans: dict[str, ModulePlan],
     weights: dict[str, torch.Tensor],
     statistics: dict[str, InputStatistics],
+    peers: Peers | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scales of input channels for the plans that no fold serves, bfloat16 [K] by name; x is multiplied by them.
 
@@ -556,14 +605,22 @@ def keep_scales(
     for name, inputs in statistics.items():
         if plans[name].channel_scales and inputs.tokens >= FEW_TOKENS * weights[name].shape[1]:
             groups.setdefault(id(inputs), []).append(name)
-    kept = {}
-    for names in groups.values():
+
+    def search(names: list[str]) -> torch.Tensor:
         plan, inputs = plans[names[0]], statistics[names[0]]
         matrices = [weights[name] for name in names]
         if parse_method(plan.method).scaling == "awq":
-            s = search_scales(matrices, hessian_or_costs(plan, inputs), inputs.mean_abs, plan.scheme)
-        else:
-            s = smooth_scales(matrices, inputs, plan.scheme, tie, column_costs(plan, inputs))
+            return search_scales(matrices, hessian_or_costs(plan, inputs), inputs.mean_abs, plan.scheme)
+        return smooth_scales(matrices, inputs, plan.scheme, tie, column_costs(plan, inputs))
+
+    shared = list(groups.values())
+    costs = [search_cost([weights[name] for name in names]) for names in shared]
+    device = next(iter(weights.values())).device
+    found = divided([partial(search, names) for names in shared], costs, device, peers)
+    kept = {}
+    for names, s in zip(shared, found, strict=True):
+        assert s is not None
+        inputs = statistics[names[0]]
         if (c := channel_scales(s)) is None:
             continue
         after, hook = inputs.scaled(c.float()), ScaleInput(c)

@@ -66,6 +66,7 @@ class PagedCache(Cache):
         max_length: tokens that each can have.
         kind: "bf16" (the model's dtype), "int8", "fp8" or "int4".
         dtype, device: of the model.
+        kv_heads: of a layer, where a process has a part of them; None: those of the config.
 
     Attributes:
         layers: a `PagedLayer` for each of the model's.
@@ -85,10 +86,11 @@ class PagedCache(Cache):
         kind: str = "bf16",
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        kv_heads: int | None = None,
     ) -> None:
         pages = -(-max_length // PAGE_SIZE)
         self.kind, self.dtype, self.fill = kind, dtype, Fill(0, pages * PAGE_SIZE)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = kv_heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = []
         with torch.inference_mode(False):  # its tensors are changed in place, in that mode or not

@@ -45,10 +45,13 @@ from quantkit.load import is_foreign, is_quantized, load, load_model, read_quant
 from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.optimize import optimize
 from quantkit.packing import PARTS
+from quantkit.peers import join
+from quantkit.processes import launched
 from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
 from quantkit.scheme import GROUP_SIZES, PRESETS, Scheme, parse_scheme
+from quantkit.shares import Shares, shares
 from quantkit.source import first_line, load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
 
@@ -280,6 +283,11 @@ def quantize(
             )
         save_json(json_file, asdict(found) | {"seconds": found.seconds})
         return
+    where = pick_device(device)
+    peers = join(where) if launched() > 1 else None
+    if peers is not None and not peers.first:
+        quantize_checkpoint(model, out_dir, plan, where, peers=peers)
+        return
     with Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -301,9 +309,7 @@ def quantize(
             note=lambda text: bar.console.print(f"note: {escape(text)}", highlight=False, soft_wrap=True),
         )
         try:
-            summary = quantize_checkpoint(
-                model, out_dir, plan, pick_device(device), progress=progress, report=True
-            )
+            summary = quantize_checkpoint(model, out_dir, plan, where, None, progress, True, peers)
         except KeyboardInterrupt:
             bar.stop()
             if (staging := staging_folder(out_dir)).exists():
@@ -457,10 +463,14 @@ def rounded_line(module: dict[str, Any]) -> str:
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `quantkit quantize` wrote.")],
     device: Device = None,
+    tp: Annotated[
+        int | None, typer.Option(metavar="N", help="Say what each of N processes holds with tp_plan='auto'.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Show scheme, method, sizes, every module, and the kernel that runs at each M."""
     config = read_quantized_config(folder)
+    cut = None if tp is None else shares(folder, tp)
     reader = CheckpointReader(folder)
     stored, shapes = reader.tensors, reader.load([f"{name}.weight" for name in config.modules])
     target = target_of(pick_device(device))
@@ -501,6 +511,8 @@ def inspect(
         row = next(row for row in rows if (row["scheme"], row["N"], row["K"]) == key)
         table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *row["kernels"].values())
     out.print(table)
+    if cut is not None:
+        print_shares(cut)
     report = read_report(folder)
     if report is not None:
         if len((table := report_table(report.modules)).columns) > 2:  # more than the error, which is above
@@ -509,7 +521,23 @@ def inspect(
         if report.verdict is not None:
             print_verdict(report.verdict)
     content = {"format_version": config.format_version, "target": target, "bytes": total, "modules": rows}
+    content |= {} if cut is None else {"tensor_parallel": asdict(cut)}
     save_json(json_file, content if report is None else {**content, "report": asdict(report)})
+
+
+def print_shares(cut: Shares) -> None:
+    lines = [
+        f"tensor parallel over {cut.ranks}: at most {megabytes(cut.most)} a process, {megabytes(cut.whole)} of it on all; "
+        f"{cut.most / cut.total:.1%} of {megabytes(cut.total)}"
+    ]
+    if cut.regrouped:
+        name, columns = next(iter(cut.regrouped.items()))
+        lines.append(
+            f"{len(cut.regrouped)} linears from {name} on get groups of {columns} columns, with the same numbers"
+        )
+    lines.append(f"it can be cut over {', '.join(map(str, cut.working))}")
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def report_table(modules: Sequence[ModuleReport]) -> Table:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -284,6 +285,11 @@ def fuse(model: PreTrainedModel) -> None:
     if len(devices) > 1:
         raise QuantKitError(
             f"{kind}: is on {', '.join(sorted(devices))}, expected one device; load it with device_map={{'': device}}"
+        )
+    if any(isinstance(tensor, DTensor) for block in blocks for tensor in block.parameters()):
+        raise QuantKitError(
+            f"{kind}: has linears in its blocks that are not packed and cut over processes, expected packed ones; load it "
+            "without tp_plan"
         )
     for block in blocks:
         fuse_block(block)

@@ -5,6 +5,8 @@ accord: without the import it warns 'Unknown quantization type' and then stops a
 `QuantLinear.weight`), because their shape is not that of a weight.
 """
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from quantkit.experts import fuse_experts, unfuse_experts
 from quantkit.linear import QuantLinear, replace_module, tensor_specs
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
+from quantkit.tensor_parallel import localize, plan_model, refuse_to_save
 
 FORMAT_VERSION = (
     3  # of checkpoints with an order of columns; those with channel scales are of version 2, others of 1
@@ -135,9 +138,14 @@ class QuantKitQuantizer(HfQuantizer):
             check_stored(name, scheme, linear, stored, *beside)
             _, scale_dtype = stored.get(f"{name}.scales", ((), "BF16"))
             replace_module(model, name, packed_twin(linear, scheme, SCALE_DTYPES[scale_dtype], *beside))
+        plan_model(model, digest(self.quantization_config, stored))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return prepare(model)
+        is_cut = localize(model)
+        prepare(model)
+        if is_cut:
+            model.save_pretrained = refuse_to_save  # type: ignore[method-assign, assignment]
+        return model
 
     def update_tp_plan(self, config: Any) -> Any:
         return config
@@ -171,6 +179,12 @@ class QuantKitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def digest(config: QuantKitConfig, stored: dict[str, tuple[tuple[int, ...], str]]) -> str:
+    """Of what the headers of a checkpoint say: its tensors, and how the packed ones are to be read."""
+    content = json.dumps([config.schemes, config.modules, sorted(stored.items())], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def stored_tensors(files: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -275,31 +289,41 @@ class SaveWithManifest:
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Readies a model whose QuantLinears hold their tensors: `save_pretrained` will write the manifest too."""
-    offloaded = (
-        len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    )  # accelerate's hooks move the tensors
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             check_order(name, module)
             module.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
-            if not offloaded:
+            if not is_offloaded(name, getattr(model, "hf_device_map", {})):
                 module.repack(model.dtype)
     model.save_pretrained = SaveWithManifest(model)  # type: ignore[method-assign, assignment]
     return model
 
 
+def is_offloaded(name: str, device_map: dict[str, Any]) -> bool:
+    """Whether accelerate brings a module's tensors to where they are needed at each call, under their own names."""
+    places = {
+        module: place
+        for module, place in device_map.items()
+        if f"{name}.".startswith(f"{module}." * bool(module))
+    }
+    place = places[max(places, key=len)] if places else None
+    on_cpu_alone = all(place in ("cpu", "disk") for place in map(str, device_map.values()))
+    return str(place) == "disk" or (str(place) == "cpu" and not on_cpu_alone)
+
+
 def check_order(name: str, module: QuantLinear) -> None:
-    """Refuses an input_order that names columns that x does not have, or has been cut by tensor parallelism."""
+    """Refuses an input_order that names columns that x does not have, or one of them twice."""
     order = module.input_order
     if order is None or order.is_meta:
         return
-    K = module.in_features
-    if order.shape != (K,) or not torch.equal(
-        order.sort().values, torch.arange(K, device=order.device).int()
+    columns = order.unique()
+    if (
+        order.shape != (module.in_features,)
+        or len(columns) != len(order)
+        or not (0 <= int(columns[0]) <= int(columns[-1]) < module.input_width)
     ):
         raise QuantKitError(
-            f"{name}.input_order: not an order of the numbers 0 to {K - 1}; copy the checkpoint again, or load it on one "
-            "device: tensor parallelism cannot cut it"
+            f"{name}.input_order: not an order of the numbers 0 to {module.input_width - 1}; copy the checkpoint again"
         )
 
 

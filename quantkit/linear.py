@@ -121,6 +121,8 @@ class QuantLinear(nn.Module):
             beside 16-bit x, where `scales` stay; None unless repacked.
         repacked_for: the dtype of x that they were packed for, or None.
         fast_accumulation: of `fp8` and `fp8-static`, see `set_fp8_accumulation`.
+        place: in the plan of tensor parallelism while a model is loaded, see `tensor_parallel.py`.
+        group: of the processes that it is cut over; None where it is whole.
         bias: [out_features] in the model's dtype, or None.
         weight: int64 [2], the numbers (N, K). In a checkpoint it stands under the name that a plain model
             gives its weight, so that a reader that does not know quantkit meets a shape mismatch and stops,
@@ -140,7 +142,8 @@ class QuantLinear(nn.Module):
     packed_zeros: torch.Tensor | None
     repacked_for: torch.dtype | None = None
     fast_accumulation: bool = False
-    _hf_quantized_needs_local_tp = True  # transformers hands such a module its local shard
+    place: Any = None
+    group: Any = None
 
     def __init__(
         self,
@@ -213,6 +216,11 @@ class QuantLinear(nn.Module):
         return (self.codes if self.packed is None else self.packed).device  # type: ignore[union-attr]
 
     @property
+    def input_width(self) -> int:
+        """Columns of x in all, of which a linear that is cut by its inputs has `in_features`."""
+        return self.in_features
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes held for the weight on the device."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
@@ -268,11 +276,15 @@ class QuantLinear(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """y, by the kernel; it has no gradient."""
-        ops = torch.ops.quantkit
         if self.channel_scales is not None:
             x = (x * self.channel_scales).to(x.dtype)
         if self.input_order is not None:
             x = x.index_select(-1, self.input_order)
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """y of x that is scaled and in order."""
+        ops = torch.ops.quantkit
         if self.packed is not None and self.scheme.op == "w8a16":
             is_int8 = self.scheme.weight == "int8"
             return ops.w8a16_interleaved(x, self.packed, self.scales, self.bias, is_int8)
@@ -295,6 +307,13 @@ class QuantLinear(nn.Module):
         if self.scheme.op == "w8a8":
             return ops.w8a8(x, self.codes, self.scales, self.input_scale, self.bias, self.fast_accumulation)
         return ops.fp8_block(x, self.codes, self.scales, self.bias)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """dx; where the outputs are cut over processes, the sum of what each has."""
+        dx = dy @ self.quantized().effective_weight(dy.dtype)
+        if self.group is not None:
+            torch.distributed.all_reduce(dx, group=self.group)
+        return dx
 
     @property
     def rounding(self) -> tuple[torch.dtype, torch.Tensor | None, int] | None:
@@ -355,7 +374,7 @@ class PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return dy @ ctx.linear.quantized().effective_weight(dy.dtype), None
+        return ctx.linear.input_gradient(dy), None
 
 
 def set_fp8_accumulation(model: nn.Module, mode: str) -> None:

@@ -1,5 +1,6 @@
 """Loading a quantized directory, and checking that it is whole."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quantkit.formats.gguf import gguf_of
 from quantkit.hf import METHOD, QuantKitConfig
 from quantkit.kernels.dispatch import target_of
 from quantkit.linear import QuantLinear, kernel_of, tensor_specs
+from quantkit.processes import agree, start
 from quantkit.report import REPORT, read_report
 from quantkit.scheme import parse_scheme
 from quantkit.source import auto_class, auto_config, first_line
@@ -101,7 +103,7 @@ def load(
         requantize: of another tool's checkpoint: a scheme (`w8a16`) for linears that quantkit's format cannot hold as
             they are; None: they are refused.
         kwargs: handed to `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...); for other tools'
-            checkpoints `dtype` alone.
+            checkpoints `dtype` alone. With tp_plan="auto" it is cut over the processes that torchrun has started.
 
     Raises:
         QuantKitError: not a packed model, a newer format, a damaged file.
@@ -112,6 +114,12 @@ def load(
             raise QuantKitError(
                 f"{folder}: requantize is for checkpoints of other tools; use quantkit quantize"
             )
+        if is_cut(kwargs):
+            if device is not None:
+                raise QuantKitError(
+                    f"{folder}: device {device} of a model that is cut over processes; leave the device out, each process takes its own"
+                )
+            join(folder)
         read_quantized_config(folder)
         return load_model(folder, device, **kwargs)
     if strangers := set(kwargs) - {"dtype"}:
@@ -127,7 +135,7 @@ def load(
 def load_model(folder: Path, device: str | torch.device | None = None, **kwargs: Any) -> PreTrainedModel:
     """A model directory, quantized or not, as `load` would load it."""
     CheckpointReader(folder)  # headers and sizes: a truncated file is named here
-    if device is None and "device_map" not in kwargs:
+    if device is None and "device_map" not in kwargs and not is_cut(kwargs):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
@@ -139,6 +147,24 @@ def load_model(folder: Path, device: str | torch.device | None = None, **kwargs:
         raise QuantKitError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
     check_kernels(model)
     return model.eval()
+
+
+def is_cut(kwargs: dict[str, Any]) -> bool:
+    """Whether `from_pretrained` is asked to cut the model over processes."""
+    return any(kwargs.get(name) is not None for name in ("tp_plan", "distributed_config"))
+
+
+def join(folder: Path) -> None:
+    """Joins the other processes, and refuses on all of them what one cannot read, or what differs between them."""
+    start("cuda" if torch.cuda.is_available() else "cpu")
+    headers = wrong = ""
+    try:
+        read_quantized_config(folder)
+        content = [(name, t.dtype, t.shape) for name, t in CheckpointReader(folder).tensors.items()]
+        headers = sha256(repr(sorted(content)).encode() + (folder / "config.json").read_bytes()).hexdigest()
+    except QuantKitError as error:
+        wrong = str(error)
+    agree(headers[:16], wrong, "config.json and headers of the checkpoint")
 
 
 def check_kernels(model: PreTrainedModel) -> None:

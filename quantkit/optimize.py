@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn, TypeVar
 
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from quantkit.cache import PAGE_SIZE
@@ -53,6 +54,10 @@ def optimize(model: Model, head: str | Scheme | None = None, kv: str = "bf16") -
     if scheme is not None and (old is None or isinstance(old, QuantLinear)):
         raise QuantKitError(
             f"head {scheme.label}: the model has no LM head that is not packed; leave head out"
+        )
+    if scheme is not None and getattr(old, "weight", None) is not None and isinstance(old.weight, DTensor):
+        raise QuantKitError(
+            f"head {scheme.label}: the LM head is cut over processes; pack it with quantkit quantize"
         )
     fuse(model)
     if not why_not:

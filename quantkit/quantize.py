@@ -28,6 +28,7 @@ from quantkit.hf import QuantKitConfig, install
 from quantkit.method import parse_method
 from quantkit.models import FOLDS, NORMS_PLUS_ONE, decoder_blocks
 from quantkit.packing import QuantizedTensor
+from quantkit.peers import Peers
 from quantkit.recipe import CalibrationSpec, ModulePlan, Recipe, plan_modules
 
 
@@ -101,10 +102,15 @@ def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:
 
 
 class Job:
-    """One model, its blocks and its plan: what both ways of quantizing share."""
+    """One model, its blocks and its plan: what both ways of quantizing share.
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-        self.model, self.device = model, device
+    With `peers` the work is divided among processes: each runs its share of the samples, and packs its share of a block.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, device: torch.device, peers: Peers | None = None
+    ) -> None:
+        self.model, self.device, self.peers = model, device, peers
         unfuse_experts(model)
         self.rotation: Rotation | None = None
         self.untied: dict[str, str] = {}  # tensor -> the tensor it was tied to, and is still stored as
@@ -122,6 +128,12 @@ class Job:
     def follow(self, recipe: Recipe) -> None:
         """Plans by a recipe; called again once `target_bpw` has led to another."""
         self.recipe, self.plans = recipe, plan_modules(self.model, recipe)
+        learning = [plan for plan in self.plans.values() if parse_method(plan.method).learn]
+        if self.peers is not None and learning:
+            raise QuantKitError(
+                f"{learning[0].name}: method {learning[0].method} with {self.peers.count} processes, expected one, since learning "
+                "takes all samples in turn; leave 'learn' out (a quality below best does), or start one process"
+            )
 
     @property
     def needs_tokens(self) -> bool:
@@ -168,7 +180,8 @@ class Job:
         return self.watched or self.activations is not None
 
     def capture(self, tokens: torch.Tensor) -> None:
-        """Runs the calibration tokens up to the first block."""
+        """Runs the calibration tokens, or this process's share of them, up to the first block."""
+        tokens = tokens if self.peers is None else self.peers.share(tokens)
         self.activations = capture(self.model, self.blocks, tokens, self.device)
         if any(needs_original(plan) for plan in self.plans.values()):
             self.activations.original = list(self.activations.hidden)
@@ -182,7 +195,11 @@ class Job:
 
     def quantize_block(self, index: int) -> list[ModuleResult]:
         plans = self.block_plans(index)
-        inputs = None if self.activations is None else BlockInputs(index, self.activations, self.device)
+        inputs = (
+            None
+            if self.activations is None
+            else BlockInputs(index, self.activations, self.device, self.peers)
+        )
         kind = self.model.config.get_text_config().model_type
         return quantize_block(
             self.blocks[index],
@@ -192,6 +209,7 @@ class Job:
             kind in NORMS_PLUS_ONE,
             self.dtype,
             runs_on=self.runs_on,
+            peers=self.peers,
         )
 
     def quantize_outer(self) -> list[ModuleResult]:

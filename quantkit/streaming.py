@@ -5,11 +5,12 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ from quantkit.checkpoint import (
     staging_folder,
     write_text,
 )
-from quantkit.errors import MachineError, out_of_memory
+from quantkit.errors import MachineError, QuantKitError, out_of_memory
 from quantkit.eval import samples as sampling
 from quantkit.eval.report_html import report_html
 from quantkit.formats import PLAIN, open_original
@@ -38,6 +39,7 @@ from quantkit.judge import judge
 from quantkit.linear import replace_module
 from quantkit.names import model_names
 from quantkit.packing import PARTS
+from quantkit.peers import Peers
 from quantkit.quantize import (
     Job,
     Progress,
@@ -65,6 +67,8 @@ from quantkit.source import COPIED, empty_model, first_line, load_tokenizer, who
 from quantkit.witness import Witness, call_witness
 
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
+T = TypeVar("T")
+Stored = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # of a part: tensors, and notes on its linears
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 
@@ -94,23 +98,26 @@ def quantize_checkpoint(
     tokens: torch.Tensor | None = None,
     progress: Progress | None = None,
     report: bool = False,
+    peers: Peers | None = None,
 ) -> Summary:
     """Quantizes a model directory (or hub name) into `out`, one decoder block in memory at a time.
 
-    A run that was killed leaves `out`.partial; the same call continues it and gives the same bytes.
+    A run that was killed leaves `out`.partial; the same call continues it and gives the same bytes. So does a call with
+    another number of processes, whose blocks have other roundings in the sums of their statistics.
 
     Args:
         device: where blocks are worked on; a GPU if there is one, by default.
         tokens: int64 [samples, seq_len] to calibrate on, in the place of the recipe's calibration.
         report: judge the result, and put a model card and a report beside it (FORMAT.md names the files). A
             model that is small or was sampled from is loaded once more for it, to let it write.
+        peers: the processes that do it together (`quantkit.peers.join`), each with this call; the first one writes.
 
     Raises:
         QuantKitError: the model or the recipe is at fault, or `out` exists.
         MachineError: disk or memory are used up; `out`.partial keeps the finished blocks.
     """
     device = torch.device(device) if device is not None else default_device()
-    return Run(source, Path(out), recipe, device, progress or Progress(), report).quantize(tokens)
+    return Run(source, Path(out), recipe, device, progress or Progress(), report, peers).quantize(tokens)
 
 
 class Run:
@@ -135,11 +142,14 @@ class Run:
         device: torch.device,
         progress: Progress,
         report: bool,
+        peers: Peers | None = None,
     ) -> None:
         """Refuses what can be refused before the work."""
+        self.peers = peers
+        self.first = peers is None or peers.first  # of the processes: it writes, and judges
         self.started = time.monotonic()
         self.source, self.out, self.recipe, self.device = source, out, recipe, device
-        self.progress, self.report = progress, report
+        self.progress, self.report = progress, report and self.first
         check_out(out)
         original = open_original(source)
         self.folder, self.original = original.folder, original.path
@@ -150,7 +160,7 @@ class Run:
             self.progress.note(note)
         for note in original.notes:
             self.progress.note(note)
-        self.job = Job(self.model, recipe, device)
+        self.job = Job(self.model, recipe, device, peers)
         self.reader.tensors = model_names(self.reader.tensors, self.model)
         self.source_bytes = sum(tensor.stop - tensor.start for tensor in self.reader.tensors.values())
         self.loader = BlockLoader(self.job, self.reader, device)
@@ -174,14 +184,15 @@ class Run:
     def quantize(self, tokens: torch.Tensor | None) -> Summary:
         """The whole run, from the given tokens, if any, to OUT."""
         self.find_tokens(tokens)
-        with memory_named(self.out), CheckpointWriter(self.out, self.identity(), self.size) as self.writer:
+        with memory_named(self.out), self.opened_writer():
             self.choose_schemes()
             self.progress.start(len(self.job.blocks) + 1)
             self.quantize_outer()
             for index in range(len(self.job.blocks)):
                 self.quantize_block(index)
             self.hear_witness()
-            self.finish()
+            if self.first:
+                self.finish()
         return Summary(
             self.job.modules,
             self.calibration,
@@ -193,6 +204,25 @@ class Run:
             self.verdict,
             self.allocation,
         )
+
+    @contextmanager
+    def opened_writer(self) -> Iterator[None]:
+        """The writer, on the first process alone, once all have been found to work at the same thing."""
+        if self.peers is not None:
+            tensors = sorted((name, t.dtype, t.shape) for name, t in self.reader.tensors.items())
+            job = {**self.identity(), "source": tensors, "report": None}
+            text = json.dumps(job, sort_keys=True, default=str)
+            self.peers.agree(sha256(text.encode()).hexdigest()[:16], "model, recipe, tokens and versions")
+        with (
+            CheckpointWriter(self.out, self.identity(), self.size) if self.first else nullcontext() as writer
+        ):
+            if writer is not None:
+                self.writer = writer
+            yield
+
+    def from_first(self, call: Callable[[], T], doing: str) -> T:
+        """What a call gives on the first process, which alone makes it."""
+        return call() if self.peers is None else self.peers.from_first(call, doing)
 
     def find_tokens(self, tokens: torch.Tensor | None) -> None:
         """The tokens to calibrate on, given or by the recipe."""
@@ -206,6 +236,14 @@ class Run:
                     spec, tokenizer, lambda: whole_model(self.original, self.device), self.progress
                 )
             check_tokens(tokens, self.model)
+            if self.peers is not None:
+                found = tokens
+                tokens = self.from_first(lambda: found, "calibration tokens")
+                if len(tokens) < self.peers.count:
+                    raise QuantKitError(
+                        f"{len(tokens)} calibration sequences for {self.peers.count} processes, expected one each or more; "
+                        "use more samples, or fewer processes"
+                    )
             self.calibration = describe_calibration(spec, tokens)
         self.tokens = tokens
 
@@ -225,15 +263,17 @@ class Run:
         """Measures the model where there is a `target_bpw`, unless a killed run did, and plans anew."""
         if self.recipe.target_bpw is None or self.tokens is None:
             return
-        saved = self.writer.staging / ALLOCATION
-        self.allocation = read_allocation(saved)
+        saved = staging_folder(self.out) / ALLOCATION
+        self.allocation = self.from_first(lambda: read_allocation(saved), "schemes")
         if self.allocation is None:
             check_room(self.model, self.tokens, self.device)
-            self.allocation = allocate(
+            found = allocate(
                 whole_model(self.original, self.device), self.recipe, self.tokens, self.progress.measure
             )
-            with self.writer.writing(saved):
-                write_text(saved, json.dumps(self.allocation.to_dict()))
+            self.allocation = self.from_first(lambda: found, "schemes")
+            if self.first:
+                with self.writer.writing(saved):
+                    write_text(saved, json.dumps(self.allocation.to_dict()))
         self.progress.allocation(self.allocation)
         self.job.follow(self.allocation.recipe(self.recipe))
 
@@ -268,7 +308,7 @@ class Run:
     @contextmanager
     def timing(self, index: int, part: str) -> Iterator[None]:
         """Notes what a block takes, unless a killed run packed it."""
-        begun, new = time.monotonic(), not self.writer.part(part).exists()
+        begun, new = time.monotonic(), self.first and not self.writer.part(part).exists()
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -281,10 +321,10 @@ class Run:
         self, part: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
     ) -> dict[str, torch.Tensor]:
         """Packs and stores a loaded part, or takes what a killed run stored; the tensors in its file."""
-        stored = self.writer.read_part(part)
+        stored = self.from_first(lambda: self.writer.read_part(part), part)
         if stored is None:
-            stored = self.loader.pack(module, prefix, results())
-            self.writer.write_part(part, *stored)
+            packed = self.loader.pack(module, prefix, results())
+            stored = self.from_first(lambda: self.written(part, packed), part)
         tensors, notes = stored
         if self.job.runs_on:
             # from the stored tensors, roundings and all, so that a continued run goes on as this one does
@@ -294,6 +334,10 @@ class Run:
             self.enter(note, tensors)
         self.progress.step()
         return tensors
+
+    def written(self, part: str, stored: Stored) -> Stored:
+        self.writer.write_part(part, *stored)
+        return stored
 
     def enter(self, note: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Enters a packed linear in the figures, from what is stored of it."""

@@ -17,8 +17,10 @@ import quantkit
 from quantkit import QuantKitError, QuantLinear, Recipe, Rule
 from quantkit.calibration.learn import learn_rounding
 from quantkit.checkpoint import MANIFEST, WEIGHTS
+from quantkit.hf import is_offloaded
 from quantkit.linear import tensor_specs
 from quantkit.load import verify
+from quantkit.packing import PARTS
 from quantkit.quantize import Progress
 
 LABELS = [
@@ -147,6 +149,41 @@ def test_a_device_map_changes_nothing(device_map, mixed, tmp_path):
     assert torch.equal(logits(model).cpu(), logits(loaded(mixed)))
     model.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(mixed)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a8-static", "fp8-block"])
+def test_a_block_on_the_disk_is_read_when_it_is_called(scheme, packed, tmp_path):
+    """What accelerate does with blocks that a device has no room for; the others are laid out for their device."""
+    folder = packed("llama", scheme)
+    rest = ("embed_tokens", "rotary_emb", "layers.1", "norm")
+    device_map = {**{f"model.{name}": "cpu" for name in rest}, "lm_head": "cpu", "model.layers.0": "disk"}
+    model = loaded(folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "disk")
+    assert model.model.layers[0].mlp.up_proj.codes.is_meta
+    whole = loaded(folder, dtype=torch.float32)
+    second = (m.model.layers[1].mlp.up_proj for m in (model, whole))
+    assert len({linear.repacked_for for linear in second}) == 1
+    # the order of the sums differs by kernel
+    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    saved, stored = load_file(tmp_path / "again" / WEIGHTS), load_file(folder / WEIGHTS)
+    ours = [name for name in stored if name.rpartition(".")[2] in PARTS]
+    assert same({name: saved[name] for name in ours}, {name: stored[name] for name in ours})
+
+
+@pytest.mark.parametrize(
+    ("name", "device_map", "offloaded"),
+    [
+        ("a.0.b", {}, False),
+        ("a.0.b", {"": 0}, False),
+        ("a.0.b", {"a.0": 0, "a.1": 1}, False),
+        ("a.0.b", {"a.0": "cpu", "a.1": 0}, True),
+        ("a.10.b", {"a.1": "cpu", "a.10": 0}, False),
+        ("a.0.b", {"a": 0, "a.0": "disk"}, True),
+        ("a.0.b", {"a.0": "cpu", "a.1": "disk"}, False),
+    ],
+)
+def test_what_is_offloaded_is_told_from_the_device_map(name, device_map, offloaded):
+    assert is_offloaded(name, device_map) == offloaded
 
 
 def test_quantkit_load_is_from_pretrained(mixed):
