@@ -167,7 +167,9 @@ class Generating:
 
     def new_cache(self: Any, batch: int, max_length: int) -> PagedCache:
         """A cache for so many sequences and tokens, to be given to forward or `generate`."""
-        return PagedCache(self.config.get_text_config(), batch, max_length, self.kv, self.dtype, self.device)
+        attention, config = self.get_decoder().layers[0].self_attn, self.config.get_text_config()
+        kv_heads = (attention.k_proj.stop - attention.k_proj.start) // attention.head_dim  # of this process
+        return PagedCache(config, batch, max_length, self.kv, self.dtype, self.device, kv_heads)
 
     def free_cache(self) -> None:
         """Gives back the pages that the last call of `generate` left for the next one."""
