@@ -45,11 +45,11 @@ class Case:
 
 CASES = {
     "w8a16": Case("w8a16", changes={"intermediate_size": 128}, extras=("gradient", "load", "save")),
-    "w8a8": Case("w8a8", changes=BIASED, extras=("optimize",)),
+    "w8a8": Case("w8a8", changes=BIASED, extras=("optimize", "compile")),
     "w8a8-static": Case("w8a8-static", extras=("optimize",)),
     "w4a16-g32": Case("w4a16-g32", extras=("optimize",)),
     "w4a16-channel": Case("w4a16-channel-asym", changes=BIASED),
-    "w4a8, groups cut": Case("w4a8-g64-asym", "qwen3", {**SMALL, "intermediate_size": 192}, ("compile",)),
+    "w4a8, groups cut": Case("w4a8-g64-asym", "qwen3", {**SMALL, "intermediate_size": 192}),
     "w3a16": Case("w3a16-g32", "qwen2"),
     "w2a16": Case("w2a16-channel", "mistral"),
     "fp8": Case("fp8", "qwen3"),
