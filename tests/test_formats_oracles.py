@@ -3,9 +3,12 @@
 Each test needs one of them and says which; compressed-tensors, gguf and hypothesis come with quantkit[dev].
 """
 
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -414,3 +417,36 @@ def test_gptqmodel_runs_our_directory(packed, tmp_path):
         if hasattr(module, "qweight"):
             weight = module.dequantize_weight().T
             assert torch.equal(weight.half(), ours.get_submodule(name).weight), name
+
+
+MADE_BY_GPTQMODEL = """
+import os, sys
+os.cpu_count = lambda: 8  # it wants workers
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+source, out = sys.argv[1:]
+config = QuantizeConfig(bits=4, group_size=32, desc_act=True, sym=True)
+model = GPTQModel.load(source, config, device="cpu")
+ids = torch.randint(5, 1000, (8, 1, 64), generator=torch.Generator().manual_seed(0))
+model.quantize([{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids], batch_size=1)
+model.save(out)
+theirs = GPTQModel.load(out, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
+weights = {n: m.dequantize_weight().T.half() for n, m in theirs.named_modules() if hasattr(m, "qweight")}
+torch.save(weights, out + ".weights")
+"""
+
+
+def test_we_read_a_directory_that_gptqmodel_made_with_desc_act(tmp_path):
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("the oracle gptqmodel is not installed")
+    out = tmp_path / "theirs"
+    command = [sys.executable, "-W", "ignore", "-c", MADE_BY_GPTQMODEL, str(EXAMPLE), str(out)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, env=environment, capture_output=True)
+    weights = torch.load(f"{out}.weights", weights_only=True)
+    ours = quantkit.load(out, "cpu", dtype=torch.float32)
+    packed = {n: m.quantized() for n, m in ours.named_modules() if isinstance(m, QuantLinear)}
+    assert packed.keys() == weights.keys()
+    assert any(q.input_order is not None for q in packed.values())
+    for name, quantized in packed.items():
+        assert torch.equal(quantized.effective_weight(torch.float16), weights[name]), name
