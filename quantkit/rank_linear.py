@@ -85,8 +85,9 @@ class RowLinear(QuantLinear):
 
     @property
     def rounding(self) -> tuple[torch.dtype, torch.Tensor | None, int] | None:
-        """As of a whole linear, but None where a row's scale needs all ranks."""
-        return None if self.scheme.activation_scale == "token" else super().rounding
+        """As of a whole linear, but None where a row's scale needs all ranks, or x comes whole."""
+        alone = self.scheme.activation_scale != "token" and self.first_column is None
+        return super().rounding if alone else None
 
     def of_rounded(
         self, x_codes: torch.Tensor, x_scales: torch.Tensor, dtype: torch.dtype, fast: bool | None = None

@@ -79,6 +79,10 @@ def look(folder: str, extras: list[str], dtype: torch.dtype) -> dict[str, Any]:
         note["gradient"] = gradient(model)
     if "save" in extras:
         note["saved"] = noted(lambda: model.save_pretrained(folder + "-saved"))["error"]
+    if "head" in extras:
+        note["head"] = noted(lambda: quantkit.optimize(model, head="w8a16"))["error"]
+    if "mixed" in extras:
+        note["mixed"] = noted(lambda: quantkit.optimize(model))["error"]
     if "optimize" in extras:
         note["optimized"] = answers(quantkit.optimize(model))
     return note

@@ -44,12 +44,12 @@ class Case:
 
 
 CASES = {
-    "w8a16": Case("w8a16", changes={"intermediate_size": 128}, extras=("gradient", "load", "save")),
-    "w8a8": Case("w8a8", changes=BIASED, extras=("optimize",)),
+    "w8a16": Case("w8a16", changes={"intermediate_size": 128}, extras=("gradient", "load", "save", "head")),
+    "w8a8": Case("w8a8", changes=BIASED, extras=("optimize", "compile")),
     "w8a8-static": Case("w8a8-static", extras=("optimize",)),
     "w4a16-g32": Case("w4a16-g32", extras=("optimize",)),
     "w4a16-channel": Case("w4a16-channel-asym", changes=BIASED),
-    "w4a8, groups cut": Case("w4a8-g64-asym", "qwen3", {**SMALL, "intermediate_size": 192}, ("compile",)),
+    "w4a8, groups cut": Case("w4a8-g64-asym", "qwen3", {**SMALL, "intermediate_size": 192}),
     "w3a16": Case("w3a16-g32", "qwen2"),
     "w2a16": Case("w2a16-channel", "mistral"),
     "fp8": Case("fp8", "qwen3"),
@@ -59,7 +59,9 @@ CASES = {
     "groups cut": Case("w4a16-g128-asym", changes={**WIDE, "intermediate_size": 384}),
     "bfloat16": Case("w8a8", dtype="bfloat16"),
     "bfloat16, repacked": Case("w4a16-g32", changes=WIDE, extras=("optimize",), dtype="bfloat16"),
-    "head": Case("w8a16", rules=(Rule("lm_head", "w4a16-g32"), Rule(r".*mlp\..*", "keep"))),
+    "head": Case(
+        "w8a16", extras=("head", "mixed"), rules=(Rule("lm_head", "w4a16-g32"), Rule(r".*mlp\..*", "keep"))
+    ),
     "mixtral": Case("w4a8-g32", "mixtral", rules=(Rule(r".*experts\.1\..*", "keep"),)),
     "channel scales": Case("w4a16-g32", "qwen2_moe", EXPERTS, method="awq"),
 }
@@ -182,6 +184,18 @@ def test_what_cannot_be_cut_is_refused_on_every_process(name, words, found):
 def test_a_forward_without_the_other_process_ends(found):
     assert found[0]["deserted"]["seconds"] < 60
     assert found[0]["deserted"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("w8a16", "the LM head is cut over processes"), ("head", "no LM head that is not packed")],
+)
+def test_a_head_that_is_cut_is_not_packed_by_optimize(name, words, found):
+    assert all(words in two[name]["head"] for two in found)
+
+
+def test_blocks_with_cut_linears_that_are_not_packed_are_not_fused(found):
+    assert all("not packed and cut over processes" in two["head"]["mixed"] for two in found)
 
 
 def test_saving_a_part_is_refused(found):
