@@ -34,6 +34,7 @@ MAX_SHARD_SIZE = "50GB"  # save_pretrained's default, so that saving again gives
 RECORD = "job.json"  # in OUT.partial: what makes its bytes
 JOINED = "out"  # what becomes OUT
 FINISHED = "finished"  # the mark, made just before OUT appears
+LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
 CHUNK = 1 << 22  # bytes copied at a time
 BITS_OF = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
@@ -77,6 +78,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise QuantKitError(f"{path}: truncated or not a safetensors file ({size} bytes); copy it again")
+        if length > LARGEST_HEADER:
+            raise QuantKitError(
+                f"{path}: damaged: a safetensors header of {length} bytes, expected at most {LARGEST_HEADER}; copy it again"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -124,7 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             files = [folder / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise QuantKitError(f"{index}: cannot be read ({error}); copy it again") from error
         if strangers := [name for name in names if Path(name).name != name or name == ".."]:
             raise QuantKitError(
@@ -280,7 +285,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise QuantKitError(f"{path}: not found; is {path.parent} a model directory?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QuantKitError(f"{path}: not valid JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise QuantKitError(f"{path}: found {type(content).__name__}, expected a JSON object")
@@ -298,6 +303,10 @@ def staging_folder(out: Path) -> Path:
 
 def check_out(out: Path) -> None:
     """Refuses, before the work, a directory that cannot be made."""
+    if not out.name:
+        raise QuantKitError(
+            f"{str(out)!r}: has no name of its own, expected a directory to make; name one, as OUT"
+        )
     if out.exists():
         staging = staging_folder(out)
         if (staging / FINISHED).exists() and not (staging / JOINED).exists():

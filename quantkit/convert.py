@@ -7,12 +7,14 @@ where that holds them. Where either does not, it is rounded anew, but only if th
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantkit import __version__
 from quantkit.block_loader import GUARD_BYTES, release_memory
@@ -29,7 +31,7 @@ from quantkit.checkpoint import (
 from quantkit.errors import QuantKitError
 from quantkit.foreign import check_requantize, entry_of, round_anew, skeleton_of
 from quantkit.formats import Source, gguf_blocks, open_source
-from quantkit.formats.affine import Linear
+from quantkit.formats.affine import Linear, check_finite
 from quantkit.formats.gguf_file import ALIGNMENT, header_bytes
 from quantkit.formats.gguf_names import (
     ROPE_FACTORS,
@@ -245,6 +247,8 @@ class Run:
         tensors: dict[str, torch.Tensor] = {}
         notes: list[dict[str, Any]] = []
         for name, tensor in self.reader.load_plain([n for n in names if n not in packed]).items():
+            module, _, suffix = name.rpartition(".")
+            check_finite(f"{self.reader.find(name).file}: {module}", **{suffix: tensor})
             if self.to == GGUF:
                 notes.append(self.put_gguf(tensors, name, *plain_gguf(tensor)))
             else:
@@ -332,10 +336,10 @@ class Run:
 
     def fill_gguf(self, folder: Path, sources: dict[str, StoredTensor]) -> None:
         """Writes the one file of a GGUF model from the parts."""
-        kinds = [entry["scheme"] for entry in self.kept.modules.values()]
-        metadata = metadata_of(
-            self.source.config, self.source.folder.resolve().name, max(set(kinds), key=kinds.count)
-        )
+        kinds = Counter(entry["scheme"] for entry in self.kept.modules.values())
+        # of several that are as frequent the first in the model's order: the bytes do not depend on the run
+        ((most, _),) = kinds.most_common(1)
+        metadata = metadata_of(self.source.config, self.source.folder.resolve().name, most)
         described = [(name, tuple(shape), kind) for name, (kind, shape) in self.kept.types.items()]
         factors = rope_factors(self.source.config)
         if factors is not None:
@@ -355,6 +359,18 @@ class Run:
                 file.write(bytes(-written % ALIGNMENT))
             sync(file)
 
+    def unpacked(self) -> list[str]:
+        """The linears of OUT that are not packed, and what else is a matrix: routers, which others make linears of."""
+        model = self.skeleton.model
+        tables = {
+            self.out_name(f"{n}.weight") for n, m in model.named_modules() if isinstance(m, nn.Embedding)
+        }
+        matrices = [n for n, meta in self.kept.order.items() if n.endswith(".weight") and meta.dim() == 2]
+        names = [self.out_name(f"{name}.weight") for name in linears(model)]
+        names += [name for name in matrices if name not in tables]
+        modules = dict.fromkeys(name.removesuffix(".weight") for name in names)  # each once, in order
+        return [name for name in modules if name not in self.kept.modules]
+
     def add_files(self, out: Path) -> None:
         """Puts what belongs beside the tensors into the folder that will be OUT."""
         config, folder = self.skeleton.model.config, self.source.folder
@@ -367,15 +383,8 @@ class Run:
             config.save_pretrained(out)
             save_generation_config(self.skeleton.model, folder, out)
         else:
-            packed = set(kept.modules)
-            names = [
-                self.out_name(f"{name}.weight").removesuffix(".weight")
-                for name in linears(self.skeleton.model)
-            ]
             ordered = any(entry.get("input_order") for entry in kept.modules.values())
-            described = self.target.config(
-                kept.schemes, [name for name in names if name not in packed], ordered
-            )
+            described = self.target.config(kept.schemes, self.unpacked(), ordered)
             content = self.source.content or config.to_dict()
             content = {**content, "quantization_config": described}
             write_text(out / "config.json", json.dumps(content, indent=2) + "\n")

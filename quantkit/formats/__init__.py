@@ -26,6 +26,7 @@ from quantkit.formats.native import Native
 from quantkit.formats.reader import Layout, PackedReader
 from quantkit.source import auto_config, first_line, resolve
 
+QUANTIZATION = ("quantization_config", "compression_config")  # in config.json, the second of early versions
 PLAIN = "plain"  # the format of a model that is not quantized
 Open = Callable[[dict[str, Any], CheckpointReader], Layout]
 LAYOUTS: dict[str, Open] = {
@@ -80,7 +81,8 @@ def open_source(model: str | Path) -> Source:
         return open_gguf_source(path, file)
     folder = resolve(model)
     content = read_json(folder / "config.json")
-    quantization = content.pop("quantization_config", None) or content.pop("compression_config", None)
+    found = [content.pop(key, None) for key in QUANTIZATION]
+    quantization = next((value for value in found if value), None)
     if quantization is not None and not isinstance(quantization, dict):
         raise QuantKitError(
             f"{folder / 'config.json'}: quantization_config is {quantization!r}, expected an object"
@@ -88,7 +90,8 @@ def open_source(model: str | Path) -> Source:
     config = auto_config(folder)
     if quantization is None:
         return Source(folder, PLAIN, config, content, CheckpointReader(folder))
-    config.__dict__.pop("quantization_config", None)
+    for key in QUANTIZATION:
+        config.__dict__.pop(key, None)
     layout, reader = open_layout(folder, quantization)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return Source(folder, layout.name, config, content, PackedReader(reader, layout, dtype))
@@ -139,9 +142,10 @@ def open_gguf_source(path: Path, file: Path) -> Source:
     described = folder / "config.json"
     if described.is_file():
         content = read_json(described)
-        content.pop("quantization_config", None)
         config = auto_config(folder)
-        config.__dict__.pop("quantization_config", None)
+        for key in QUANTIZATION:
+            content.pop(key, None)
+            config.__dict__.pop(key, None)
         values = {
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,

@@ -3,7 +3,7 @@
     w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]        g = group_of[k], or k div group_size
 
 quantkit holds such a weight bit for bit if its codes have 2, 3 or 4 bits, its zeros are codes, its scales are
-numbers of float16 or bfloat16 and its groups are 32, 64 or a multiple of 64 columns, or whole rows; with 8 bits
+numbers of float16 or bfloat16 and its groups are any multiple of 32 columns, or whole rows; with 8 bits
 if each row has one scale and its zero is 128.
 """
 

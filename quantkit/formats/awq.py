@@ -33,6 +33,7 @@ class AWQ:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         version = str(config.get("version", config.get("format", "gemm"))).lower()
         if version != "gemm":
             raise QuantKitError(f"config.json: AWQ version {version!r}, expected 'gemm'; save it in that one")

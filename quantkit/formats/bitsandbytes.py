@@ -26,6 +26,7 @@ from quantkit.formats.reader import Packed, modules_with, need
 KINDS = ("nf4", "fp4")
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+LARGEST_BLOCK = 4096  # which bitsandbytes makes
 LARGEST_STATE = 1 << 16  # bytes; the real ones have about two hundred
 
 
@@ -37,6 +38,7 @@ class BitsAndBytes:
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor], read: Any) -> None:
         """`read` loads tensors by their names: the shapes are stored as such."""
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         states = {n: k for k in KINDS for n in modules_with(STATE + k, tensors)}
         names = [f"{name}.{STATE}{kind}" for name, kind in states.items()]
         for full in names:
@@ -82,12 +84,17 @@ def state_of(name: str, stored: torch.Tensor) -> dict[str, Any]:
             "nested_blocksize": int(state.get("nested_blocksize") or 0),
             "nested_offset": float(state.get("nested_offset") or 0),
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise QuantKitError(f"{name}: cannot be read ({error!r}); copy the checkpoint again") from error
     if len(shape) != 2 or min(shape) < 1 or read["blocksize"] < 1:
         raise QuantKitError(
             f"{name}: shape {shape}, blocksize {read['blocksize']}; expected positive numbers"
         )
+    for key in ("blocksize", "nested_blocksize"):  # a scale is repeated so often
+        if read[key] > LARGEST_BLOCK:
+            raise QuantKitError(
+                f"{name}: {key} {read[key]}, expected at most {LARGEST_BLOCK}; copy the checkpoint again"
+            )
     return read
 
 

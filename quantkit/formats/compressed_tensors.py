@@ -33,10 +33,12 @@ FLOATS = ("BF16", "F16", "F32")
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 FORMATS = (PACKED, INT, FLOAT, NAIVE)
 MIXED = "mixed-precision"  # each group has its own
+OUTPUTS = "the rounding of outputs is left out; they stay in the model's dtype"
 DROPPED = {
     ".k_scale": "scales of the cache are left out; the cache stays in the model's dtype",
     ".v_scale": "scales of the cache are left out; the cache stays in the model's dtype",
     ".q_scale": "scales of the cache are left out; the cache stays in the model's dtype",
+    ".output_scale": OUTPUTS,
 }
 
 
@@ -75,6 +77,7 @@ class CompressedTensors:
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor], read: Any) -> None:
         """`read` loads tensors by their names: the shapes are stored as such."""
         self.dropped = dict(DROPPED)
+        self.notes: list[str] = []
         groups = config.get("config_groups")
         if (
             not isinstance(groups, dict)
@@ -89,6 +92,13 @@ class CompressedTensors:
             raise QuantKitError(
                 "config.json: compressed-tensors with a sparsity format; only dense ones are read"
             )
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise QuantKitError(
+                "config.json: compressed-tensors with a transform_config, whose rotations belong to the weights, expected none; "
+                "quantize the original model"
+            )
+        if any(group.get("output_activations") for group in groups.values()):
+            self.notes.append(f"output_activations: {OUTPUTS}")
         self.targets = [(group.get("targets") or [], group_of(group, config)) for group in groups.values()]
         packed = modules_with("weight_packed", tensors)
         scaled = [n for n in modules_with("weight_scale", tensors) if f"{n}.weight" in tensors]
@@ -103,7 +113,7 @@ class CompressedTensors:
             for target in targets:
                 if target == name or (target.startswith("re:") and matches(target[3:], name)):
                     return group
-                if not target.startswith("re:") and "." not in target and by_class is None:
+                if target == "Linear" and by_class is None:
                     by_class = group
         if by_class is None:
             raise QuantKitError(f"config.json: no group of config_groups has {name} among its targets")

@@ -26,6 +26,7 @@ class FP8:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         block = config.get("weight_block_size")
         if block is not None and list(block) != [BLOCK, BLOCK]:
             raise QuantKitError(

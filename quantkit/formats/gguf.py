@@ -56,6 +56,7 @@ class GGUFLayout:
 
     def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         self.modules = {
             name.removesuffix(".weight"): Packed((t.shape[0], t.shape[1]), ("weight",))
             for name, t in tensors.items()

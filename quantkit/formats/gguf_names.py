@@ -143,7 +143,7 @@ def metadata_of(config: Any, name: str, kind: str) -> dict[str, Any]:
     """GGUF's metadata of a config of transformers; `kind` is the type of most weights.
 
     Raises:
-        QuantKitError: the model is of an architecture, or has rotations, that are not mapped here.
+        QuantKitError: the model is of an architecture, or has rotations or an activation, that are not mapped here.
     """
     model_type = config.model_type
     if model_type not in ARCHITECTURES:
@@ -154,6 +154,11 @@ def metadata_of(config: Any, name: str, kind: str) -> dict[str, Any]:
     if rope.get("rope_type", "default") not in ("default", "llama3", "linear"):
         raise QuantKitError(
             f"--to gguf: rotations of type {rope['rope_type']!r}, expected default, linear or llama3; export to "
+            "compressed-tensors"
+        )
+    if config.hidden_act != "silu":
+        raise QuantKitError(
+            f"--to gguf: hidden_act {config.hidden_act!r}, expected 'silu', which GGUF takes for granted; export to "
             "compressed-tensors"
         )
     arch = ARCHITECTURES[model_type]

@@ -45,6 +45,7 @@ class GPTQ:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         if version not in VERSIONS:
             raise QuantKitError(

@@ -31,6 +31,7 @@ IGNORED = (
     "offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero unpack_view_dtype "
     "compute_dtype quant_scale quant_zero"
 ).split()
+INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 FLOATS = ("F16", "BF16", "F32")
 
 
@@ -42,6 +43,7 @@ class HQQ:
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor], read: Any) -> None:
         """`read` loads tensors by their names: shapes and bits are stored as such."""
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         names = modules_with("W_q", tensors)
         for name in names:
             for number in NUMBERS:
@@ -50,6 +52,11 @@ class HQQ:
                         f"{name}.{number}: missing, expected beside {name}.W_q (HQQ); save the model again with hqq 0.2.1 or "
                         "newer"
                     )
+            for full in [f"{name}.{number}" for number in (*NUMBERS, "group_size")]:
+                if full in tensors:
+                    need(tensors, full, INTEGERS, len(tensors[full].shape), "HQQ, a whole number")
+                    if 0 in tensors[full].shape:
+                        raise QuantKitError(f"{full}: is empty, expected a number; copy the checkpoint again")
         wanted = [f"{name}.{number}" for name in names for number in (*NUMBERS, "group_size")]
         values = read([n for n in wanted if n in tensors and tensors[n].stop - tensors[n].start <= 1024])
         self.numbers = {n: [int(v) for v in value.flatten()] for n, value in values.items()}

@@ -21,6 +21,7 @@ class Native:
     def __init__(self, config: dict[str, Any], tensors: dict[str, StoredTensor], read: Any) -> None:
         """`read` loads tensors by their names: the shapes are stored as such."""
         self.dropped: dict[str, str] = {}
+        self.notes: list[str] = []
         self.config = QuantKitConfig.from_dict(config)
         for name in self.config.modules:
             need(tensors, f"{name}.weight", ("I64",), (2,), "quantkit's guard")

@@ -32,11 +32,13 @@ class Layout(Protocol):
         name: of the format.
         modules: every packed linear, by its name in the files.
         dropped: suffixes of tensors that are left out, and why: said to the user.
+        notes: what else the user should know, a line each.
     """
 
     name: str
     modules: dict[str, Packed]
     dropped: dict[str, str]
+    notes: list[str]
 
     def linear(self, name: str, tensors: dict[str, torch.Tensor]) -> Linear:
         """A packed linear from its tensors by their suffixes."""
@@ -57,8 +59,14 @@ class PackedReader(CheckpointReader):
         self.stored = reader
         parts = {f"{name}.{s}" for name, packed in layout.modules.items() for s in packed.suffixes}
         dropped = {n: s for n in reader.tensors if (s := suffix_among(n, layout.dropped))}
-        self.notes = [f"{s}: {layout.dropped[s]}" for s in sorted(set(dropped.values()))]
+        self.notes = [f"{s}: {layout.dropped[s]}" for s in sorted(set(dropped.values()))] + layout.notes
         plain = {n: t for n, t in reader.tensors.items() if n not in parts and n not in dropped}
+        for name in layout.modules:
+            if (beside := plain.get(f"{name}.weight")) is not None:
+                raise QuantKitError(
+                    f"{beside.file}: holds {name}.weight, but {name} is packed ({layout.name}) as well, expected one of the two; "
+                    "remove the one that is not meant"
+                )
         self.tensors = plain | {
             f"{n}.weight": self.stand_in(n, packed) for n, packed in layout.modules.items()
         }
