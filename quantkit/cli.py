@@ -36,6 +36,7 @@ from quantkit.eval.records import environment, write_records
 from quantkit.eval.tables import number, quality_tables, rich_table, tables
 from quantkit.eval.tune import BUCKETS, OPS, Weight, chosen_rows, save, tunable, tune, writable
 from quantkit.experts import describe_experts
+from quantkit.formats.gguf import gguf_of
 from quantkit.formats.writers import WRITERS
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_pages import KINDS
@@ -577,6 +578,11 @@ def verify_command(
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> transformers.PreTrainedModel:
     """A quantized directory (checked first), or any model that transformers loads."""
+    if (path := Path(name)).exists() and gguf_of(path) is not None:
+        raise QuantKitError(
+            f"{name}: a GGUF, whose tokenizer quantkit does not read; make a checkpoint with quantkit convert {name} OUT --to quantkit, "
+            "and put the original model's tokenizer files into OUT"
+        )
     folder = resolve(name)
     if is_quantized(folder):
         read_quantized_config(folder)

@@ -1,5 +1,6 @@
 """Models of other tools' checkpoints, in memory: with their codes in QuantLinears, or dequantized."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from quantkit.errors import QuantKitError
 from quantkit.experts import fuse_experts, unfuse_experts
 from quantkit.formats import Source
 from quantkit.formats.affine import Linear
-from quantkit.formats.reader import PackedReader
+from quantkit.formats.reader import PackedReader, layers_in
 from quantkit.hf import QuantKitConfig, install
 from quantkit.models import decoder_blocks
 from quantkit.names import model_names
@@ -54,6 +55,13 @@ def skeleton_of(source: Source) -> Skeleton:
     if not isinstance(source.reader, PackedReader):
         raise QuantKitError(
             f"{source.folder}: is not quantized ({source.format}); quantize it with quantkit quantize"
+        )
+    layers = getattr(source.config.get_text_config(), "num_hidden_layers", 0)
+    stored = layers_in(source.reader.tensors)
+    if layers > stored:  # before they are made: a config may claim millions
+        raise QuantKitError(
+            f"{source.path}: config.json has {layers} layers, but the files hold tensors of {stored}; they belong to different "
+            "models"
         )
     model = empty_model(source.config)
     unfuse_experts(model)
@@ -168,7 +176,11 @@ def load_plain(
     kind: Any = dtype if isinstance(dtype, torch.dtype) else source.config.dtype or reader.dtype
     packed = set(skeleton.packed(skeleton.names))
     loaded = reader.load_plain([name for name in skeleton.names if name not in packed])
-    ready = {n: t.to(where, kind if t.is_floating_point() else None) for n, t in loaded.items()}
+    precise = kept_precise(model, kind)
+    kinds = {
+        n: torch.float32 if precise.search(n) else kind for n, t in loaded.items() if t.is_floating_point()
+    }
+    ready = {n: t.to(where, kinds.get(n)) for n, t in loaded.items()}
     model.load_state_dict(ready, strict=False, assign=True)
     model.tie_weights()
     for module in model.modules():  # rotary frequencies and the like
@@ -179,3 +191,13 @@ def load_plain(
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model, where
+
+
+def kept_precise(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str]:
+    """The names of the tensors that transformers keeps in float32 in a model of this dtype."""
+    names: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        names += model._keep_in_fp32_modules_strict or []
+    if dtype == torch.float16:
+        names += model._keep_in_fp32_modules or []
+    return re.compile("|".join(name.replace("*", ".*") for name in names) or r"(?!)")  # (?!): none

@@ -27,6 +27,10 @@ def read_quantized_config(folder: Path) -> QuantKitConfig:
     Raises:
         QuantKitError: it is no such directory, or of a newer format.
     """
+    if is_foreign(folder):
+        raise QuantKitError(
+            f"{folder}: not a quantkit checkpoint, but one of another tool; make one with quantkit convert {folder} OUT --to quantkit"
+        )
     if not folder.is_dir():
         raise QuantKitError(f"{folder}: no such directory")
     content = quantization_of(folder)

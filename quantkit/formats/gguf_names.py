@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import QuantKitError
+from quantkit.formats.reader import layers_in
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -101,6 +102,12 @@ def config_from(metadata: dict[str, Any], names: set[str], vocabulary: int) -> d
             "GGUF with scaled rotations, whose parameters it does not hold whole; put the original model's config.json "
             "into the same folder"
         )
+    layers, stored = value("block_count"), layers_in(names)
+    if layers > stored:
+        raise QuantKitError(
+            f"GGUF metadata {kind}.block_count is {layers}, but the file holds tensors of {stored}; it is damaged, or a part of "
+            "a split one: join those with llama.cpp's gguf-split"
+        )
     heads, width = value("attention.head_count"), value("embedding_length")
     config = {
         "model_type": kind,
@@ -108,7 +115,7 @@ def config_from(metadata: dict[str, Any], names: set[str], vocabulary: int) -> d
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "rms_norm_eps": decimal(value("attention.layer_norm_rms_epsilon")),

@@ -4,6 +4,7 @@ What reads plain checkpoints block by block reads packed ones through it, with t
 gives their codes. Each format's file says which tensors a linear is made of, from config and headers alone.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -117,6 +118,11 @@ def suffix_among(name: str, suffixes: Iterable[str]) -> str | None:
 def modules_with(suffix: str, tensors: dict[str, StoredTensor]) -> list[str]:
     """Names of the modules that have a tensor of this suffix."""
     return [name.removesuffix(f".{suffix}") for name in tensors if name.endswith(f".{suffix}")]
+
+
+def layers_in(names: Iterable[str]) -> int:
+    """Of how many layers these tensors are at most: a layer's number is the first in their names."""
+    return len({found[1] for name in names if (found := re.search(r"\.(\d+)\.", name))})
 
 
 def need(
