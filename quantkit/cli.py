@@ -578,10 +578,11 @@ def verify_command(
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype | str) -> transformers.PreTrainedModel:
     """A quantized directory (checked first), or any model that transformers loads."""
-    if (path := Path(name)).exists() and gguf_of(path) is not None:
+    path = Path(name)
+    if path.exists() and gguf_of(path) is not None and not (path / "config.json").is_file():
         raise QuantKitError(
-            f"{name}: a GGUF, whose tokenizer quantkit does not read; make a checkpoint with quantkit convert {name} OUT --to quantkit, "
-            "and put the original model's tokenizer files into OUT"
+            f"{name}: a GGUF, whose tokenizer quantkit does not read; put the original model's config.json and tokenizer files "
+            f"into its directory and name that, or into OUT after quantkit convert {name} OUT --to quantkit"
         )
     folder = resolve(name)
     if is_quantized(folder):

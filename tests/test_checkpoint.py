@@ -224,6 +224,19 @@ def test_a_damaged_header_is_named(copied, header):
     refused(copied, str(copied / WEIGHTS), "again")
 
 
+def test_a_header_larger_than_safetensors_reads_is_refused_unread(copied):
+    with (copied / WEIGHTS).open("r+b") as file:
+        file.write((150_000_000).to_bytes(8, "little"))
+        file.truncate(200_000_000)  # a hole: no such disk space is used
+    refused(copied, WEIGHTS, "header of 150000000 bytes", "at most 100000000")
+
+
+@pytest.mark.parametrize("out", ["", "."])
+def test_an_out_without_a_name_is_refused(source, out):
+    with pytest.raises(QuantKitError, match="has no name of its own"):
+        quantize_checkpoint(source(), Path(out), Recipe("w8a16", "rtn"), "cpu")
+
+
 def test_every_flipped_bit_of_a_header_is_an_error_or_changes_nothing_that_is_read(copied):
     path = copied / WEIGHTS
     raw = path.read_bytes()

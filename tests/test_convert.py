@@ -1,13 +1,14 @@
 """quantkit convert, loading and quantizing other tools' checkpoints: what it says, streaming, and the same numbers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import quantkit
@@ -16,6 +17,7 @@ from quantkit.checkpoint import WEIGHTS, CheckpointReader
 from quantkit.demo import EXAMPLE
 from quantkit.formats import gguf_names, open_source
 from quantkit.formats.gguf_file import read_gguf
+from quantkit.formats.gguf_tokenizer import tokenizer_metadata
 from quantkit.formats.reader import PackedReader
 from quantkit.load import verify
 from quantkit.quantize import Progress
@@ -93,6 +95,16 @@ def test_architectures_come_through_gptq_and_compressed_tensors(packed, tmp_path
         assert torch.equal(logits_of(tmp_path / target), expected)
         names = load_file(tmp_path / target / WEIGHTS)
         assert any("block_sparse_moe.experts.0.w1" in n for n in names) == (architecture == "mixtral")
+        routers = {
+            n.removesuffix(".weight") for n in names if n.endswith((".mlp.gate.weight", "_moe.gate.weight"))
+        }
+        assert bool(routers) == (architecture in ("mixtral", "qwen3_moe"))
+        described = json.loads((tmp_path / target / "config.json").read_text())["quantization_config"]
+        left = described.get("ignore") or [
+            re.sub(r"[-:^$\\]", "", key) for key in described.get("dynamic", {})
+        ]
+        assert routers <= set(left)
+        assert not any("norm" in name or "embed" in name for name in left)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
@@ -157,6 +169,75 @@ def test_a_tokenizer_goes_into_the_gguf(tmp_path):
     assert metadata["tokenizer.ggml.model"] == "gpt2"
     assert len(metadata["tokenizer.ggml.merges"]) == len(described["model"]["merges"])
     assert metadata["general.file_type"] == 2
+
+
+def example_tokenizer(folder: Path, change) -> tuple[dict, str]:
+    """What goes into a GGUF of the example's tokenizer after a change to its tokenizer.json."""
+    content = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return tokenizer_metadata(folder, open_source(EXAMPLE).config)
+
+
+def test_how_text_is_cut_is_named_by_the_expression_not_the_model(tmp_path):
+    def cut(change) -> tuple[str | None, str]:
+        values, note = example_tokenizer(tmp_path, lambda c: change(c["pre_tokenizer"]["pretokenizers"]))
+        assert ("tokenizer.ggml.tokens" in values) == (note == "")
+        return values.get("tokenizer.ggml.pre"), note
+
+    def by(pattern: str):
+        return lambda stages: stages[0].update(pattern={"Regex": pattern})
+
+    expression = json.loads((EXAMPLE / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"][0]
+    expression = expression["pattern"]["Regex"]
+    assert cut(lambda stages: None) == ("llama-bpe", "")
+    assert cut(by(expression.replace("{1,3}", ""))) == ("qwen2", "")
+    for change in (
+        by(expression + "x"),
+        lambda stages: stages.pop(0),
+        lambda stages: stages[1].pop("use_regex"),
+    ):
+        name, note = cut(change)
+        assert name is None
+        assert "tokenizer.json: cuts text by a pattern" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(added_tokens=[{"id": "x"}]),
+        lambda c: c.update(added_tokens=[5]),
+        lambda c: c.update(added_tokens=[{"id": 1, "content": 7}]),
+        lambda c: c.update(model=[1]),
+        lambda c: c["model"].update(vocab={"a": "b"}),
+        lambda c: c["model"].update(vocab={"\ud800": 300}),
+        lambda c: c["model"].update(merges=[[1]]),
+    ],
+)
+def test_a_bad_tokenizer_is_named(tmp_path, change):
+    with pytest.raises(QuantKitError, match=r"tokenizer\.json: cannot be read .*copy it again"):
+        example_tokenizer(tmp_path, change)
+
+
+def test_a_chat_template_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(QuantKitError, match=r"chat_template\.jinja: not UTF-8"):
+        example_tokenizer(tmp_path, lambda content: None)
+
+
+def test_the_type_of_a_gguf_is_the_first_of_those_that_are_as_frequent(tokens, source, tmp_path):
+    rules = (Rule(r"layers\.0\.", "w4a16-g32"),)
+    made = tmp_path / "mixed"
+    plain = source("llama", tie_word_embeddings=False)
+    quantize_checkpoint(plain, made, Recipe("w8a16", "rtn", rules), "cpu", tokens)
+    done = convert(made, tmp_path / "out", "gguf", "q8_0")
+    assert len(done.rounded) == len(done.modules) - len(done.rounded) == 7
+    assert read_gguf(tmp_path / "out" / "model.gguf").metadata["general.file_type"] == 2  # Q4_0
+
+
+def test_activations_that_gguf_does_not_name_are_refused():
+    with pytest.raises(QuantKitError, match="hidden_act 'gelu', expected 'silu'"):
+        gguf_names.metadata_of(LlamaConfig(hidden_act="gelu"), "m", "F16")
 
 
 # desc_act
@@ -362,6 +443,56 @@ def test_the_command_refuses_in_one_line(refused, packed, source, tmp_path):
     refused("convert", source("llama"), out, "--to", "gptq", words=("is not quantized", "quantkit quantize"))
     refused("convert", tmp_path / "none", out, "--to", "gptq", words=("none",))
     refused("convert", made, made, "--to", "gptq", words=(str(made), "exists already"))
+    for nameless in ("", "."):
+        refused("convert", made, nameless, "--to", "gptq", words=("no name of its own",))
+
+
+def test_commands_for_quantkits_own_name_convert(refused, packed, tmp_path):
+    made = untied(packed, "w4a16-g32")
+    for target in ("gptq", "gguf"):
+        convert(made, tmp_path / target, target)
+    file = tmp_path / "gguf" / "model.gguf"
+    for path in (tmp_path / "gptq", tmp_path / "gguf", file):
+        for verb in ("inspect", "verify"):
+            refused(verb, path, words=(str(path), f"quantkit convert {path} OUT --to quantkit"))
+    for path in (tmp_path / "gguf", file):
+        for arguments in (("eval", path), ("generate", path, "a")):
+            refused(
+                *arguments, words=(str(path), f"quantkit convert {path} OUT --to quantkit", "tokenizer files")
+            )
+
+
+@pytest.mark.parametrize("to", ["awq", "quantkit"])
+def test_an_old_name_of_the_quantization_does_not_survive(packed, tmp_path, to):
+    convert(untied(packed, "w4a16-g32"), tmp_path / "gptq", "gptq")
+    file = tmp_path / "gptq" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"compression_config": content["quantization_config"]}))
+    convert(tmp_path / "gptq", tmp_path / "out", to)
+    assert "compression_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_the_rounding_of_outputs_is_left_out_and_said(packed, tmp_path):
+    convert(untied(packed, "w4a16-g32"), tmp_path / "ct", "compressed-tensors")
+    file = tmp_path / "ct" / "config.json"
+    content = json.loads(file.read_text())
+    (group,) = content["quantization_config"]["config_groups"].values()
+    group["output_activations"] = {"num_bits": 8, "type": "int", "dynamic": True}
+    file.write_text(json.dumps(content))
+    (note,) = convert(tmp_path / "ct", tmp_path / "out", "quantkit").notes
+    assert "output_activations: the rounding of outputs is left out" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_transformers_keeps_in_float32_stays_so(packed, tmp_path, monkeypatch, dtype):
+    convert(untied(packed, "w4a16-g32"), tmp_path / "gptq", "gptq")
+    tensors = load_file(tmp_path / "gptq" / WEIGHTS)
+    tensors["model.norm.weight"] = torch.full((64,), 1 + 2**-20)  # no number of 16 bits
+    save_file(tensors, tmp_path / "gptq" / WEIGHTS, metadata={"format": "pt"})
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["model.norm"])
+    model = quantkit.load(tmp_path / "gptq", "cpu", dtype=dtype)
+    assert torch.equal(model.model.norm.weight, tensors["model.norm.weight"])
+    assert model.model.layers[0].input_layernorm.weight.dtype == dtype
 
 
 def test_gguf_of_other_architectures_is_refused(packed, tmp_path):

@@ -300,6 +300,22 @@ def test_one_scheme_for_all_where_the_format_has_one():
     assert [group["targets"] for group in groups.values()] == [["a"], ["b"]]
 
 
+def test_a_target_without_a_dot_is_a_name_and_no_class():
+    four, eight = packed_weight("w4a16-g32", 32, 128), packed_weight("w8a16", 32, 128)
+    writer = WRITERS["compressed-tensors"]
+    config = writer.config({"lm_head": eight.scheme, "a.up": four.scheme}, [], False)
+    config["config_groups"]["group_1"]["targets"] = ["Linear"]
+    parts = {"lm_head": writer.tensors(eight), "a.up": writer.tensors(four)}
+    seen = stored(parts["lm_head"], "lm_head") | stored(parts["a.up"], "a.up")
+    shapes = {f"{name}.weight_shape": tensors["weight_shape"] for name, tensors in parts.items()}
+    layout = CompressedTensors(config, seen, lambda names: {name: shapes[name] for name in names})
+    assert same(layout.linear("lm_head", parts["lm_head"]).quantized, eight)
+    assert same(layout.linear("a.up", parts["a.up"]).quantized, four)
+    config["config_groups"]["group_1"]["targets"] = ["RowParallel"]
+    with pytest.raises(QuantKitError, match=r"no group of config_groups has a\.up"):
+        CompressedTensors(config, seen, lambda names: {name: shapes[name] for name in names})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hugging_face_fp8_blocks_are_quantkits(dtype):
     weight = packed_weight("fp8-block", 200, 300)

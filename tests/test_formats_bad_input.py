@@ -182,6 +182,16 @@ def test_an_index_that_leads_elsewhere_is_refused(bad, entry):
     refused(folder, INDEX, entry, "do not trust")
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_that_is_nested_without_end_is_refused(bad, run, name):
+    folder = bad("gptq")
+    (folder / name).write_text('{"weight_map":' + "[" * 100_000 + "]" * 100_000 + "}")
+    refused(folder, name, "copy it again")
+    code, _, err = run("inspect", folder)
+    assert code == 2
+    assert err.count("\n") == 1
+
+
 class Trap:
     def __reduce__(self):
         return (Path.touch, (Path(os.environ["QUANTKIT_TRAP"]),))
@@ -256,6 +266,10 @@ def test_compressed_tensors_that_lies_is_refused(bad):
     refused(folder, "'('", "regular expression")
     edit_quantization(folder, lambda c: c["config_groups"]["group_0"].update(targets=["model.layers.7.x"]))
     refused(folder, "no group", FIRST)
+    edit_quantization(
+        folder, lambda c: c.update(transform_config={"config_groups": {"R3": {"type": "hadamard"}}})
+    )
+    refused(folder, "transform_config", "quantize the original")
     edit_quantization(folder, lambda c: c.update(config_groups=[]))
     refused(folder, "config_groups")
 
@@ -282,9 +296,15 @@ def test_bitsandbytes_that_lies_is_refused(bad):
         ({"blocksize": 0}, (name, "blocksize 0")),
         ({"blocksize": 128}, (f"{FIRST}.weight.absmax", "blocksize 128")),
         ({"shape": "x"}, (name, "cannot be read")),
+        ({"blocksize": 10**15}, (name, "blocksize 1000000000000000", "at most 4096")),
+        ({"blocksize": 2**63}, (name, "at most 4096")),
+        ({"nested_blocksize": 10**15}, (name, "nested_blocksize 1000000000000000")),
     ):
         describe(**changes)
         refused(folder, *words)
+    deep = torch.tensor(list(b"[" * 60_000), dtype=torch.uint8)
+    edit(folder, lambda tensors: tensors.update({name: deep}))
+    refused(folder, name, "cannot be read")
 
 
 def test_hqq_that_lies_is_refused(bad):
@@ -295,15 +315,30 @@ def test_hqq_that_lies_is_refused(bad):
         ({"group_size": 7}, ("group_size: 7", "divisor")),
         ({"group_size": 64}, (f"{FIRST}.scale",)),
         ({"packing": list(b"9bit_u8")}, ("'9bit_u8'",)),
+        ({"nbits": float("nan")}, ("nbits", "F32", "a whole number")),
+        ({"shape": [64 + 1j, 96]}, ("shape", "C64")),
+        ({"group_size": torch.zeros(0, dtype=torch.int32)}, ("group_size: is empty",)),
     ):
         folder = bad("hqq")
-        data = {f"{FIRST}.{name}": torch.tensor(value) for name, value in changes.items()}
+        data = {f"{FIRST}.{name}": torch.as_tensor(value) for name, value in changes.items()}
         edit(folder, lambda tensors, data=data: tensors.update(data))
         refused(folder, FIRST, *words)
         shutil.rmtree(folder)
     folder = bad("hqq")
     edit(folder, lambda tensors: tensors.pop(f"{FIRST}.nbits"))
     refused(folder, f"{FIRST}.nbits: missing")
+
+
+def test_more_layers_than_the_files_hold_are_refused_before_they_are_made(bad, exported, tmp_path):
+    folder = bad("gptq")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 10**7}))
+    refused(folder, "10000000 layers", "tensors of 2")
+    data, key = gguf_bytes(exported("gguf")), b"llama.block_count"
+    struct.pack_into("<I", data, data.index(key) + len(key) + 4, 10**7)
+    (tmp_path / "bad.gguf").write_bytes(bytes(data))
+    with pytest.raises(QuantKitError, match=r"bad\.gguf: .*block_count is 10000000.*tensors of 2"):
+        open_source(tmp_path / "bad.gguf")
 
 
 @pytest.mark.parametrize("method", ["quanto", None, 7])
@@ -340,6 +375,21 @@ def test_a_missing_part_is_named(bad):
     folder = bad("gptq")
     edit(folder, lambda tensors: tensors.pop(f"{FIRST}.scales"))
     refused(folder, f"{FIRST}.scales: missing")
+
+
+def test_a_plain_weight_beside_a_packed_one_is_refused(bad):
+    folder = bad("gptq")
+    edit(folder, lambda tensors: tensors.update({f"{FIRST}.weight": torch.zeros(64, 96)}))
+    refused(folder, WEIGHTS, f"{FIRST}.weight", "packed (gptq) as well")
+
+
+@pytest.mark.parametrize("to", ["quantkit", "awq", "gguf"])
+def test_plain_tensors_that_are_not_finite_are_not_converted(bad, tmp_path, to):
+    folder = bad("gptq")
+    edit(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(QuantKitError, match=rf"{WEIGHTS}: model\.norm\.weight: 64 of 64 values are NaN"):
+        convert(folder, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scales_that_are_not_finite_are_refused(bad):
