@@ -26,9 +26,8 @@ from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
 from quantkit.tensor_parallel import localize, plan_model, refuse_to_save
 
-FORMAT_VERSION = (
-    3  # of checkpoints with an order of columns; those with channel scales are of version 2, others of 1
-)
+# Of checkpoints with an order of columns; those with channel scales are of version 2, the others of 1.
+FORMAT_VERSION = 3
 METHOD = "quantkit"
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
