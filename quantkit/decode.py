@@ -176,7 +176,7 @@ class Generating:
         self.kept_cache = None
 
     def empty_cache(self: Any, batch: int, max_length: int) -> PagedCache:
-        """The cache that the last call left, if it fits, else a new one; `keep_cache` leaves it to the next."""
+        """The cache that the last call left, if it fits, else a new one; `_sample` leaves it to the next call."""
         kept = self.__dict__.pop("kept_cache", None)  # at once: calls in two threads must not get the same
         fits = kept is not None and kept.batch_size == batch and max_length <= kept.max_length
         if fits and (kept.kind, kept.dtype, kept.lengths.device) == (self.kv, self.dtype, self.device):
@@ -184,9 +184,6 @@ class Generating:
             return kept  # type: ignore[no-any-return]
         kept = None  # its memory first
         return self.new_cache(batch, -(-max_length // ROOM) * ROOM)
-
-    def keep_cache(self, cache: PagedCache) -> None:
-        self.kept_cache = cache
 
     @torch.no_grad()
     def _sample(
@@ -229,7 +226,7 @@ class Generating:
                 streamer,
                 model_kwargs,
             )
-        self.keep_cache(cache)
+        self.kept_cache = cache
         return tokens
 
     def decode(
