@@ -17,6 +17,7 @@ from quantkit.eval.sizes import memory_bytes
 from quantkit.eval.timing import capture, synchronized_seconds
 from quantkit.fuse import CACHE_NAME, FusedBlock
 from quantkit.linear import QuantLinear
+from quantkit.models import head_dim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -265,5 +266,5 @@ def cache_bytes(model: "PreTrainedModel", batch: int, length: int) -> int:
         return cache.nbytes // cache.max_length * batch * length
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = head_dim_of(config)
     return 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * batch * length

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quantkit.errors import QuantKitError
 from quantkit.kernels.kv_pages import KVPages
+from quantkit.models import head_dim_of
 
 PAGE_SIZE = 64  # tokens
 
@@ -64,9 +65,9 @@ class PagedCache(Cache):
         config: of the text model.
         batch: sequences.
         max_length: tokens that each can have.
+        kv_heads: of a layer, of which a process may have a part.
         kind: "bf16" (the model's dtype), "int8", "fp8" or "int4".
         dtype, device: of the model.
-        kv_heads: of a layer, where a process has a part of them; None: those of the config.
 
     Attributes:
         layers: a `PagedLayer` for each of the model's.
@@ -83,20 +84,19 @@ class PagedCache(Cache):
         config: PreTrainedConfig,
         batch: int,
         max_length: int,
+        kv_heads: int,
         kind: str = "bf16",
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        kv_heads: int | None = None,
     ) -> None:
         pages = -(-max_length // PAGE_SIZE)
         self.kind, self.dtype, self.fill = kind, dtype, Fill(0, pages * PAGE_SIZE)
-        heads = kv_heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = head_dim_of(config)
         layers = []
         with torch.inference_mode(False):  # its tensors are changed in place, in that mode or not
             for _ in range(config.num_hidden_layers):
                 made = KVPages.allocate(
-                    kind, batch * pages, heads, head_dim, page_size=PAGE_SIZE, dtype=dtype, device=device
+                    kind, batch * pages, kv_heads, head_dim, page_size=PAGE_SIZE, dtype=dtype, device=device
                 )
                 layers.append(PagedLayer(self.fill, made))
             self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)

@@ -169,7 +169,7 @@ class Generating:
         """A cache for so many sequences and tokens, to be given to forward or `generate`."""
         attention, config = self.get_decoder().layers[0].self_attn, self.config.get_text_config()
         kv_heads = (attention.k_proj.stop - attention.k_proj.start) // attention.head_dim  # of this process
-        return PagedCache(config, batch, max_length, self.kv, self.dtype, self.device, kv_heads)
+        return PagedCache(config, batch, max_length, kv_heads, self.kv, self.dtype, self.device)
 
     def free_cache(self) -> None:
         """Gives back the pages that the last call of `generate` left for the next one."""

@@ -37,7 +37,7 @@ from quantkit.checkpoint import check_out, space
 from quantkit.formats import open_original
 from quantkit.hf import linear_called
 from quantkit.method import LEARN, ROTATE, parse_method
-from quantkit.models import linears
+from quantkit.models import head_dim_of, linears
 from quantkit.names import model_names
 from quantkit.quantize import Job, check_context, default_device
 from quantkit.recipe import ModulePlan, Recipe
@@ -424,7 +424,7 @@ class Sizes:
         if self.tokens and self.spec.source == "self":
             rows, config = min(SAMPLED_AT_A_TIME, self.spec.samples), self.config
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            head_dim = getattr(config, "head_dim", None) or self.hidden // config.num_attention_heads
+            head_dim = head_dim_of(config)
             cache = 2 * len(self.job.blocks) * rows * self.spec.seq_len * heads * head_dim * value
             stage = "sampling"
             held(stage, "whole model", self.parameters * value)

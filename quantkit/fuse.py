@@ -31,13 +31,9 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are a
 
 CACHE_NAME = ALL_CACHE_NAMES[0]  # of the argument that holds the cache, "cache" from transformers 5.24 on
 CACHE_NAMES = ("past_key_values", "cache")  # the second, of any version, in continuous batching
-
-
 # Kinds of rotary embeddings whose frequencies are the same whatever the length of the text.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-
-
-CAPTURING = "transformers.utils.output_capturing"
+CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay where outputs were once asked for
 
 
 class FusedBlock(nn.Module):
@@ -56,9 +52,8 @@ class FusedBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         def attention(qkv: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(hidden_states=qkv, **kwargs)[
-                0
-            ]  # its projections are `Rows` of what it is given
+            # its projections are `Rows` of what it is given
+            return self.self_attn(hidden_states=qkv, **kwargs)[0]
 
         y, h = self.run(hidden_states, None, attention)
         return h + y
@@ -103,7 +98,7 @@ class FusedDecoder(nn.Module):
         if positions is None:
             rotary = self.rotary_of(step.positions, cache, x)
         else:
-            rotary = self.rotary_emb(x, step.positions if positions is None else positions)
+            rotary = self.rotary_emb(x, positions)
         given: dict[str, Any] = {"last_hidden_state": self.run(x, rotary, step, layers), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**given)
 
@@ -133,9 +128,8 @@ class FusedDecoder(nn.Module):
             every = torch.arange(cache.max_length, device=x.device).unsqueeze(0)
             cos, sin = self.rotary_emb(x, every)
             cache.rotary = cos[0], sin[0]
-        rows = (
-            positions if positions.shape[1] == 1 else positions.clamp(min=0)
-        )  # of padding, which is not seen
+        # a step has no padding, whose positions are negative and are not seen
+        rows = positions if positions.shape[1] == 1 else positions.clamp(min=0)
         return cache.rotary[0][rows], cache.rotary[1][rows]
 
     def run(

@@ -1,6 +1,7 @@
 """What QuantKit knows of architectures: where the decoder blocks are, and which scales can be folded where."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +56,11 @@ WRITERS = {
     kind: ("self_attn.o_proj", "mlp.down_proj") for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")
 }
 FINAL_NORM = "model.norm"
+
+
+def head_dim_of(config: Any) -> int:
+    """Columns of an attention head, of a text model's config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

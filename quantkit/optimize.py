@@ -12,6 +12,7 @@ from quantkit.errors import QuantKitError
 from quantkit.fuse import FIXED_ROPE, fuse, put_before
 from quantkit.kernels.kv_pages import check_layout
 from quantkit.linear import QuantLinear
+from quantkit.models import head_dim_of
 from quantkit.scheme import Scheme, parse_scheme
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -74,14 +75,13 @@ def optimize(model: Model, head: str | Scheme | None = None, kv: str = "bf16") -
 def not_pageable(model: PreTrainedModel, kv: str) -> str | None:
     """Why a model's keys and values cannot be held in pages of a kind; None: they can."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "the model rotates a part of its heads, expected whole ones; leave kv out"
     if (kind := rope.get("rope_type", "default")) not in FIXED_ROPE:
         return f"rope_type {kind!r} has frequencies of the text's length, expected {', '.join(FIXED_ROPE)}; leave kv out"
     try:
-        check_layout(kv, PAGE_SIZE, head_dim, model.dtype)
+        check_layout(kv, PAGE_SIZE, head_dim_of(config), model.dtype)
     except QuantKitError as error:
         return str(error)
     return None

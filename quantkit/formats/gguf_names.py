@@ -12,6 +12,7 @@ import torch
 
 from quantkit.errors import QuantKitError
 from quantkit.formats.reader import layers_in
+from quantkit.models import head_dim_of
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -169,7 +170,7 @@ def metadata_of(config: Any, name: str, kind: str) -> dict[str, Any]:
             "compressed-tensors"
         )
     arch = ARCHITECTURES[model_type]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     values: dict[str, Any] = {
         "general.architecture": arch,
         "general.name": name,
@@ -205,7 +206,7 @@ def rope_factors(config: Any) -> torch.Tensor | None:
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     waves = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old context
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
