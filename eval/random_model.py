@@ -69,7 +69,9 @@ def random_model(
         for name, module in list(model.model.layers.named_modules()):
             if isinstance(module, nn.Linear):
                 q = random_quantized(scheme, module.out_features, module.in_features, device, generator)
-                replace_module(model.model.layers, name, QuantLinear.from_quantized(q))
+                packed = QuantLinear.from_quantized(q)
+                packed.repack(dtype)  # as a model that was loaded is
+                replace_module(model.model.layers, name, packed)
     materialize(model, dtype, generator)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
