@@ -11,10 +11,10 @@ Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB 
 Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop has 19 and 21 instructions a token and warp in
 bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 bytes a lane by cp.async, one to two steps ahead.
 
-- The product is transposed, k q^T and v^T p: keys are the operand of 16 rows and queries that of 8 columns, so that the
+- The product is transposed, k q^T and v^T p: keys are the operand of 64 rows and queries that of 8 columns, so that the
   4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
-- Each warp has its own maximum, sums and quarter of a tile's tokens, a batch of a batched product: inside the loop
-  nothing crosses warps. They are added up once, at the end.
+- Warps share the scores by tokens and the sums by columns of V: no sum is held twice, and a step's only exchanges are the
+  maxima and p.
 - What a token's scale multiplies is folded: K's into the scores; V's s[t] into the probability as exp2(.. + log2 s[t]), so
   that what float16 holds is at most 1 whatever the scales are, and out again where probabilities are summed. q is divided
   by a power of two before it becomes float16.
@@ -22,8 +22,10 @@ bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 b
   program finds its unit from the lengths on the device, so a captured launch adapts to them; programs without a unit end.
 - The last of a sequence's programs to finish adds the parts of all, found by a counter that it sets back to zero, in the
   order of the units: results are the same in every run.
-- Rows past the last token read the last token again, rows before a window's first one the first, instead of
-  a mask: they are there, so that 0 times them is 0.
+- Rows of V past the last token, and before a window's first one, are zeros: what lies there may be NaN, and 0 times it
+  too. Rows of K are what they are: their scores are replaced.
+- What runs once is kept short: between two launches the weights of a layer go through L2, and instructions then come
+  from memory, at 8 cycles each.
 """
 
 import torch
@@ -40,6 +42,9 @@ from quantkit.kernels.kv_operands import (
     columns_of,
     operands,
     rotate_planes,
+    signs,
+    sums_of_planes,
+    times_signs,
 )
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.stream_k import COUNTERS, next_counters
@@ -50,23 +55,28 @@ if hasattr(tl.extra, "cuda"):
 
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1e30)  # below every score; minus infinity less itself would be NaN
+IDLE = tl.constexpr(0xF149F2CA)  # `packed` NOTHING and 0
 MULTIPROCESSORS = 132
 LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+FEW_TOKENS, MANY_TOKENS = 8192, 32768
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
-WARPS = 4
 
 
-def config(kind: str, head_dim: int, page_size: int, target: str) -> dict[str, int]:
-    """Launch parameters: tokens of a warp and step, which lie in one page; stages of loads; programs a multiprocessor."""
+def config(kind: str, head_dim: int, tokens: int, target: str) -> dict[str, int]:
+    """Launch parameters for so many tokens of all sequences: tokens of a step, warps, stages of loads, programs a multiprocessor.
+
+    Few tokens are a matter of latency, for which two warps have the shortest code; many of loads in flight.
+    """
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
-    tokens = min(page_size, 16 if bytes_of_row >= 128 else 32)
-    stages = 3 if bytes_of_row >= 256 or kind == "int4" else 4
-    if target.startswith("gfx"):
-        stages = 1 if bytes_of_row >= 256 else 2  # registers hold what is loaded ahead
-    elif bytes_of_row >= 512 and target in ("sm_89", "sm_120"):
-        stages = 2  # less shared memory
-    return {"tokens": tokens, "stages": stages, "per_sm": 2 if head_dim == 256 else 3}
+    if target.startswith("gfx"):  # registers hold what is loaded ahead
+        return {"tokens": 32, "warps": 4, "stages": 1 if bytes_of_row >= 256 else 2, "per_sm": 2}
+    small = target in ("sm_89", "sm_120")  # less shared memory
+    if bytes_of_row >= 512:
+        return {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
+    if tokens <= FEW_TOKENS or small:
+        return {"tokens": 32, "warps": 2, "stages": 3, "per_sm": 2}
+    return {"tokens": 128 if tokens >= MANY_TOKENS else 64, "warps": 2 if kind == "int4" else 4, "stages": 3, "per_sm": 1}
 
 
 @triton.jit
@@ -114,7 +124,8 @@ def power_of_two(largest):
 def unit_of(
     unit, lengths_ptr, B, max_length, window, units, BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
-    """Sequence of a unit (B: there is no such unit), its first unit, how many it has, and tiles of T tokens of a unit.
+    """Sequence of a unit, its length, its first unit, how many it has (no more than `unit` less the first: there is no such
+    unit), and tiles of T tokens of a unit.
 
     The least size of a unit that gives all sequences together at most `units`, of a few that are tried.
     """
@@ -124,19 +135,20 @@ def unit_of(
     if WINDOW:
         tiles -= tl.maximum(lengths - window, 0) // T
     size = tl.maximum(tl.cdiv(tl.sum(tiles, 0), units), 1)
-    if BP > 1:
+    if BP == 1:
+        return 0, tl.sum(lengths, 0), 0, tl.maximum(tl.cdiv(tl.sum(tiles, 0), size), 1), size
+    else:
         step = tl.cdiv(size, CANDIDATES)
         sizes = size + tl.arange(0, CANDIDATES) * step
         counts = tl.maximum(tl.cdiv(tiles[None, :], sizes[:, None]), 1)
         fits = tl.sum(tl.where(b[None, :] < B, counts, 0), 1) <= units
         size = tl.min(tl.where(fits, sizes, size + (CANDIDATES - 1) * step), 0)
-    counts = tl.where(b < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)
-    ends = tl.cumsum(counts, 0)
-    before = ends <= unit
-    sequence = tl.sum(before.to(tl.int32), 0)
-    first = tl.sum(tl.where(before, counts, 0), 0)
-    count = tl.sum(tl.where(b == sequence, counts, 0), 0)
-    return sequence, first, count, size
+        counts = tl.where(b < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)
+        before = tl.cumsum(counts, 0) <= unit
+        sequence = tl.minimum(tl.sum(before.to(tl.int32), 0), B - 1)
+        first = tl.sum(tl.where(b < sequence, counts, 0), 0)
+        mine = b == sequence
+        return sequence, tl.sum(tl.where(mine, lengths, 0), 0), first, tl.sum(tl.where(mine, counts, 0), 0), size
 
 
 @triton.jit
@@ -186,10 +198,10 @@ def finish(
     C: tl.constexpr = o[0].shape[0]
     j = tl.arange(0, C)
     exists = (j < D // PLANES)[:, None]
-    safe = tl.where(total > 0.0, total, 1.0)[None, :]  # an idle row has no token
+    share = (1.0 / tl.where(total > 0.0, total, 1.0))[None, :]  # an idle row has no token
     y = ()
     for i in tl.static_range(PLANES):
-        y = y + (tl.where(exists, o[i] / safe, 0.0),)
+        y = y + (tl.where(exists, o[i] * share, 0.0),)
     if ROTATE:
         y = rotate_planes(y, D, False, ASM)
     for i in tl.static_range(PLANES):
@@ -198,37 +210,68 @@ def finish(
 
 
 @triton.jit
+def packed(low, high):
+    """Two float32 as an int64."""
+    bits = high.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    return bits | low.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def unpacked(pair):
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sum_of_parts(
     partial_ptr, stats_ptr, first, stride, count,
-    GROUP: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Planes [C, R] of a sequence's `count` parts, the first of which is number `first` and the next `stride` later,
-    brought to one maximum and added, and the sum of their probabilities [R]."""
+    """A sequence's `count` parts [R, WIDTH], the first of which is number `first` and the next `stride` later, brought to one
+    maximum and added, and the sum of their probabilities [R]."""
     r = tl.arange(0, R)
-    j = tl.arange(0, C)
-    n = tl.arange(0, NP)
-    part = (first + n * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
-    exists = (n < count)[:, None] & (r < GROUP)[None, :]
-    tops = tl.load(stats_ptr + part * 2, mask=exists, other=NOTHING, cache_modifier=".cg")
-    totals = tl.load(stats_ptr + part * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
-    top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
-    o = ()
-    for _ in tl.static_range(PLANES):
-        o = o + (tl.zeros((C, R), tl.float32),)
-    for n0 in range(0, count, AT_ONCE):
-        a = n0 + tl.arange(0, AT_ONCE)
-        row = (first + a * stride).to(tl.int64)[:, None] * GROUP + r[None, :]
+    top = tl.full((R,), NOTHING, tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    o = tl.zeros((R, WIDTH), tl.float32)
+    for n in range(0, count, AT_ONCE):
+        a = n + tl.arange(0, AT_ONCE)
+        row = (first + a * stride)[:, None] * GROUP + r[None, :]
         there = (a < count)[:, None] & (r < GROUP)[None, :]
-        theirs = tl.load(stats_ptr + row * 2, mask=there, other=NOTHING, cache_modifier=".cg")
-        share = tl.exp2(theirs - top[None, :])
-        added = ()
-        for i in tl.static_range(PLANES):
-            at = partial_ptr + row[:, None, :] * (PLANES * C) + (i * C + j)[None, :, None]
-            plane = tl.load(at, mask=there[:, None, :], other=0.0, cache_modifier=".cg")
-            added = added + (o[i] + tl.sum(plane * share[:, None, :], 0),)
-        o = added
+        at = partial_ptr + ((row * WIDTH)[:, :, None] + tl.arange(0, WIDTH)[None, None, :])
+        parts = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        tops, totals = unpacked(tl.load(stats_ptr + row, mask=there, other=IDLE, cache_modifier=".cg"))
+        next_top = tl.maximum(top, tl.max(tops, 0))
+        share = tl.exp2(tops - next_top[None, :])
+        alpha = tl.exp2(top - next_top)
+        top = next_top
+        total = total * alpha + tl.sum(totals * share, 0)
+        o = o * alpha[:, None] + tl.sum(parts * share[:, :, None], 0)
     return o, total
+
+
+@triton.jit
+def finish_sum(
+    o, total, y_ptr, GROUP: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """As `finish`, for planes side by side, o [R, PLANES * C], of the rows from y_ptr on."""
+    R: tl.constexpr = o.shape[0]
+    C: tl.constexpr = o.shape[1] // PLANES
+    o *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    if ROTATE:  # the planes of all rows as columns of one product
+        o = times_signs(signs(C, D // PLANES), o.reshape(R * PLANES, C).trans(), False, ASM)
+        ac, bd = o.reshape(C, R, 2, 2).split()
+        a, c = ac.split()
+        b, d = bd.split()
+        y = sums_of_planes(a, b, c, d, D)
+        r, j = tl.arange(0, R), tl.arange(0, C)
+        for i in tl.static_range(PLANES):
+            at = y_ptr + ((r * D)[None, :] + columns_of(i, j, D, PLANES)[:, None])
+            mask = (r < GROUP)[None, :] & (j < D // PLANES)[:, None]
+            tl.store(at, y[i].to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        r, s = tl.arange(0, R), tl.arange(0, PLANES * C)
+        at = y_ptr + ((r * D)[:, None] + columns_of(s // C, s % C, D, PLANES)[None, :])
+        mask = (r < GROUP)[:, None] & (s % C < D // PLANES)[None, :]
+        tl.store(at, o.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -237,139 +280,127 @@ def decode_attention_kernel(
     partial_ptr, stats_ptr, counter_ptr,
     B, KV_HEADS, max_pages, max_length, units, window, scale, soft_cap,
     KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BP: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RG: tl.constexpr,
-    TW: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, R: tl.constexpr, RG: tl.constexpr, T: tl.constexpr,
+    STAGES: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 4 if KIND == "int4" else (1 if KIND == "bf16" else 2)
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
-    T: tl.constexpr = W * TW
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     h = tl.program_id(1)
     unit = tl.program_id(0)
-    b, first_unit, count, size = unit_of(unit, lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
-    if b >= B:
+    b, length, first_unit, count, size = unit_of(unit, lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
+    r = tl.arange(0, R)
+    row_of_q = (tl.cast(b, tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
+    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
+    if unit - first_unit >= count:
         return
-    length = tl.minimum(tl.load(lengths_ptr + b), max_length)
     last = length - 1
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    end = tl.cdiv(length, T)
     begin = first // T + (unit - first_unit) * size
-    end = tl.minimum(end, begin + size)
+    end = tl.minimum(tl.cdiv(length, T), begin + size)
 
-    w = tl.arange(0, W)
     j = tl.arange(0, C)
-    r = tl.arange(0, R)
+    tokens = tl.arange(0, T)
     column = j % WORDS if C > WORDS else j
-    row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
-    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
     scaled = factor * scale  # to units of log2, or of the cap
-    q, sum_of_q, acc = (), (), ()
+    acc, sum_of_q = (), ()
     for i in tl.static_range(PLANES):
-        q = q + (tl.broadcast_to(planes[i][None, :, :], (W, C, R)),)
-        acc = acc + (tl.zeros((W, C, R), tl.float32),)
+        acc = acc + (tl.zeros((C, R), tl.float32),)
     if KIND == "int4":  # of each group, beside its middle
         for i in tl.static_range(PLANES):
             of_plane = tl.sum(planes[i].to(tl.float32), 0)
             if i % 2 == 1:
                 of_plane *= ODD_STEP
-            sum_of_q = sum_of_q + (of_plane[None, None, :],)
-    m = tl.full((W, R), NOTHING, tl.float32)
-    total = tl.zeros((W, R), tl.float32)
-    middles = tl.zeros((W, R), tl.float32)
-    table_ptr += b.to(tl.int64) * max_pages
-    t = begin * T + w[:, None] * TW + tl.arange(0, TW)[None, :]
-    warp_t = begin * T + w * TW
-    page = pages_of(table_ptr, warp_t, first, last, PAGE, WINDOW, w * 0 < length)
-    for _ in tl.range(begin, end, num_stages=STAGES):
+            sum_of_q = sum_of_q + (of_plane[None, :],)
+    m = tl.full((R,), NOTHING, tl.float32)
+    total = tl.zeros((T, R), tl.float32)
+    middles = tl.zeros((T, R), tl.float32)
+    table_ptr += tl.cast(b, tl.int64) * max_pages
+    in_page = tokens * 0 if PAGE < T else 0  # one page a tile, or one a token
+    t0 = begin * T + (tokens if PAGE < T else 0)
+    page = pages_of(table_ptr, t0, first, last, PAGE, WINDOW, in_page < length)
+    place = tokens & (PAGE - 1)  # in a page, less where the tile begins
+    k_place = (place * WORDS)[:, None] + column[None, :]
+    v_place = (place * WORDS)[None, :] + column[:, None]
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        t = tile * T + tokens
+        seen = (t <= last) & (t >= first) if WINDOW else t <= last
         base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
-        t_read = tl.minimum(tl.maximum(t, first), last) if WINDOW else tl.minimum(t, last)
-        place = t_read & (PAGE - 1)
-        row = (base * WORDS)[:, None, None]
-        k = tl.load(keys_ptr + row + ((place * WORDS)[:, :, None] + column[None, None, :]))
-        v = tl.load(values_ptr + row + ((place * WORDS)[:, None, :] + column[None, :, None]))
+        if PAGE >= T:  # what differs from step to step is one number
+            base += tile * T & (PAGE - 1)
+        k = tl.load(keys_ptr + base * WORDS + k_place if PAGE >= T else (keys_ptr + base * WORDS)[:, None] + k_place)
+        v_at = values_ptr + base * WORDS + v_place if PAGE >= T else (values_ptr + base * WORDS)[None, :] + v_place
+        v = tl.load(v_at, mask=seen[None, :], other=0)
         ks = operands(k, KIND, ASM)
-        s = tl.dot(ks[0], q[0])  # [W, TW, R]
+        s = tl.dot(ks[0], planes[0])  # [T, R]
         if KIND == "int4":
-            word = tl.load(key_scales_ptr + (base * GROUPS)[:, None] + place * GROUPS)
-            step, middle = pair_of(word)
-            s = s * step[:, :, None] + middle[:, :, None] * sum_of_q[0]
+            scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
+            step, middle = pair_of(tl.load(scales_at))
+            s = s * step[:, None] + middle[:, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    word = tl.load(
-                        key_scales_ptr + (base * GROUPS)[:, None] + (place * GROUPS + i * GROUPS // PLANES)
-                    )
-                    step, middle = pair_of(word)
-                s += tl.dot(ks[i], q[i]) * step[:, :, None] + middle[:, :, None] * sum_of_q[i]
-            spread, v_middle = pair_of(tl.load(value_scales_ptr + base[:, None] + place))
+                    step, middle = pair_of(tl.load(scales_at + i * GROUPS // PLANES))
+                s += tl.dot(ks[i], planes[i]) * step[:, None] + middle[:, None] * sum_of_q[i]
+            spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
         elif KIND != "bf16":
-            s = tl.dot(ks[1], q[1], s) * tl.load(key_scales_ptr + base[:, None] + place)[:, :, None]
-            spread = tl.load(value_scales_ptr + base[:, None] + place)
-        s *= scaled[None, None, :]
+            step = tl.load(key_scales_ptr + base + place)
+            s = tl.dot(ks[1], planes[1], s) * step[:, None]
+            spread = tl.load(value_scales_ptr + base + place, mask=seen, other=1.0)
+        s *= scaled[None, :]
         if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
             s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
         if KIND != "bf16":
-            s += log2_of(spread, ASM)[:, :, None]
-        seen = t <= last
-        if WINDOW:
-            seen = seen & (t >= first)
-        s = tl.where(seen[:, :, None], s, float("-inf"))
-        m_next = tl.maximum(m, tl.max(s, 1))
+            s += log2_of(spread, ASM)[:, None]
+        s = tl.where(seen[:, None], s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 0))
         alpha = tl.exp2(m - m_next)
         m = m_next
-        p = tl.exp2(s - m[:, None, :])
-        weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, :, None]
-        total = total * alpha + tl.sum(weight, 1)
+        p = tl.exp2(s - m[None, :])
+        weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
+        total = total * alpha[None, :] + weight
         if KIND == "int4":
-            middles = middles * alpha + tl.sum(weight * v_middle[:, :, None], 1)
-        p = p.to(q[0].dtype)
+            middles = middles * alpha[None, :] + weight * v_middle[:, None]
+        p = p.to(planes[0].dtype)
         vs = operands(v, KIND, ASM)
         summed = ()
         for i in tl.static_range(PLANES):
-            summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[:, None, :]),)  # [W, C, R]
+            summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
         acc = summed
-        t += T
-        warp_t += T
-        page = pages_of(table_ptr, warp_t, first, last, PAGE, WINDOW)
+        page = pages_of(table_ptr, tile * T + T + (tokens if PAGE < T else 0), first, last, PAGE, WINDOW)
 
-    top = tl.max(m, 0)
-    share = tl.exp2(m - top[None, :])
-    total = tl.sum(total * share, 0)  # [R]
+    sums = tl.sum(total, 0)  # [R]
     o = ()
     for i in tl.static_range(PLANES):
-        plane = tl.sum(acc[i] * share[:, None, :], 0)  # [C, R]
+        plane = acc[i]
         if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
             if i % 2 == 1:
                 plane *= 1.0 / ODD_STEP
-            plane += tl.sum(middles * share, 0)[None, :]
+            plane += tl.sum(middles, 0)[None, :]
         o = o + (plane,)
     inside = r < GROUP
-    y_row = y_ptr + row_of_q * D
     if count == 1:
-        finish(o, total, y_row, r, inside, D, PLANES, KIND == "int4", ASM)
+        finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
     else:
-        mine = (unit * KV_HEADS + h).to(tl.int64) * GROUP + r
+        mine = (unit * KV_HEADS + h) * GROUP + r
         for i in tl.static_range(PLANES):
-            at = partial_ptr + mine[None, :] * (PLANES * C) + (i * C + j)[:, None]
+            at = partial_ptr + ((mine * (PLANES * C))[None, :] + (i * C + j)[:, None])
             tl.store(at, o[i], mask=inside[None, :])
-        tl.store(stats_ptr + mine * 2, top, mask=inside)
-        tl.store(stats_ptr + mine * 2 + 1, total, mask=inside)
+        tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
         tl.debug_barrier()
         counter = counter_ptr + b * KV_HEADS + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-            first_part = first_unit * KV_HEADS + h
-            of_all, total_of_all = sum_of_parts(
-                partial_ptr, stats_ptr, first_part, KV_HEADS, count, GROUP, PLANES, C, RG, NP, AT_ONCE
-            )
             tl.store(counter, 0)
-            rg = tl.arange(0, RG)
-            at_rows = y_ptr + ((b.to(tl.int64) * KV_HEADS + h) * GROUP + rg) * D
-            finish(of_all, total_of_all, at_rows, rg, rg < GROUP, D, PLANES, KIND == "int4", ASM)
+            parts, of_all = sum_of_parts(
+                partial_ptr, stats_ptr, first_unit * KV_HEADS + h, KV_HEADS, count, GROUP, PLANES * C, RG, AT_ONCE
+            )
+            at_rows = y_ptr + (tl.cast(b, tl.int64) * KV_HEADS + h) * (GROUP * D)
+            finish_sum(parts, of_all, at_rows, GROUP, D, PLANES, KIND == "int4", ASM)
 
 
 def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) -> int:
@@ -377,14 +408,14 @@ def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) 
     return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
 
 
-def parts_at_once(kind: str, target: str) -> int:
-    """Parts that the last program loads at a time; more would need more registers than the loop."""
-    return 4 if target.startswith("gfx") else 8 if kind == "int4" else 16
-
-
 def parts_rows(kind: str, group: int) -> int:
-    """Rows that hold the queries of a head where parts are added: those of a product if they are rotated after it."""
-    return max(8 if kind == "int4" else 1, triton.next_power_of_2(group))
+    """Rows that hold the queries of a head where parts are added: a product rotates those of int4, 8 columns or more."""
+    return max(2 if kind == "int4" else 1, triton.next_power_of_2(group))
+
+
+def parts_at_once(rows: int, width: int, warps: int) -> int:
+    """Parts that the last program loads at a time: 64 registers of them in each thread, at most 16."""
+    return max(1, min(16, 2048 * warps // (rows * width)))
 
 
 def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -423,8 +454,8 @@ def decode_attention_triton(
     B, H, D = q.shape
     kv_heads = pages.kv_heads
     target = target_of(q.device)
-    launch = config(pages.kind, D, pages.page_size, target)
-    tile = launch["tokens"] * WARPS
+    launch = config(pages.kind, D, B * max_length, target)
+    tile = launch["tokens"]
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     # without counters for all no sequence is split
     units = 1
@@ -435,7 +466,8 @@ def decode_attention_triton(
     y = torch.empty_like(q)
     width = COUNTS[pages.kind] * max(16, D // COUNTS[pages.kind])  # with padded planes
     partial = q.new_empty(programs * H * width, dtype=torch.float32)
-    stats = q.new_empty(programs * H * 2, dtype=torch.float32)
+    rows = parts_rows(pages.kind, group)
+    stats = q.new_empty(programs * H, dtype=torch.int64)  # maximum and sum of a part
     factor, cap = score_scale(scale, soft_cap)
     asm = ptx_level(q)
     options = {"launch_pdl": True} if asm >= 90 else {}
@@ -443,8 +475,8 @@ def decode_attention_triton(
         q, *as_words(pages), page_table, lengths, y, partial, stats, next_counters(q.device),
         B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
         KIND=pages.kind, D=D, GROUP=group, PAGE=pages.page_size, BP=triton.next_power_of_2(B),
-        WINDOW=window > 0, SOFT_CAP=soft_cap > 0, NP=triton.next_power_of_2(units), R=max(8, triton.next_power_of_2(group)),
-        RG=parts_rows(pages.kind, group), TW=launch["tokens"], W=WARPS, STAGES=launch["stages"], AT_ONCE=parts_at_once(pages.kind, target), ASM=asm, PDL=asm >= 90,
-        num_warps=WARPS, num_stages=1, **options,
+        WINDOW=window > 0, SOFT_CAP=soft_cap > 0, R=max(8, triton.next_power_of_2(group)),
+        RG=rows, T=tile, STAGES=launch["stages"], AT_ONCE=parts_at_once(rows, width, launch["warps"]),
+        ASM=asm, PDL=asm >= 90, num_warps=launch["warps"], num_stages=1, **options,
     )  # fmt: skip
     return y

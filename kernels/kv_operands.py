@@ -132,7 +132,7 @@ def signs(C: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _times(H, x, EXACT: tl.constexpr, ASM: tl.constexpr):
+def times_signs(H, x, EXACT: tl.constexpr, ASM: tl.constexpr):
     """H x for H of 1 and -1 and x [C, n]; float32 x in three parts of bfloat16, which have all of its bits."""
     if EXACT:
         return tl.dot(H.to(x.dtype), x)
@@ -156,8 +156,14 @@ def rotate_planes(x, D: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
     """
     C: tl.constexpr = x[0].shape[0]
     H = signs(C, D // 4)
-    a, b = _times(H, x[0], EXACT, ASM), _times(H, x[1], EXACT, ASM)
-    c, d = _times(H, x[2], EXACT, ASM), _times(H, x[3], EXACT, ASM)
+    a, b = times_signs(H, x[0], EXACT, ASM), times_signs(H, x[1], EXACT, ASM)
+    c, d = times_signs(H, x[2], EXACT, ASM), times_signs(H, x[3], EXACT, ASM)
+    return sums_of_planes(a, b, c, d, D)
+
+
+@triton.jit
+def sums_of_planes(a, b, c, d, D: tl.constexpr):
+    """The planes of x H from those of products within the planes."""
     norm: tl.constexpr = 1.0 / D**0.5
     e, f = (a + b) * norm, (a - b) * norm
     g, h = (c + d) * norm, (c - d) * norm

@@ -380,6 +380,7 @@ def attention_jobs(target: str):
     """What the wrappers of attention over pages launch, and of what writes them: as `jobs`."""
     from quantkit.kernels import decode_attention, prefill_attention, rope_write
     from quantkit.kernels.dispatch import native_fp8
+    from quantkit.kernels.kv_operands import COUNTS
 
     few = () if target == "sm_90" else ("bf16", "int8", "int4") if target in FIRST else ("int4",)
     decoded = [one for one in DECODED if not few or one[0] in few]
@@ -398,22 +399,21 @@ def attention_jobs(target: str):
         types = {"keys_ptr": codes, "values_ptr": codes, "key_scales_ptr": scales}
         return types | {"value_scales_ptr": scales, "KIND": kind, "PAGE": 64}
 
-    for kind, x, D, group, masked in decoded:
-        chosen = decode_attention.config(kind, D, 64, target)
+    sizes = (4096, 2**14, 2**16) if target == "sm_90" else (4096, 2**16) if target in FIRST else (4096,)
+    for (kind, x, D, group, masked), tokens in itertools.product(decoded, sizes):
+        chosen = decode_attention.config(kind, D, tokens, target)
         types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(
             kind, x
         )
         types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
         types |= {"scale": "fp32", "soft_cap": "fp32"}
         types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
-        of_decode = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "counter_ptr": "*i32"}
-        of_decode |= {"max_length": "i32", "units": "i32", "NP": 64, "R": 8, "TW": chosen["tokens"]}
-        of_decode |= {"RG": decode_attention.parts_rows(kind, group)}
-        of_decode |= {"W": decode_attention.WARPS, "STAGES": chosen["stages"]}
-        of_decode |= {
-            "AT_ONCE": decode_attention.parts_at_once(kind, target),
-            "num_warps": decode_attention.WARPS,
-        }
+        of_decode = {"partial_ptr": "*fp32", "stats_ptr": "*i64", "counter_ptr": "*i32"}
+        rows, warps = decode_attention.parts_rows(kind, group), chosen["warps"]
+        width = COUNTS[kind] * max(16, D // COUNTS[kind])
+        of_decode |= {"max_length": "i32", "units": "i32", "R": max(8, group), "RG": rows}
+        of_decode |= {"T": chosen["tokens"], "STAGES": chosen["stages"], "num_warps": warps}
+        of_decode |= {"AT_ONCE": decode_attention.parts_at_once(rows, width, warps)}
         if kind == "fp8":  # one sequence and one head here: the launcher compiles a 1 in
             types |= {"B": 1, "BP": 1, "KV_HEADS": 1}
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}"

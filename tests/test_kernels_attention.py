@@ -256,10 +256,10 @@ def test_splits_leave_their_counters_at_zero_and_give_the_same_bits_again():
 @triton.jit
 def units_kernel(out_ptr, lengths_ptr, B, window, units, BP: tl.constexpr, WINDOW: tl.constexpr):
     unit = tl.program_id(0)
-    b, first, count, size = decode_attention.unit_of(
+    b, _, first, count, size = decode_attention.unit_of(
         unit, lengths_ptr, B, 2**30, window, units, BP, 64, WINDOW
     )
-    tl.store(out_ptr + unit * 4, b)
+    tl.store(out_ptr + unit * 4, tl.where(unit - first < count, b, B))
     tl.store(out_ptr + unit * 4 + 1, first)
     tl.store(out_ptr + unit * 4 + 2, count)
     tl.store(out_ptr + unit * 4 + 3, size)
