@@ -407,18 +407,20 @@ def attention_jobs(target: str):
         )
         types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
         types |= {"scale": "fp32", "soft_cap": "fp32"}
-        types |= {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "SOFT_CAP": masked}
-        of_decode = {"partial_ptr": "*fp32", "stats_ptr": "*i64", "counter_ptr": "*i32"}
-        rows, warps = decode_attention.parts_rows(kind, group), chosen["warps"]
-        width = COUNTS[kind] * max(16, D // COUNTS[kind])
-        of_decode |= {"max_length": "i32", "units": "i32", "R": max(8, group), "RG": rows}
-        of_decode |= {"T": chosen["tokens"], "STAGES": chosen["stages"], "num_warps": warps}
-        of_decode |= {"AT_ONCE": decode_attention.parts_at_once(rows, width, warps)}
+        planes = COUNTS[kind]
+        shared = {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "T": chosen["tokens"]} | flags
+        shared |= {"partial_ptr": "*fp32", "stats_ptr": "*i64", "max_length": "i32", "units": "i32", "num_stages": 1}
         if kind == "fp8":  # one sequence and one head here: the launcher compiles a 1 in
-            types |= {"B": 1, "BP": 1, "KV_HEADS": 1}
-        name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}"
-        launch = of_decode | flags | {"num_stages": 1}
-        yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch
+            shared |= {"B": 1, "BP": 1, "KV_HEADS": 1}
+        name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}, {tokens} tokens"
+        of_decode = {"SOFT_CAP": masked, "R": max(8, group), "STAGES": chosen["stages"], "num_warps": chosen["warps"]}
+        kernel = decode_attention.decode_attention_kernel
+        yield f"decode_attention {name}", kernel, types, of_decode | shared
+        of_parts = {name: types[name] for name in ("y_ptr", "lengths_ptr", "B", "KV_HEADS", "window")}
+        of_parts |= {"PLANES": planes, "C": max(16, D // planes), "ROTATE": kind == "int4"}
+        of_parts |= {"AT_ONCE": decode_attention.PARTS}
+        if tokens == sizes[0]:
+            yield f"add_parts {name}", decode_attention.add_parts_kernel, of_parts, shared | {"num_warps": 4}
     for kind, x, D, group, masked in prefilled:
         chosen = prefill_attention.config(kind, D, group, target)
         types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(
