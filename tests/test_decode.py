@@ -471,8 +471,9 @@ def test_scores_that_nothing_changes_are_not_copied():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv", ["bf16", *QUANTIZED])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_is_the_step(kind, kv):
-    model = quantkit.optimize(tiny(kind, "w8a8", torch.bfloat16).cuda(), kv=kv)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32"])
+def test_a_replayed_step_is_the_step(scheme, kind, kv):
+    model = quantkit.optimize(tiny(kind, scheme, torch.bfloat16).cuda(), kv=kv)
     ids = prompts()["input_ids"].cuda()
     caches = [model.new_cache(3, 40) for _ in range(2)]
     decoder = decode.Decoder(model, caches[0])
