@@ -253,7 +253,7 @@ def scheme_of(model: torch.nn.Module) -> str:
 
 def weight_bytes_read(model: "PreTrainedModel") -> int:
     """Bytes of weights that one decode step reads: all but the embedding table, unless it is the head too."""
-    total = sum(p.nbytes for p in model.parameters())
+    total = memory_bytes(model)  # repacked weights are buffers
     embedding = model.get_input_embeddings().weight
     tied = getattr(model.get_output_embeddings(), "weight", None) is embedding
     return total if tied or not isinstance(embedding, torch.Tensor) else total - embedding.nbytes

@@ -249,6 +249,12 @@ def test_a_tied_table_is_counted_once():
     assert weight_bytes_read(tied) == weight_bytes_read(untied)
 
 
+def test_repacked_weights_are_read_too():
+    model = random_model(TINY, parse_scheme("w4a16-g128"), layers=1)
+    assert all(m.packed is not None for m in model.modules() if isinstance(m, QuantLinear))
+    assert weight_bytes_read(model) == memory_bytes(model) - 96 * 256 * 2  # all but the embedding table
+
+
 def test_bytes_of_keys_and_values():
     # keys and values, 2 layers, 2 heads of 64, bfloat16, 3 sequences of 10 tokens
     assert cache_bytes(random_model(TINY, None), 3, 10) == 2 * 2 * 2 * 64 * 2 * 3 * 10
