@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.decode import Decoder, Generating
+from quantkit.decode import Decoder, Generating, greedy
 from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
 from quantkit.eval.roofline import roof
@@ -77,11 +77,11 @@ class OptimizedDecoder:
         """Starts over with a prompt, int64 [batch, T]; `token` becomes the one that follows it."""
         self.cache.reset()
         logits = self.model(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: self.cache}).logits
-        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.token[:, 0] = greedy(logits[:, -1])
 
     @torch.no_grad()
     def step(self) -> None:
-        self.token.copy_(self.decoder.step(self.token[:, 0]).argmax(-1, keepdim=True))
+        self.token[:, 0] = greedy(self.decoder.step(self.token[:, 0]))
 
 
 def bench_decode(
@@ -253,7 +253,7 @@ def scheme_of(model: torch.nn.Module) -> str:
 
 def weight_bytes_read(model: "PreTrainedModel") -> int:
     """Bytes of weights that one decode step reads: all but the embedding table, unless it is the head too."""
-    total = sum(p.nbytes for p in model.parameters())
+    total = memory_bytes(model)  # repacked weights are buffers
     embedding = model.get_input_embeddings().weight
     tied = getattr(model.get_output_embeddings(), "weight", None) is embedding
     return total if tied or not isinstance(embedding, torch.Tensor) else total - embedding.nbytes

@@ -246,10 +246,10 @@ def w4a8_interleaved_cpu(
 
 
 def epilogue(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
-    """What follows y = x w^T + bias [M, N]: SwiGLU over gates and ups in turns of 8 columns, then the residual."""
+    """What follows y = x w^T + bias [..., N]: SwiGLU over gates and ups in turns of 8 columns, then the residual."""
     if swiglu:
-        gate, up = y.unflatten(1, (-1, 2, 8)).unbind(2)
-        y = (F.silu(gate) * up).flatten(1)
+        gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+        y = (F.silu(gate) * up).flatten(-2)
     return y if residual is None else y + residual
 
 

@@ -82,6 +82,15 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     return chosen | dict(programs=min(chosen["programs"], blocks(chosen, N) * steps(chosen, K, group_size)))
 
 
+def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> int:
+    """Registers that ptxas may give a thread; 0: as many as it likes, which are fewer where it need not use them up.
+
+    With zeros of small groups it spills SwiGLU's kernel at a cap of 128, and holds it in 128 without one.
+    """
+    spilled = swiglu and zeros and group_size % TILE_K != 0 and launch["max_registers"] == 128
+    return 0 if spilled else launch["max_registers"]
+
+
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
     """Launches worth timing, `config`'s first: those that were good for some shape on an H200."""
 
@@ -342,8 +351,8 @@ def w4a16_decode(
     asm = ptx_level(x)
     pdl = asm >= 90
     options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
-    if asm and chosen["max_registers"]:
-        options["maxnreg"] = chosen["max_registers"]
+    if asm and (cap := register_cap(chosen, group_size, zeros is not None, swiglu)):
+        options["maxnreg"] = cap
     scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     w4a16_decode_kernel[(programs if stream else shared,)](
         x, tiles, scale_words, zero_words, bias, residual,

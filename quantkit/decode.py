@@ -19,6 +19,8 @@ from quantkit.fuse import CACHE_NAME, hooked_part
 from quantkit.kernels.kv_pages import PAGE_SIZES
 
 ROOM = 256  # tokens; caches are made in multiples of so many, to fit the next call too
+FEW_ROWS = 128  # of scores: as many as a large GPU has multiprocessors, or fewer
+PIECE = 256  # scores of a row that are compared first
 
 
 @dataclass
@@ -109,6 +111,27 @@ def what_runs(model: torch.nn.Module) -> tuple[Any, ...]:
     switches = ("fast_accumulation", "_active_adapter", "_disable_adapters", "merged_adapters")
     modules = ((id(m), *(str(getattr(m, name, None)) for name in switches)) for m in model.modules())
     return (*tensors, *modules)
+
+
+def greedy(scores: Tensor) -> Tensor:
+    """scores.argmax(-1): of [batch, vocabulary] the place of each row's first largest score, or first NaN, int64 [batch].
+
+    PyTorch's kernel gives a row to one multiprocessor: 36 us for 128256 scores on an H200.
+    """
+    few = scores.is_cuda and len(scores) <= FEW_ROWS and scores.shape[1] >= 2 * PIECE
+    return argmax_of_pieces(scores) if few else scores.argmax(-1)
+
+
+def argmax_of_pieces(scores: Tensor) -> Tensor:
+    """The same by the largest of each piece of a row of `PIECE` scores or more.
+
+    Pieces begin `PIECE` apart, and where that does not divide the vocabulary reach into the next one, the last to the end of
+    the row. The first piece with the largest score still has the first place of it: a place in two pieces is in the first.
+    """
+    pieces = scores.unfold(1, PIECE + scores.shape[1] % PIECE, PIECE)
+    largest, places = pieces.max(-1)
+    first = largest.argmax(-1, keepdim=True)
+    return torch.add(places.gather(1, first), first, alpha=PIECE).squeeze(1)
 
 
 class StopCheck:
@@ -245,12 +268,17 @@ class Generating:
         may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+        as_they_are = (
+            not generation_config.do_sample and not logits_processor
+        )  # the largest is so in float32 too
         while True:
-            scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+            scores = logits
+            if not as_they_are:
+                scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
             else:
-                tokens = scores.argmax(-1)
+                tokens = greedy(scores)
             if may_end:
                 tokens = torch.where(ended, generation_config._pad_token_tensor.to(device), tokens)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)

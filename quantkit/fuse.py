@@ -3,7 +3,7 @@
     h = x + o(attention(qkv(norm_1(x))))          y = h + down(silu(gate) * up),  gate, up = gate_up(norm_2(h))
 
 q, k and v are one product, gate and up another. A norm's kernel adds the residual that comes before it and rounds for a
-product of 8 bits; a product adds the residual that comes after it where its kernel can.
+product of 8 bits. silu(gate) * up is a kernel of its own, which rounds likewise, or the end of gate_up's where that can.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,10 @@ import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit
 from quantkit.cache import PagedCache, Step
 from quantkit.continuous import page_allocator, step_of
 from quantkit.errors import QuantKitError
+from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
-from quantkit.packing import merge_rows
+from quantkit.packing import TURN, in_turns, merge_rows
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are as above
 
@@ -66,8 +67,9 @@ class FusedBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The block of x + residual, in two parts whose sum it is: the next norm adds them."""
         qkv, x = after_norm(self.qkv, self.input_layernorm, x, residual)
-        gate_up, h = after_norm(self.gate_up, self.post_attention_layernorm, attention(qkv), x)
-        return after_swiglu(self.mlp.down_proj, gate_up), h
+        y, h = after_norm(self.gate_up, self.post_attention_layernorm, attention(qkv), x)
+        down = self.mlp.down_proj
+        return down(y) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y), h
 
 
 class FusedDecoder(nn.Module):
@@ -197,13 +199,34 @@ class Beside(nn.Module):
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-def merged(parts: Sequence[Any]) -> nn.Module:
-    """One linear whose rows are those of all parts; `Beside` where they are not packed alike."""
+class SwiGLULinear(QuantLinear):
+    """Gates and ups in turns of `TURN` rows, and what follows: y = silu(gate) * up, in one kernel from the tiles of a GPU.
+
+    Of float32 sums, rounded once; a kernel after the product has its results rounded.
+    """
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.tiled:  # the model was moved to another device or dtype
+            return epilogue(super().multiply(x), None, swiglu=True)
+        weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias, None)
+        rest = (self.scheme.group_size or 0, self.out_features, True)
+        return torch.ops.quantkit.w4a16_tiles(x, *weights, *rest)  # type: ignore[no-any-return]
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        raise QuantKitError("gradients: the model was optimized, expected one that was not; load it again")
+
+
+def merged(parts: Sequence[Any], swiglu: bool = False) -> nn.Module:
+    """One linear whose rows are those of all parts; `Beside` where they are not packed alike.
+
+    swiglu: of a gate and an up, a `SwiGLULinear` where they are in tiles.
+    """
     kinds = {(type(part), part.bias is None, getattr(part, "repacked_for", None)) for part in parts}
     ((kind, no_bias, x_dtype),) = kinds if len(kinds) == 1 else {(None, True, None)}
     if kind not in (QuantLinear, nn.Linear):
         return Beside(parts)
-    bias = None if no_bias else torch.cat([part.bias for part in parts])
+    swiglu = swiglu and kind is QuantLinear and parts[0].tiled and parts[0].out_features % TURN == 0
+    bias = None if no_bias else (in_turns if swiglu else torch.cat)([part.bias for part in parts])
     if kind is nn.Linear:
         N, K = sum(part.out_features for part in parts), parts[0].in_features
         linear = nn.Linear(K, N, bias=False, device="meta")
@@ -212,10 +235,10 @@ def merged(parts: Sequence[Any]) -> nn.Module:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
     try:
-        weight = merge_rows([part.quantized() for part in parts])
+        weight = merge_rows([part.quantized() for part in parts], interleave=swiglu)
     except QuantKitError:
         return Beside(parts)
-    packed = QuantLinear.from_quantized(weight, bias)
+    packed = (SwiGLULinear if swiglu else QuantLinear).from_quantized(weight, bias)
     packed.fast_accumulation = parts[0].fast_accumulation
     if x_dtype is not None:
         packed.repack(x_dtype)
@@ -294,7 +317,8 @@ def fuse_block(block: Any) -> None:
     attention, mlp = block.self_attn, block.mlp
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     block.qkv = merged(parts)
-    block.gate_up = merged([mlp.gate_proj, mlp.up_proj])
+    rounded = getattr(mlp.down_proj, "rounding", None) is not None  # x, by the kernel that makes it
+    block.gate_up = merged([mlp.gate_proj, mlp.up_proj], swiglu=not rounded)
     start = 0
     for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
         setattr(attention, name, Rows(start, start + part.out_features))

@@ -216,6 +216,11 @@ class QuantLinear(nn.Module):
         return (self.codes if self.packed is None else self.packed).device  # type: ignore[union-attr]
 
     @property
+    def tiled(self) -> bool:
+        """Whether it holds the tiles of `kernels/int4tiles.py`."""
+        return self.packed is not None and self.scheme.op == "w4a16" and self.device.type != "cpu"
+
+    @property
     def input_width(self) -> int:
         """Columns of x in all, of which a linear that is cut by its inputs has `in_features`."""
         return self.in_features
@@ -291,10 +296,10 @@ class QuantLinear(nn.Module):
         weights = (self.packed, self.packed_scales, self.packed_zeros, self.bias)
         if self.packed is not None and self.scheme.op == "w4a8":
             return ops.w4a8_interleaved(x, *weights, self.scheme.group_size or 0)
-        if self.packed is not None and self.device.type == "cpu":
-            return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)
-        if self.packed is not None:
+        if self.tiled:
             return ops.w4a16_tiles(x, *weights, None, self.scheme.group_size or 0, self.out_features, False)
+        if self.packed is not None:
+            return ops.w4a16_cpu(x, *weights, self.scheme.group_size or self.in_features)
         if self.scheme.op == "w4a16":
             return ops.w4a16(x, self.codes, self.scales, self.zeros, self.bias, self.scheme.group_size or 0)
         if self.scheme.op == "wna16":

@@ -80,6 +80,11 @@ def expand_groups(per_group: torch.Tensor, group_size: int | None, K: int) -> to
     return per_group.repeat_interleave(group_size or K, dim=1)[:, :K]
 
 
+def in_turns(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`TURN` rows of each part, then as many more: gates and ups [N, ...] -> [2 N, ...], N a multiple of `TURN`."""
+    return torch.stack([part.unflatten(0, (-1, TURN)) for part in parts], 1).flatten(0, 2)
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """One weight [N, K] as codes, scales and zeros in the neutral layout above.
@@ -213,11 +218,7 @@ def merge_rows(parts: Sequence[QuantizedTensor], interleave: bool = False) -> Qu
 
     def merge(tensors: list[torch.Tensor]) -> torch.Tensor:
         bits = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors]
-        if interleave:
-            merged = torch.stack([t.unflatten(0, (-1, TURN)) for t in bits], 1).flatten(0, 2)
-        else:
-            merged = torch.cat(bits)
-        return merged.view(tensors[0].dtype)
+        return (in_turns(bits) if interleave else torch.cat(bits)).view(tensors[0].dtype)
 
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return QuantizedTensor(

@@ -76,6 +76,15 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def laid_out_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W4A16 linears hold the tiles of a GPU, wherever they are."""
+    from quantkit import linear  # imports Triton, which was prepared above
+
+    monkeypatch.setattr(linear, "target_of", lambda device: "sm_80")
+    monkeypatch.setattr(linear.QuantLinear, "device", property(lambda self: torch.device("cuda")))
+
+
+@pytest.fixture
 def random() -> Random:
     """The same operands in every test."""
     return Random(torch.Generator().manual_seed(0))

@@ -222,6 +222,10 @@ def test_sizes_count_what_is_stored(tmp_path):
     assert bits_per_weight(model) == 4 + (16 + 8) / 128
     assert bits_per_weight(nn.Linear(4, 4)) is None
     weights = 256 * (2 * 256 + 2 * 128 + 3 * 384)
+    assert memory_bytes(model) == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.unpack()  # a CPU's order has scales of its own beside the stored ones
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert memory_bytes(model) == held
     assert held - weights * (4 + 24 / 128) / 8 < 2 * 2 * 96 * 256 + 4096  # two tables, and norms and the like
@@ -243,6 +247,12 @@ def test_a_tied_table_is_counted_once():
     assert memory_bytes(untied) - memory_bytes(tied) == table
     # as the head it is read in every step; as an embedding alone only a row of it is
     assert weight_bytes_read(tied) == weight_bytes_read(untied)
+
+
+def test_repacked_weights_are_read_too():
+    model = random_model(TINY, parse_scheme("w4a16-g128"), layers=1)
+    assert all(m.packed is not None for m in model.modules() if isinstance(m, QuantLinear))
+    assert weight_bytes_read(model) == memory_bytes(model) - 96 * 256 * 2  # all but the embedding table
 
 
 def test_bytes_of_keys_and_values():

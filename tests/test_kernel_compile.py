@@ -56,15 +56,20 @@ def w4a16_jobs(target: str):
     nvidia = target.startswith("sm_")
     ptx = {"ASM": int(target[3:]) if nvidia else 0, "PDL": nvidia and int(target[3:]) >= 90}
     seen = []
-    for scheme, M, (N, K) in w4a16_products(target):
+    for (scheme, M, (N, K)), swiglu in itertools.product(w4a16_products(target), (False, True)):
+        if swiglu and (target != "sm_90" or (N, K) != MANY):  # gate and up of a fused block
+            continue
         x, group_size, _ = scheme
         # a 1 is compiled in by the launcher
         sizes = {"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
         tensors = {"x_ptr": f"*{x}", "y_ptr": f"*{x}", "bias_ptr": None, "residual_ptr": None}
-        common = w4a16_types(*scheme) | tensors | sizes | ptx | {"SWIGLU": False, "EVEN_K": True}
+        common = w4a16_types(*scheme) | tensors | sizes | ptx | {"SWIGLU": swiglu, "EVEN_K": True}
         if M <= w4a16_decode.MAX_M:
             name, fn = "w4a16_decode", w4a16_decode.w4a16_decode_kernel
             chosen = w4a16_decode.config(M, N, K, group_size, target)
+            chosen = chosen | {
+                "max_registers": w4a16_decode.register_cap(chosen, group_size, scheme[2], swiglu)
+            }
             specific, options = decode_launch(chosen, M, group_size, nvidia)
         else:
             name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
@@ -76,7 +81,8 @@ def w4a16_jobs(target: str):
             options["launch_pdl"] = True
         if (fn, common | specific, options) not in seen:
             seen.append((fn, common | specific, options))
-            yield f"{name} {x} g{group_size} M={M} N={N}", fn, common | specific, options
+            beside = " swiglu" * swiglu
+            yield f"{name} {x} g{group_size} M={M} N={N}{beside}", fn, common | specific, options
     for scheme in (PLAIN, ZEROS) if target in FIRST else (ZEROS,):
         x, group_size, _ = scheme
         types = {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": ptx["ASM"]}
@@ -85,12 +91,15 @@ def w4a16_jobs(target: str):
         yield f"dequantize_tiles {x} g{group_size}", dequantize.dequantize_tiles_kernel, types, options
 
 
-# x, group size, zeros and an epilogue or not, and M, N and K: the whole of what `config` launches for the first
+# x, group size, what is there beside (zeros, bias and residual: all), and M, N and K: the whole of what `config` launches
+# for the first
+HOPPER_ROWS = (17, 64, 128, 2048)
 HOPPER = (
-    ("bf16", 128, False, tuple(itertools.product((17, 64, 128, 2048), (FEW, MANY)))),
-    ("bf16", 32, True, ((17, FEW), (64, MANY), (128, FEW), (2048, FEW))),
-    ("fp16", 0, False, ((17, MANY), (128, FEW))),
-    ("bf16", 256, True, ((17, FEW),)),
+    ("bf16", 128, "", tuple(itertools.product(HOPPER_ROWS, (FEW, MANY)))),
+    ("bf16", 128, "swiglu", tuple((M, MANY) for M in HOPPER_ROWS)),
+    ("bf16", 32, "all swiglu", ((17, FEW), (64, MANY), (128, FEW), (2048, FEW))),
+    ("fp16", 0, "", ((17, MANY), (128, FEW))),
+    ("bf16", 256, "all swiglu", ((17, FEW),)),
 )
 
 
@@ -102,14 +111,15 @@ def hopper_jobs():
     from quantkit.kernels.int4tiles import STRIP
 
     seen = []
-    for x, group_size, following, products in HOPPER:
+    for x, group_size, beside, products in HOPPER:
+        following, swiglu = "all" in beside, "swiglu" in beside
         for M, (N, K) in products:
             chosen = w4a16_hopper.config(M, N, K, group_size)
             block_m, strips = chosen["block_m"], chosen["rows"] * chosen["warps"]
             of_group = [strips, 8 * w4a16_hopper.groups_of_step(group_size)]
             y_block = [
                 min(block_m, w4a16_hopper.STAGED_ROWS),
-                strips * STRIP // (2 if following else 1),
+                strips * STRIP // (2 if swiglu else 1),
             ]
             y_layout = gl.NVMMASharedLayout(min(128, 2 * y_block[1]), element_bitwidth=16, rank=2)
             tiles = w4a16_hopper.blocks(chosen, M, N)
@@ -131,7 +141,7 @@ def hopper_jobs():
                 "partial_ptr": "*fp32" if stream else None,
                 "counter_ptr": "*i32" if stream else None,
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
-                **{"G": group_size, "SWIGLU": following, "STREAM": stream},
+                **{"G": group_size, "SWIGLU": swiglu, "STREAM": stream},
                 "AFTER": w4a16_hopper.after(block_m, group_size),
                 **{"R": chosen["rows"], "STAGES": chosen["stages"]},
             }
@@ -140,7 +150,7 @@ def hopper_jobs():
                 options["maxnreg"] = w4a16_hopper.REGISTERS_OF_TWO
             if (types, options) not in seen:
                 seen.append((types, options))
-                name = f"w4a16_hopper {x} g{group_size} M={M} N={N}"
+                name = f"w4a16_hopper {x} g{group_size} M={M} N={N} {beside}".rstrip()
                 yield name, w4a16_hopper.w4a16_hopper_kernel, types, options
 
 
@@ -665,7 +675,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 86, "sm_89": 35, "sm_90": 138, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
+KERNELS = {"sm_80": 86, "sm_89": 35, "sm_90": 150, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 

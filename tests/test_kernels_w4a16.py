@@ -15,7 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.calibration.rtn import rtn
-from quantkit.kernels import cpu, dequantize, stream_k, w4a16, w4a16_decode, w4a16_hopper, w4a16_wide
+from quantkit.fuse import SwiGLULinear
+from quantkit.fuse import merged as merged_linear
+from quantkit.kernels import cpu, dequantize, ops, stream_k, w4a16, w4a16_decode, w4a16_hopper, w4a16_wide
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import not_tileable, pack_tiles, tiled_shape, unpack_tiles
 from quantkit.linear import QuantLinear
@@ -571,6 +573,35 @@ def test_merged_gates_and_ups_with_swiglu(random: Random, dtype, label):
     product.check(w4a16_decode.w4a16_decode(*product.arguments))
     # the scales are bfloat16: past the first, float16 x costs a rounding of the scale and of the product
     product.check(w4a16_wide.w4a16_wide(*product.arguments), roundings=3)
+
+
+@pytest.mark.usefixtures("laid_out_as_on_a_gpu")
+@pytest.mark.parametrize("M", [3, 20])
+@pytest.mark.parametrize("label", ["w4a16-g32", "w4a16-g128-asym"])
+@dtypes
+def test_gate_and_up_of_a_fused_block(random: Random, monkeypatch, dtype, label, M):
+    """By the kernels that a GPU has for them, together and apart."""
+    if not GPU:
+        monkeypatch.setattr(ops, "target_of", lambda device: "sm_80")
+    N, K, scheme = 40, 300, parse_scheme(label)
+    parts = [
+        QuantLinear.from_quantized(
+            rtn(torch.randn(N, K, generator=random.generator) / 8, scheme), random.bias(N, dtype).cpu()
+        )
+        for _ in range(2)
+    ]
+    for part in parts:
+        part.to(DEVICE).repack(dtype)
+    linear = merged_linear(parts, swiglu=True)
+    assert type(linear) is SwiGLULinear
+    weight, x = linear.quantized(), in_nans(random.x(M, K, dtype))
+    group_size = scheme.group_size or 0
+    product = Product(
+        x, weight.codes, weight.scales, weight.zeros, linear.bias, None, group_size, swiglu=True
+    )
+    product.check(linear(x), roundings=0 if M == 3 else 3)
+    apart = torch.cat([part(x) for part in parts], 1)
+    product.check(torch.ops.quantkit.swiglu_quantize(apart, None, None, 0)[0], roundings=6)
 
 
 # The rest needs a GPU.

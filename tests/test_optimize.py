@@ -1,6 +1,7 @@
 """optimize: fused blocks are the same function of the same weights, to the bit on a CPU."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import transformers
 from torch import nn
 
 import quantkit
+from packed_weights import packed_weight
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
-from quantkit.fuse import Beside, FusedBlock
+from quantkit.fuse import Beside, FusedBlock, SwiGLULinear, merged
 from quantkit.linear import QuantLinear, replace_module
 from quantkit.scheme import parse_scheme
 
@@ -73,6 +75,120 @@ def test_an_optimized_model_is_the_same_function(kind, scheme, dtype):
     assert torch.equal(found[0], logits)
     if dtype == torch.float32:  # attention to pages rounds elsewhere
         assert torch.equal(found[1], tokens)
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[str]:
+    """Names of the ops that make silu(gate) * up, in the order of their calls."""
+    called: list[str] = []
+    for name in ("swiglu_quantize", "w4a16_tiles"):
+
+        def noted(op, name, *a):
+            if name == "swiglu_quantize" or a[-1]:
+                called.append(name)
+            return op(*a)
+
+        op = getattr(torch.ops.quantkit, name)
+        monkeypatch.setattr(torch.ops.quantkit, name, partial(noted, op, name))
+    return called
+
+
+BIASED = transformers.LlamaConfig(**TINY, attention_bias=True, mlp_bias=True)
+TILED = ["w4a16-g32", "w4a16-g64-asym", "w4a16-channel"]
+
+
+@pytest.mark.usefixtures("laid_out_as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", TILED)
+@pytest.mark.parametrize("kind", ["mistral", "biased"])
+def test_from_tiles_gate_and_up_are_one_kernel_with_what_follows(kind, scheme, dtype, products, monkeypatch):
+    monkeypatch.setitem(KINDS, "biased", BIASED)
+    ids = torch.randint(2, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    plain, model = (tiny(kind, scheme, dtype) for _ in range(2))
+    quantkit.optimize(model)
+
+    def check():
+        """A CPU's definition of the op rounds as transformers does, but PyTorch's silu of 8 columns is not that of many."""
+        with torch.no_grad():
+            expected, found = plain(ids).logits, model(ids).logits
+        bound = 16 * torch.finfo(expected.dtype).eps * expected.abs().max()  # a few roundings of its size
+        assert (found - expected).abs().max() <= bound
+
+    check()
+    assert products == ["w4a16_tiles"] * 2
+    with torch.no_grad():
+        model(ids, past_key_values=model.new_cache(2, 20))
+    assert products == ["w4a16_tiles"] * 4
+    for one in (plain, model):
+        one.to(torch.float32)  # which has no tiles
+    check()
+    assert products == ["w4a16_tiles"] * 4
+    assert all(type(block.gate_up) is SwiGLULinear for block in model.model.layers)
+
+
+@pytest.mark.usefixtures("laid_out_as_on_a_gpu")
+@pytest.mark.parametrize("why", ["down is rounded", "no whole turns", "no tiles", "one is not packed"])
+def test_where_another_kernel_follows_gate_and_up(why, products, monkeypatch):
+    """silu(gate) * up is rounded for down, or gate and up cannot be interleaved."""
+    monkeypatch.setitem(KINDS, "odd", transformers.LlamaConfig(**TINY | {"intermediate_size": 100}))
+    kind = "odd" if why == "no whole turns" else "llama"
+    dtype = torch.float32 if why == "no tiles" else torch.bfloat16
+    models = [
+        tiny(kind, "w4a16-g32", dtype, "gate_proj" if why == "one is not packed" else "") for _ in range(2)
+    ]
+    if why == "down is rounded":
+        for model in models:
+            for block in model.model.layers:
+                old = block.mlp.down_proj
+                weight = rtn(old.quantized().dequantize(), parse_scheme("w8a8"))
+                block.mlp.down_proj = QuantLinear.from_quantized(weight)
+    plain, model = models[0], quantkit.optimize(models[1])
+    ids = torch.randint(2, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert products == ["swiglu_quantize"] * 2
+    expected = Beside if why == "one is not packed" else QuantLinear
+    assert type(model.model.layers[0].gate_up) is expected
+
+
+@pytest.mark.usefixtures("laid_out_as_on_a_gpu")
+def test_gates_and_ups_of_other_orders_stand_beside_each_other():
+    parts = [
+        QuantLinear.from_quantized(packed_weight("w4a16-g32", 64, 128, order=order))
+        for order in (False, True)
+    ]
+    for part in parts:
+        part.repack(torch.bfloat16)
+        assert part.tiled
+    assert type(merged(parts, swiglu=True)) is Beside
+
+
+@pytest.mark.usefixtures("laid_out_as_on_a_gpu")
+def test_a_gradient_through_gate_and_up_is_refused():
+    linear = quantkit.optimize(tiny("llama", "w4a16-g32", torch.bfloat16)).model.layers[0].gate_up
+    y = linear(torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True))
+    with pytest.raises(QuantKitError, match="gradients: the model was optimized"):
+        y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 11, 300])
+@pytest.mark.parametrize("scheme", TILED)
+def test_on_a_gpu_a_kernel_less_loses_no_more(scheme, tokens, products, monkeypatch):
+    """Beside float32 models of the same weights: fused, silu(gate) * up is rounded once, not four times."""
+    monkeypatch.setitem(KINDS, "biased", BIASED)
+    exact = tiny("biased", scheme, torch.float32).cuda()
+    plain, model = (tiny("biased", scheme, torch.bfloat16).cuda() for _ in range(2))
+    for one in (plain, model):
+        for module in one.modules():
+            if isinstance(module, QuantLinear):
+                module.repack(torch.bfloat16)  # where a CPU had no order to keep
+    quantkit.optimize(model)
+    ids = torch.randint(2, 96, (2, tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        expected, one, two = (m(ids).logits.float() for m in (exact, plain, model))
+    assert products == ["w4a16_tiles"] * 2
+    assert (two - expected).norm() <= 1.2 * (one - expected).norm()
 
 
 @pytest.mark.parametrize("only", ["q_proj", "up_proj", "down_proj"])
