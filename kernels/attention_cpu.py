@@ -69,6 +69,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kind: str, scale: floa
     return (rotate(y) if kind == "int4" else y).to(dtype)
 
 
+def decode_plan_torch(q: Tensor, pages: KVPages, lengths: Tensor, window: int, max_length: int) -> Tensor:
+    """None: here nothing is cut."""
+    return torch.empty(0, 0, dtype=torch.int32, device=q.device)
+
+
 def decode_attention_torch(
     q: Tensor,
     pages: KVPages,
@@ -78,6 +83,7 @@ def decode_attention_torch(
     window: int,
     soft_cap: float,
     max_length: int,
+    plan: Tensor | None = None,
 ) -> Tensor:
     """The definition of `attention_ops.decode_attention`, on any device."""
     page_size = pages.page_size

@@ -1,5 +1,5 @@
-"""Attention over pages as torch ops: importing this file defines `torch.ops.quantkit.{rope_write, decode_attention,
-prefill_attention}`, in the manner of `ops.py`: check, choose a kernel (`dispatch.py`), run it.
+"""Attention over pages as torch ops: importing this file defines `torch.ops.quantkit.{rope_write, decode_plan,
+decode_attention, prefill_attention}`, in the manner of `ops.py`: check, choose a kernel (`dispatch.py`), run it.
 
 Pages pass as their tensors, which `*pages` of a `KVPages` yields, because an op has to say which of its arguments it
 changes:
@@ -27,7 +27,10 @@ SCHEMAS = {
     ),
     "decode_attention": (
         f"(Tensor q, {READ}, Tensor page_table, Tensor lengths, float scale, "
-        "int window=0, float soft_cap=0.0, int max_length=0) -> Tensor"
+        "int window=0, float soft_cap=0.0, int max_length=0, Tensor? plan=None) -> Tensor"
+    ),
+    "decode_plan": (
+        f"(Tensor q, {READ}, Tensor page_table, Tensor lengths, int window=0, int max_length=0) -> Tensor"
     ),
     "prefill_attention": (
         f"(Tensor q, {READ}, Tensor page_table, Tensor lengths, Tensor q_starts, float scale, "
@@ -246,6 +249,65 @@ def _check_decode(
     return max_length or room
 
 
+def decode_plan(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    kind: str,
+    page_table: Tensor,
+    lengths: Tensor,
+    window: int = 0,
+    max_length: int = 0,
+) -> Tensor:
+    """How `decode_attention` of these arguments divides its work, for all layers whose arguments have the same shapes.
+
+    Returns:
+        int32 [n, columns], to be given to `decode_attention`; [0, 0] where nothing is divided.
+    """
+    pages = KVPages(keys, values, key_scales, value_scales, kind)
+    max_length = _check_decode(q, pages, page_table, lengths, window, 0.0, max_length)
+    if q.numel() == 0 or max_length == 0:
+        return q.new_empty((0, 0), dtype=torch.int32)
+    kernel = _kernel("decode_plan", q, len(q), pages, max_length, q.shape[1] // pages.kv_heads)
+    return kernel.run(q, pages, lengths, window, max_length)
+
+
+def _plan_size(q: Tensor, pages: KVPages, max_length: int) -> tuple[int, int]:
+    if q.numel() == 0 or max_length == 0:
+        return 0, 0
+    kernel = _kernel("decode_plan", q, len(q), pages, max_length, q.shape[1] // pages.kv_heads)
+    if kernel.name == "decode_plan_torch":
+        return 0, 0
+    from quantkit.kernels.decode_attention import PLAN_WIDTH, plan_rows
+
+    return plan_rows(q, pages, max_length), PLAN_WIDTH
+
+
+def _check_plan(q: Tensor, pages: KVPages, max_length: int, plan: Tensor | None) -> None:
+    if plan is not None:
+        mend = "pass what decode_plan makes of the same arguments"
+        _expect("decode_attention", "plan", plan, _plan_size(q, pages, max_length), torch.int32, q, mend)
+
+
+def _fake_decode_plan(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    kind: str,
+    page_table: Tensor,
+    lengths: Tensor,
+    window: int = 0,
+    max_length: int = 0,
+) -> Tensor:
+    pages = KVPages(keys, values, key_scales, value_scales, kind)
+    max_length = _check_decode(q, pages, page_table, lengths, window, 0.0, max_length)
+    return q.new_empty(_plan_size(q, pages, max_length), dtype=torch.int32)
+
+
 def decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -259,6 +321,7 @@ def decode_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     max_length: int = 0,
+    plan: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence to the tokens that its pages hold, the newest included.
 
@@ -274,6 +337,7 @@ def decode_attention(
         max_length: no length is larger (one that is counts as this one); 0: what page_table has room for. How far the work is
             divided depends on it, not the work: kernels look at lengths on the device, so a captured call can be replayed
             for longer sequences.
+        plan: `decode_plan` of the same arguments, which layers share; None: made here.
 
     Returns:
         y: q.dtype [B, H, head_dim].
@@ -286,7 +350,8 @@ def decode_attention(
     if q.numel() == 0 or max_length == 0:
         return torch.zeros_like(q)
     kernel = _kernel("decode_attention", q, len(q), pages, max_length, q.shape[1] // pages.kv_heads)
-    return kernel.run(q, pages, page_table, lengths, scale, window, soft_cap, max_length)
+    _check_plan(q, pages, max_length, plan)
+    return kernel.run(q, pages, page_table, lengths, scale, window, soft_cap, max_length, plan)
 
 
 def _fake_decode_attention(
@@ -302,6 +367,7 @@ def _fake_decode_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     max_length: int = 0,
+    plan: Tensor | None = None,
 ) -> Tensor:
     pages = KVPages(keys, values, key_scales, value_scales, kind)
     _check_decode(q, pages, page_table, lengths, window, soft_cap, max_length)
@@ -387,6 +453,7 @@ def _fake_prefill_attention(
 
 for _name, _implementation, _fake in (
     ("rope_write", rope_write, _fake_rope_write),
+    ("decode_plan", decode_plan, _fake_decode_plan),
     ("decode_attention", decode_attention, _fake_decode_attention),
     ("prefill_attention", prefill_attention, _fake_prefill_attention),
 ):

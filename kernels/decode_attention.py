@@ -18,8 +18,9 @@ bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 b
 - What a token's scale multiplies is folded: K's into the scores; V's s[t] into the probability as exp2(.. + log2 s[t]), so
   that what float16 holds is at most 1 whatever the scales are, and out again where probabilities are summed. q is divided
   by a power of two before it becomes float16.
-- The tokens of all sequences are cut into units of equal size, one a program, as many as fit on the GPU at a time. Every
-  program finds its unit from the lengths on the device, so a captured launch adapts to them; programs without a unit end.
+- The tokens of all sequences are cut into units of equal size, one a program, as many as fit on the GPU at a time. A plan
+  says which, made from the lengths on the device once for all layers: a captured launch adapts to them, and programs
+  without a unit end.
 - A second kernel adds the parts of a sequence, in the order of the units: results are the same in every run. It is there
   when the last part is written, and takes less time than a counter and the last program did (H200, 16 parts: 2.7 us).
 - Rows of V past the last token, and before a window's first one, are zeros: what lies there may be NaN, and 0 times it
@@ -60,13 +61,14 @@ LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 FEW_TOKENS, MANY_TOKENS = 8192, 32768
 PARTS = 32  # that are added at a time
+PLAN_ROWS, PLAN_WIDTH = 32, 8
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 
 
 def config(kind: str, head_dim: int, tokens: int, target: str) -> dict[str, int]:
     """Launch parameters for so many tokens of all sequences: tokens of a step, warps, stages of loads, programs a multiprocessor.
 
-    Few tokens are a matter of latency, for which two warps have the shortest code; many of loads in flight.
+    Few tokens are a matter of latency, many of loads in flight; int4 of instructions, and of warps to hide theirs.
     """
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
     if target.startswith("gfx"):  # registers hold what is loaded ahead
@@ -74,14 +76,18 @@ def config(kind: str, head_dim: int, tokens: int, target: str) -> dict[str, int]
     small = target in ("sm_89", "sm_120")  # less shared memory
     if bytes_of_row >= 512:
         return {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
+    if kind == "int4":
+        return {"tokens": 64, "warps": 2, "stages": 2, "per_sm": 6 if tokens >= MANY_TOKENS else 4}
     if tokens <= FEW_TOKENS or small:
-        return {"tokens": 32, "warps": 2, "stages": 3, "per_sm": 2}
-    return {
-        "tokens": 128 if tokens >= MANY_TOKENS else 64,
-        "warps": 2 if kind == "int4" else 4,
-        "stages": 3,
-        "per_sm": 1,
-    }
+        return {"tokens": 64, "warps": 4, "stages": 2 if small else 3, "per_sm": 2}
+    if tokens < MANY_TOKENS:
+        return {
+            "tokens": 64 if kind == "bf16" else 128,
+            "warps": 4,
+            "stages": 4 if kind == "bf16" else 3,
+            "per_sm": 1,
+        }
+    return {"tokens": 128, "warps": 4, "stages": 3, "per_sm": 1 if kind == "bf16" else 2}
 
 
 @triton.jit
@@ -149,27 +155,35 @@ def shares_of(
 
 
 @triton.jit
-def unit_of(
-    unit, lengths_ptr, B, max_length, window, units, BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr
+def plan_kernel(
+    lengths_ptr, plan_ptr, B, max_length, units, programs, window,
+    BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sequence of a unit, its length, its first unit, how many it has (no more than `unit` less the first: there is no such
-    unit), and tiles of T tokens of a unit."""
+    """Rows of a plan, see `decode_plan_triton`."""
     lengths, counts, size = shares_of(lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
-    if BP == 1:
-        return 0, tl.sum(lengths, 0), 0, tl.sum(counts, 0), size
-    else:
-        b = tl.arange(0, BP)
-        before = tl.cumsum(counts, 0) <= unit
-        sequence = tl.minimum(tl.sum(before.to(tl.int32), 0), B - 1)
-        first = tl.sum(tl.where(b < sequence, counts, 0), 0)
-        mine = b == sequence
-        return (
-            sequence,
-            tl.sum(tl.where(mine, lengths, 0), 0),
-            first,
-            tl.sum(tl.where(mine, counts, 0), 0),
-            size,
-        )
+    b = tl.arange(0, BP)
+    ends = tl.cumsum(counts, 0)
+    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sequence = tl.minimum(tl.sum((ends[None, :] <= unit[:, None]).to(tl.int32), 1), B - 1)
+    mine = b[None, :] == sequence[:, None]
+    length = tl.sum(tl.where(mine, lengths[None, :], 0), 1)
+    count = tl.sum(tl.where(mine, counts[None, :], 0), 1)
+    place = unit - tl.sum(tl.where(mine, (ends - counts)[None, :], 0), 1)
+    begin = place * size
+    if WINDOW:
+        begin += tl.maximum(length - window, 0) // T
+    end = tl.minimum(tl.cdiv(length, T), begin + size)
+    row = plan_ptr + unit * WIDTH
+    inside = unit < programs
+    tl.store(row, sequence, mask=inside)
+    tl.store(row + 1, length, mask=inside)
+    tl.store(row + 2, begin, mask=inside)
+    tl.store(row + 3, end, mask=inside)
+    tl.store(row + 4, tl.where(place < count, count, 0), mask=inside)
+    if tl.program_id(0) == 0:
+        row_of_b = plan_ptr + (programs + b) * WIDTH
+        tl.store(row_of_b, ends - counts, mask=b < B)
+        tl.store(row_of_b + 1, counts, mask=b < B)
 
 
 @triton.jit
@@ -246,13 +260,13 @@ def unpacked(pair):
 
 @triton.jit
 def add_parts_kernel(
-    partial_ptr, stats_ptr, lengths_ptr, y_ptr, B, KV_HEADS, max_length, units, window,
-    GROUP: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
-    WINDOW: tl.constexpr, ROTATE: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    partial_ptr, stats_ptr, plan_ptr, y_ptr, programs, KV_HEADS,
+    GROUP: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, WIDTH_OF_PLAN: tl.constexpr,
+    ROTATE: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row of y from its parts, if it has more than one: brought to one maximum, added, divided, and rotated back.
 
-    Before it waits for the parts it looks up how many there are, and so has its code at hand.
+    Before it waits for the parts it looks up how many there are: the kernel of the parts started it after it saw the plan.
     """
     WIDTH: tl.constexpr = PLANES * C
     R: tl.constexpr = (
@@ -261,10 +275,9 @@ def add_parts_kernel(
     if PDL:
         gdc_launch_dependents()
     head, b = tl.program_id(0), tl.program_id(1)
-    _, counts, _ = shares_of(lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
-    sequences = tl.arange(0, BP)
-    first = tl.sum(tl.where(sequences < b, counts, 0), 0)
-    count = tl.sum(tl.where(sequences == b, counts, 0), 0)
+    plan_ptr += (programs + b) * WIDTH_OF_PLAN
+    first = tl.load(plan_ptr)
+    count = tl.load(plan_ptr + 1)
     a = tl.arange(0, AT_ONCE)
     place = tl.arange(0, WIDTH)
     rows = ((first + a) * KV_HEADS + head // GROUP) * GROUP + head % GROUP
@@ -311,10 +324,10 @@ def add_parts_kernel(
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr, lengths_ptr, y_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr, plan_ptr, y_ptr,
     partial_ptr, stats_ptr,
-    B, KV_HEADS, max_pages, max_length, units, window, scale, soft_cap,
-    KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BP: tl.constexpr,
+    KV_HEADS, max_pages, window, scale, soft_cap,
+    KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WIDTH_OF_PLAN: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -327,18 +340,19 @@ def decode_attention_kernel(
         gdc_launch_dependents()
     h = tl.program_id(1)
     unit = tl.program_id(0)
-    b, length, first_unit, count, size = unit_of(
-        unit, lengths_ptr, B, max_length, window, units, BP, T, WINDOW
-    )
+    plan_ptr += unit * WIDTH_OF_PLAN
+    b = tl.load(plan_ptr)
+    length = tl.load(plan_ptr + 1)
+    begin = tl.load(plan_ptr + 2)
+    end = tl.load(plan_ptr + 3)
+    count = tl.load(plan_ptr + 4)
     r = tl.arange(0, R)
-    row_of_q = (tl.cast(b, tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
+    row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
     planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
-    if unit - first_unit >= count:
+    if count == 0:
         return
     last = length - 1
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    begin = first // T + (unit - first_unit) * size
-    end = tl.minimum(tl.cdiv(length, T), begin + size)
 
     j = tl.arange(0, C)
     tokens = tl.arange(0, T)
@@ -356,7 +370,7 @@ def decode_attention_kernel(
     m = tl.full((R,), NOTHING, tl.float32)
     total = tl.zeros((T, R), tl.float32)
     middles = tl.zeros((T, R), tl.float32)
-    table_ptr += tl.cast(b, tl.int64) * max_pages
+    table_ptr += b.to(tl.int64) * max_pages
     in_page = tokens * 0 if PAGE < T else 0  # one page a tile, or one a token
     t0 = begin * T + (tokens if PAGE < T else 0)
     page = pages_of(table_ptr, t0, first, last, PAGE, WINDOW, in_page < length)
@@ -437,9 +451,36 @@ def decode_attention_kernel(
         tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
 
 
-def units_of(batch: int, kv_heads: int, max_length: int, tile: int, slots: int) -> int:
-    """Units of a kv head that fit on the GPU at a time, no more than there are tiles."""
-    return max(1, min(slots // kv_heads, batch * triton.cdiv(max_length, tile)))
+def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int, int]:
+    """How work is cut: launch parameters, units of a kv head that are wanted (as many as fit on the GPU at a time, no more than
+    there are tiles), and those that there may be."""
+    B = len(q)
+    launch = config(pages.kind, pages.head_dim, B * max_length, target_of(q.device))
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
+    tiles = B * triton.cdiv(max_length, launch["tokens"])
+    units = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
+    return launch, units, min(units + B, tiles)
+
+
+def plan_rows(q: Tensor, pages: KVPages, max_length: int) -> int:
+    return cut(q, pages, max_length)[2] + len(q)
+
+
+def decode_plan_triton(q: Tensor, pages: KVPages, lengths: Tensor, window: int, max_length: int) -> Tensor:
+    """How `decode_attention_triton` cuts sequences of these lengths: the same in all layers of one window.
+
+    Returns:
+        int32 [n + B, 8], of whose columns some are unused. A row of each program: its sequence, the length of that, first and
+        past the last tile, parts of the sequence (0: an idle program). A row of each sequence: its first program, parts.
+    """
+    B = len(lengths)
+    launch, units, programs = cut(q, pages, max_length)
+    plan = torch.empty(programs + B, PLAN_WIDTH, dtype=torch.int32, device=q.device)
+    plan_kernel[(triton.cdiv(programs, PLAN_ROWS),)](
+        lengths, plan, B, max_length, units, programs, window,
+        BP=triton.next_power_of_2(B), T=launch["tokens"], WINDOW=window > 0, ROWS=PLAN_ROWS, WIDTH=PLAN_WIDTH, num_warps=4,
+    )  # fmt: skip
+    return plan
 
 
 def as_words(pages: KVPages) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -470,19 +511,17 @@ def decode_attention_triton(
     window: int,
     soft_cap: float,
     max_length: int,
+    plan: Tensor | None = None,
 ) -> Tensor:
     """Equations (1) and (2); arguments and result as in `attention_ops.decode_attention`.
 
-    Nothing here waits for the device, whose lengths only the kernel sees: the launch can be captured.
+    Nothing here waits for the device, whose lengths only the kernels see: the launches can be captured.
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    target = target_of(q.device)
-    launch = config(pages.kind, D, B * max_length, target)
-    tile = launch["tokens"]
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
-    units = units_of(B, kv_heads, max_length, tile, sms * launch["per_sm"])
-    programs = min(units + B, B * triton.cdiv(max_length, tile)) if units > 1 else B
+    launch, _, programs = cut(q, pages, max_length)
+    if plan is None:
+        plan = decode_plan_triton(q, pages, lengths, window, max_length)
     group = H // kv_heads
     y = torch.empty_like(q)
     planes = COUNTS[pages.kind]
@@ -491,25 +530,17 @@ def decode_attention_triton(
     stats = q.new_empty(programs * H, dtype=torch.int64)  # maximum and sum of a part
     factor, cap = score_scale(scale, soft_cap)
     asm = ptx_level(q)
-    of_both = {
-        "D": D,
-        "GROUP": group,
-        "BP": triton.next_power_of_2(B),
-        "WINDOW": window > 0,
-        "T": tile,
-        "ASM": asm,
-        "PDL": asm >= 90,
-    }
+    of_both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": PLAN_WIDTH, "ASM": asm, "PDL": asm >= 90}
     options = {"launch_pdl": True} if asm >= 90 else {}
-    decode_attention_kernel[(max(programs, B), kv_heads)](
-        q, *as_words(pages), page_table, lengths, y, partial, stats,
-        B, kv_heads, page_table.stride(0), max_length, units, window, factor, cap,
-        KIND=pages.kind, PAGE=pages.page_size, SOFT_CAP=soft_cap > 0, R=max(8, triton.next_power_of_2(group)),
-        STAGES=launch["stages"], num_warps=launch["warps"], num_stages=1, **of_both, **options,
+    decode_attention_kernel[(programs, kv_heads)](
+        q, *as_words(pages), page_table, plan, y, partial, stats,
+        kv_heads, page_table.stride(0), window, factor, cap,
+        KIND=pages.kind, PAGE=pages.page_size, WINDOW=window > 0, SOFT_CAP=soft_cap > 0, R=max(8, triton.next_power_of_2(group)),
+        T=launch["tokens"], STAGES=launch["stages"], num_warps=launch["warps"], num_stages=1, **of_both, **options,
     )  # fmt: skip
-    if units > 1:
+    if programs > B:
         add_parts_kernel[(H, B)](
-            partial, stats, lengths, y, B, kv_heads, max_length, units, window,
+            partial, stats, plan, y, programs, kv_heads,
             PLANES=planes, C=C, ROTATE=pages.kind == "int4", AT_ONCE=PARTS, num_warps=4, num_stages=1, **of_both, **options,
         )  # fmt: skip
     return y

@@ -275,6 +275,10 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("rope_write_triton", "rope_write", _floats),
         Kernel("rope_write_torch", "attention_cpu", _anywhere),
     ),
+    "decode_plan": (
+        Kernel("decode_plan_triton", "decode_attention", _attention),
+        Kernel("decode_plan_torch", "attention_cpu", _anywhere),
+    ),
     "decode_attention": (
         Kernel("decode_attention_triton", "decode_attention", _attention),
         Kernel("decode_attention_torch", "attention_cpu", _anywhere),

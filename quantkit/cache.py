@@ -4,7 +4,7 @@ The blocks of an optimized model write and read the pages themselves (`fuse.py`)
 that of a prompt's own tokens too, so that the result does not depend on how a text was cut into forwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +44,7 @@ class Step:
         starts: int32 [B + 1], the first row of each sequence; None where each has one row.
         max_length: no sequence has more tokens than this.
         whole: these T are all tokens of every sequence, without padding.
+        plans: `decode_plan` of each window that a layer had.
     """
 
     positions: Tensor
@@ -53,6 +54,7 @@ class Step:
     starts: Tensor | None
     max_length: int
     whole: bool = False
+    plans: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PagedCache(Cache):

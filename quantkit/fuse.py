@@ -167,8 +167,10 @@ def attend(
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or 0
     seen = (step.page_table, step.lengths)
     if step.starts is None:
+        if window not in step.plans:
+            step.plans[window] = torch.ops.quantkit.decode_plan(q, *pages, *seen, window, step.max_length)
         y = torch.ops.quantkit.decode_attention(
-            q, *pages, *seen, attention.scaling, window, 0.0, step.max_length
+            q, *pages, *seen, attention.scaling, window, 0.0, step.max_length, step.plans[window]
         )
     elif step.whole and pages.kind == "bf16" and not 0 < window < qkv.shape[1]:
         y = causal_attention(q.unflatten(0, qkv.shape[:2]), pages, step.page_table, attention.scaling)

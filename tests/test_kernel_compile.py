@@ -409,28 +409,31 @@ def attention_jobs(target: str):
         types = {"keys_ptr": codes, "values_ptr": codes, "key_scales_ptr": scales}
         return types | {"value_scales_ptr": scales, "KIND": kind, "PAGE": 64}
 
-    sizes = (4096, 2**14, 2**16) if target == "sm_90" else (4096, 2**16) if target in FIRST else (4096,)
-    for (kind, x, D, group, masked), tokens in itertools.product(decoded, sizes):
+    few_and_many = (
+        (4096, 2**14, 2**16) if target == "sm_90" else (4096, 2**16) if target in FIRST else (4096,)
+    )
+    for (kind, x, D, group, masked), tokens in itertools.product(decoded, few_and_many):
         chosen = decode_attention.config(kind, D, tokens, target)
-        types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(
-            kind, x
-        )
-        types |= {"B": "i32", "KV_HEADS": "i32", "max_pages": "i32", "window": "i32"}
-        types |= {"scale": "fp32", "soft_cap": "fp32"}
-        planes = COUNTS[kind]
-        shared = {"D": D, "GROUP": group, "BP": 16, "WINDOW": masked, "T": chosen["tokens"]} | flags
-        shared |= {"partial_ptr": "*fp32", "stats_ptr": "*i64", "max_length": "i32", "units": "i32", "num_stages": 1}
-        if kind == "fp8":  # one sequence and one head here: the launcher compiles a 1 in
-            shared |= {"B": 1, "BP": 1, "KV_HEADS": 1}
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}, {tokens} tokens"
-        of_decode = {"SOFT_CAP": masked, "R": max(8, group), "STAGES": chosen["stages"], "num_warps": chosen["warps"]}
-        kernel = decode_attention.decode_attention_kernel
-        yield f"decode_attention {name}", kernel, types, of_decode | shared
-        of_parts = {name: types[name] for name in ("y_ptr", "lengths_ptr", "B", "KV_HEADS", "window")}
-        of_parts |= {"PLANES": planes, "C": max(16, D // planes), "ROTATE": kind == "int4"}
-        of_parts |= {"AT_ONCE": decode_attention.PARTS}
-        if tokens == sizes[0]:
-            yield f"add_parts {name}", decode_attention.add_parts_kernel, of_parts, shared | {"num_warps": 4}
+        planes = COUNTS[kind]
+        both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": decode_attention.PLAN_WIDTH, "num_stages": 1} | flags
+        tensors = {"partial_ptr": "*fp32", "stats_ptr": "*i64", "plan_ptr": "*i32", "y_ptr": f"*{x}"}
+        sizes = {"KV_HEADS": 1 if kind == "fp8" else "i32", "programs": "i32"}  # the launcher compiles a 1 in
+        types = {"q_ptr": f"*{x}", "table_ptr": "*i32"} | tensors | sizes | pages(kind, x)
+        types |= {"max_pages": "i32", "window": "i32", "scale": "fp32", "soft_cap": "fp32"}
+        launch = {"WINDOW": masked, "SOFT_CAP": masked, "R": max(8, group), "T": chosen["tokens"]}
+        launch |= {"STAGES": chosen["stages"], "num_warps": chosen["warps"]} | both
+        yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch
+        if tokens != few_and_many[0]:
+            continue
+        launch = {"PLANES": planes, "C": max(16, D // planes), "ROTATE": kind == "int4"}
+        launch |= {"AT_ONCE": decode_attention.PARTS, "num_warps": 4} | both
+        yield f"add_parts {name}", decode_attention.add_parts_kernel, tensors | sizes, launch
+        types = {"lengths_ptr": "*i32", "plan_ptr": "*i32", "B": 1 if kind == "fp8" else "i32"}
+        types |= dict.fromkeys(("max_length", "units", "programs", "window"), "i32")
+        launch = {"BP": 1 if kind == "fp8" else 64, "T": chosen["tokens"], "WINDOW": masked, "num_warps": 4}
+        launch |= {"ROWS": decode_attention.PLAN_ROWS, "WIDTH": decode_attention.PLAN_WIDTH}
+        yield f"decode_plan {name}", decode_attention.plan_kernel, types, launch
     for kind, x, D, group, masked in prefilled:
         chosen = prefill_attention.config(kind, D, group, target)
         types = {"q_ptr": f"*{x}", "y_ptr": f"*{x}", "table_ptr": "*i32", "lengths_ptr": "*i32"} | pages(

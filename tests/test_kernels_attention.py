@@ -10,7 +10,6 @@ from transformers.integrations import sdpa_attention
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
-import triton.language as tl  # noqa: E402
 
 from quantkit.errors import QuantKitError  # noqa: E402
 from quantkit.kernels import attention_cpu, attention_ops, decode_attention, prefill_attention  # noqa: E402
@@ -261,18 +260,6 @@ def test_a_sequence_in_parts_gives_the_same_bits_again():
     assert torch.equal(run(), run())
 
 
-@triton.jit
-def units_kernel(out_ptr, lengths_ptr, B, window, units, BP: tl.constexpr, WINDOW: tl.constexpr):
-    unit = tl.program_id(0)
-    b, _, first, count, size = decode_attention.unit_of(
-        unit, lengths_ptr, B, 2**30, window, units, BP, 64, WINDOW
-    )
-    tl.store(out_ptr + unit * 4, tl.where(unit - first < count, b, B))
-    tl.store(out_ptr + unit * 4 + 1, first)
-    tl.store(out_ptr + unit * 4 + 2, count)
-    tl.store(out_ptr + unit * 4 + 3, size)
-
-
 @pytest.mark.parametrize(
     ("lengths", "window", "units", "most"),
     [
@@ -284,22 +271,29 @@ def units_kernel(out_ptr, lengths_ptr, B, window, units, BP: tl.constexpr, WINDO
     ],
 )
 def test_units_cover_every_tile_once_in_about_equal_shares(lengths, window, units, most):
-    programs = units + len(lengths)
-    out = torch.empty(programs, 4, dtype=torch.int32, device=DEVICE)
+    B, programs, T = len(lengths), units + len(lengths), 64
+    plan = torch.empty(programs + B, 8, dtype=torch.int32, device=DEVICE)
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    padded = triton.next_power_of_2(len(lengths))
-    units_kernel[(programs,)](out, on_device, len(lengths), window, units, BP=padded, WINDOW=window > 0)
-    found = [tuple(row) for row in out.tolist() if row[0] < len(lengths)]
-    size = found[0][3]
-    assert size <= most
+    sizes = dict(BP=triton.next_power_of_2(B), T=T, WINDOW=window > 0, ROWS=32, WIDTH=8)
+    decode_attention.plan_kernel[(triton.cdiv(programs, 32),)](
+        on_device, plan, B, 2**30, units, programs, window, **sizes
+    )
+    rows, of_sequences = plan[:programs].tolist(), plan[programs:].tolist()
     at = 0
     for b, length in enumerate(lengths):
-        tiles = -(-length // 64) - (max(length - window, 0) // 64 if window else 0)
-        count = max(1, -(-tiles // size))
-        assert found[at : at + count] == [(b, at, count, size)] * count
+        first, count = of_sequences[b][:2]
+        assert first == at
+        assert count >= 1
+        tile = max(length - window, 0) // T if window else 0
+        for row in rows[first : first + count]:
+            assert row[:3] == [b, length, tile]
+            assert row[4] == count
+            assert row[3] - row[2] <= most
+            tile = row[3]
+        assert tile == -(-length // T)
         at += count
-    assert at == len(found)
-    if len(lengths) < units:
+    assert not any(row[4] for row in rows[at:])
+    if B < units:
         assert at <= units
 
 
@@ -349,7 +343,9 @@ def arguments_of(op: str, kind: str = "int8") -> dict:
         return dict(qkv=rows, cos=torch.ones(3, 64), sin=torch.ones(3, 64), slots=slots, **named)
     table, lengths = torch.arange(4).int().view(2, 2), torch.tensor([3, 0], dtype=torch.int32)
     named |= dict(q=torch.randn(2, 4, 64), page_table=table, lengths=lengths, scale=0.125)
-    return named if op == "decode_attention" else named | dict(q_starts=torch.tensor([0, 2, 2]).int())
+    if op == "decode_plan":
+        del named["scale"]
+    return named if op.startswith("decode") else named | dict(q_starts=torch.tensor([0, 2, 2]).int())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -369,9 +365,10 @@ def test_no_rows_give_no_rows(op):
     for name in ("qkv", "cos", "sin", "slots", "q"):
         if name in named:
             named[name] = named[name][:0]
-    if op == "decode_attention":
+    if op.startswith("decode"):
         named |= dict(page_table=named["page_table"][:0], lengths=named["lengths"][:0])
-    assert getattr(torch.ops.quantkit, op)(**named).shape == (0, 4, 64)
+    shape = (0, 0) if op == "decode_plan" else (0, 4, 64)
+    assert getattr(torch.ops.quantkit, op)(**named).shape == shape
 
 
 @pytest.mark.parametrize(
@@ -393,6 +390,7 @@ def test_no_rows_give_no_rows(op):
         ("decode_attention", dict(lengths=torch.ones(2)), r"lengths is float32 \[2\], expected int32 \[any\]"),
         ("decode_attention", dict(page_table=torch.ones(3, 2).int()), r"page_table is int32 \[3, 2\], expected int32 \[2"),
         ("decode_attention", dict(max_length=33), "max_length is 33, expected at most the 32 tokens"),
+        ("decode_attention", dict(plan=torch.ones(2, 8).int()), r"plan is int32 \[2, 8\], expected int32 \[0, 0\]; pass what"),
         ("decode_attention", dict(window=-1), "window is -1 and soft_cap 0.0, expected 0 or more"),
         ("prefill_attention", dict(q_starts=torch.ones(2).int()), r"q_starts is int32 \[2\], expected int32 \[3\]"),
     ],
