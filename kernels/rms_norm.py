@@ -30,6 +30,25 @@ def reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
 
 
 @triton.jit
+def store_normed(
+    h, weight, m, y_ptr, scales_ptr, input_scale_ptr, M, K, eps,
+    G: tl.constexpr, FMA: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Equations (2) and (3), and the rounding, of whole rows m of h [ROWS, BLOCK_K], 0 past M and K; weight [1, BLOCK_K]."""
+    dtype: tl.constexpr = h.dtype
+    k = tl.arange(0, h.shape[1])
+    h = h.to(tl.float32)
+    mean = tl.sum(h * h, 1) / K  # [ROWS]
+    n = (h * tl.rsqrt(mean + eps)[:, None]).to(dtype)
+    y = (n.to(tl.float32) * weight.to(tl.float32)).to(dtype)  # [ROWS, BLOCK_K]
+    if scales_ptr is None:
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        tl.store(y_ptr + m[:, None] * K + k[None, :], y, mask=inside)
+    else:
+        store_rounded(y.to(tl.float32), m, 0, y_ptr, scales_ptr, input_scale_ptr, M, K, G, FMA, NATIVE_FP8)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr, scales_ptr, input_scale_ptr,
     M, K, stride_xm, eps,
@@ -51,14 +70,9 @@ def rms_norm_kernel(
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
         h = (h.to(tl.float32) + residual.to(tl.float32)).to(dtype)
         tl.store(h_ptr + at, h, mask=inside)
-    h = h.to(tl.float32)
-    mean = tl.sum(h * h, 1) / K  # [ROWS]
-    n = (h * tl.rsqrt(mean + eps)[:, None]).to(dtype)
-    y = (n.to(tl.float32) * weight.to(tl.float32)).to(dtype)  # [ROWS, BLOCK_K]
-    if scales_ptr is None:
-        tl.store(y_ptr + at, y, mask=inside)
-    else:
-        store_rounded(y.to(tl.float32), m, 0, y_ptr, scales_ptr, input_scale_ptr, M, K, G, FMA, NATIVE_FP8)
+    store_normed(
+        h, weight, m, y_ptr, scales_ptr, input_scale_ptr, M, K, eps, G=G, FMA=FMA, NATIVE_FP8=NATIVE_FP8
+    )
 
 
 def rms_norm_triton(

@@ -373,6 +373,39 @@ def producer_jobs(target: str):
     yield "quantize long rows", quantize_activations.quantize_long_rows_kernel, types, launch
 
 
+# x, how it is rounded, ranks, bias or not, K
+EXCHANGED = (
+    ("*bf16", "not", 2, False, 8192),
+    ("*bf16", "e4m3 groups", 8, True, 8192),
+    ("*bf16", "int8", 2, True, 4096),
+    ("*fp16", "e4m3", 4, False, 16384),
+    ("*fp32", "not", 2, False, 4096),
+)
+
+
+def exchange_jobs(target: str):
+    """What adds the ranks' parts before a norm launches: as `jobs`."""
+    from quantkit.kernels import all_reduce_norm
+    from quantkit.kernels.dispatch import native_fp8
+
+    pdl = int(target[3:]) >= 90
+    flags = {"NATIVE_FP8": native_fp8(target), "PDL": pdl, "TRAP": True} | (
+        {"launch_pdl": True} if pdl else {}
+    )
+    for x, how, ranks, has_bias, K in EXCHANGED if target == "sm_90" else EXCHANGED[:3:2]:
+        codes, static, group_size = PRODUCED[how]
+        itemsize = 4 if x == "*fp32" else 2
+        types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "h_ptr"), x)
+        types |= {"bias_ptr": x if has_bias else None, "input_scale_ptr": static}
+        types |= {"y_ptr": codes or x, "scales_ptr": "*fp32" if codes else None}
+        types |= {"slots_ptr": f"*i{8 * itemsize}", "peers_ptr": "*i64", "calls_ptr": "*i32"}
+        types |= dict.fromkeys(("M", "K", "rank", "rows", "max_polls"), "i32") | {"eps": "fp32"}
+        types |= {"RANKS": ranks, "G": group_size, "FMA": itemsize == 2}
+        launch = all_reduce_norm.launch_of(1, K, itemsize, ranks) | flags
+        name = f"all_reduce_norm {x[1:]} {how} {ranks} ranks, rows of {K}"
+        yield name, all_reduce_norm.all_reduce_norm_kernel, types, launch
+
+
 # kind, x, columns of a head, query heads a kv head, window and soft cap or not
 DECODED = (
     ("bf16", "bf16", 128, 4, False),
@@ -512,6 +545,8 @@ def jobs(target: str):
         }
         types |= {"y_ptr": "*bf16", **sizes, "stride_sm": 1, "stride_sb": "i32", "NATIVE_FP8": native}
         yield f"fp8_block M={M}", fp8_block.fp8_block_kernel, types, fp8_block.config(M, N, K)
+    if target in ("sm_80", "sm_90"):
+        yield from exchange_jobs(target)
     if full:
         yield from gptq_jobs()
         single = torch.float32
@@ -601,6 +636,21 @@ def in_the_main_loop(kernel) -> dict[str, int]:
     }
 
 
+def across_ranks(kernel) -> dict[str, int]:
+    """Stores to the other ranks' slots and loads that wait for them, those of 16 bytes, and what would be wrong there."""
+    sass = nvidia_tool("nvdisasm", kernel, "-c")
+    if sass is None:
+        return {}
+    gives, takes = (re.findall(rf"{kind}\.E\S*STRONG\.SYS", sass) for kind in ("STG", "LDG"))
+    return {
+        "gives": len(gives),
+        "takes": len(takes),
+        "narrow": sum(".128" not in one for one in gives + takes),
+        "barriers": len(re.findall(r"BAR\.SYNC", sass)),
+        "multicast": kernel.asm["ptx"].count("multimem"),
+    }
+
+
 def is_chosen(target: str, name: str, arguments: dict) -> bool:
     """Whether dispatch sends a product of this size to this Triton kernel; all of the others are."""
     import torch
@@ -641,6 +691,8 @@ def compile_all(target: str) -> None:
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
+        if name.startswith("all_reduce_norm"):
+            record |= across_ranks(kernel)
         if target == "sm_90" and name.startswith(
             ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper", "decode_attention")
         ):
@@ -678,7 +730,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 86, "sm_89": 35, "sm_90": 150, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
+KERNELS = {"sm_80": 88, "sm_89": 35, "sm_90": 155, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
@@ -746,3 +798,14 @@ def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions
 
 if __name__ == "__main__":
     compile_all(sys.argv[1])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_values_cross_ranks_in_whole_lines_past_the_first_cache(compiled, target):
+    kernels = [k for k in compiled[target][0] if k["name"].startswith("all_reduce_norm")]
+    if "gives" not in kernels[0]:
+        pytest.skip("the Triton wheel has no disassembler")
+    for one in kernels:
+        assert one["gives"] == one["takes"] > 0, one
+        assert one["narrow"] == one["multicast"] == 0, one
+        assert one["barriers"], one  # between a loop's loads and the stores that empty the slots

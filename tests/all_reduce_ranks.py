@@ -1,0 +1,132 @@
+"""What each process of test_kernels_all_reduce_norm.py does: calls of the kernel, in the interpreter over memory that is a file, or
+on a GPU of its own over symmetric memory."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantkit import processes
+from quantkit.kernels import all_reduce_norm as kernel
+from quantkit.kernels import rms_norm
+from quantkit.kernels.all_reduce_norm import (
+    EMPTY,
+    INTEGERS,
+    Mailbox,
+    all_reduce_norm,
+    mailbox_shape,
+)
+from quantkit.kernels.cpu import FP8
+
+EPS = 1e-5
+ROWS = 4
+CALLS = (1, 4, 3, 1, 1, 4, 2, 1)  # rows of each, so that rows are at different calls
+ROUNDING: tuple[Any, ...] = (None, torch.int8, FP8)
+
+
+def parts(rank: int, call: int, M: int, K: int, dtype: torch.dtype) -> Tensor:
+    """This rank's; with NaNs in the first row of one call, all bits of which are ones: as an empty slot has them."""
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(100 * call + rank)).to(dtype)
+    if call == 2 and rank == 1:
+        x.view(INTEGERS[dtype.itemsize])[0, 3:9] = EMPTY.value
+    return x
+
+
+def given(call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight, residual, and a bias or none: the same on all ranks."""
+    g = torch.Generator().manual_seed(call)
+    weight, bias = 1 + 0.3 * torch.randn(2, K, generator=g)
+    residual = torch.randn(M, K, generator=g)
+    return weight.to(dtype), residual.to(dtype), bias.to(dtype) if call % 2 else None
+
+
+def expected(ranks: int, call: int, M: int, K: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """By a float32 sum in the order of ranks, and the norm's own kernel."""
+    total = torch.zeros(M, K)
+    for rank in range(ranks):
+        total += parts(rank, call, M, K, dtype).float()
+    weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
+    x = total.to(device, dtype)
+    x = x if bias is None else x + bias
+    to = ROUNDING[call % len(ROUNDING)]
+    return rms_norm.rms_norm_triton(x, weight, EPS, residual, to, None, 0)
+
+
+def one_call(box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    device = box.slots.device
+    weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
+    x = parts(rank, call, M, K, dtype).to(device)
+    return all_reduce_norm(x, box, bias, weight, EPS, residual, ROUNDING[call % len(ROUNDING)])
+
+
+def in_a_file(folder: str, rank: int, ranks: int, K: int, dtype: torch.dtype) -> Mailbox:
+    """A mailbox whose slots lie in a file, as do the other ranks', which were written to be EMPTY."""
+    shape = mailbox_shape(ranks, ROWS, K)
+    whole = INTEGERS[dtype.itemsize]
+    size = torch.Size(shape).numel()
+    slots = [torch.from_file(f"{folder}/{r}", shared=True, size=size, dtype=whole) for r in range(ranks)]
+    peers = torch.tensor([one.data_ptr() for one in slots])
+    calls = torch.zeros(ROWS, dtype=torch.int32)
+    return Mailbox(slots[rank].view(shape), peers, calls, rank, 600.0, slots)
+
+
+def main(rank: int, folder: str, K: int, dtype: str) -> None:
+    """In the interpreter: one rank's calls, with waits that make now one rank the slower one, now another."""
+    torch.set_num_threads(1)
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 2:  # they are not waited for all at once
+        kernel.AWAITED_BYTES = 2 * triton.next_power_of_2(K) * getattr(torch, dtype).itemsize
+    box = in_a_file(folder, rank, ranks, K, getattr(torch, dtype))
+    found = []
+    for call, M in enumerate(CALLS):
+        time.sleep(0.03 * ((call + rank) % ranks))
+        found.append(one_call(box, rank, call, M, K, getattr(torch, dtype)))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def on_gpus(folder: str, K: int) -> None:
+    """Under torchrun: by the exchange that a model opens, eager and then as a replayed CUDA graph, beside the library's sum."""
+    from quantkit.exchange import Exchange, open_exchange
+
+    processes.start("cuda")
+    rank, device, dtype = (
+        torch.distributed.get_rank(),
+        torch.device("cuda", torch.cuda.current_device()),
+        torch.bfloat16,
+    )
+    group = torch.distributed.group.WORLD
+    exchange = open_exchange(group, K, dtype, device)
+    assert exchange.mailbox is not None, exchange.why_not
+    box = exchange.mailbox
+    found = [one_call(box, rank, call, M, K, dtype) for call, M in enumerate(CALLS)]
+    M, rows = 4, []
+    weight, residual, _ = (t if t is None else t.to(device) for t in given(0, M, K, dtype))
+    x = torch.empty(M, K, device=device, dtype=dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        exchange.norm(x.zero_(), None, weight, EPS, residual)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(3):
+            results = exchange.norm(x, None, weight, EPS, residual)
+    for call in range(20):
+        x.copy_(parts(rank, call, M, K, dtype))
+        if call % 2 == rank % 2:
+            torch.cuda._sleep(200_000)
+        graph.replay()
+        plain = Exchange(group).norm(x.clone(), None, weight, EPS, residual)
+        rows.append((*(t.clone() for t in results), *plain))
+    torch.cuda.synchronize()
+    torch.save((found, rows), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    on_gpus(sys.argv[1], int(sys.argv[2]))
