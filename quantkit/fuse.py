@@ -4,6 +4,7 @@
 
 q, k and v are one product, gate and up another. A norm's kernel adds the residual that comes before it and rounds for a
 product of 8 bits. silu(gate) * up is a kernel of its own, which rounds likewise, or the end of gate_up's where that can.
+Where o and down are cut over processes, the norm after them adds their parts (`exchange.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +23,12 @@ import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit
 from quantkit.cache import PagedCache, Step
 from quantkit.continuous import page_allocator, step_of
 from quantkit.errors import QuantKitError
+from quantkit.exchange import Exchange, open_exchange
 from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
 from quantkit.packing import TURN, in_turns, merge_rows
+from quantkit.rank_linear import RowLinear
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose blocks are as above
 
@@ -57,18 +60,25 @@ class FusedBlock(nn.Module):
             return self.self_attn(hidden_states=qkv, **kwargs)[0]
 
         y, h = self.run(hidden_states, None, attention)
-        return h + y
+        down = self.mlp.down_proj
+        return h + (y if exchange_of(down) is None else down.exchange.add(y, down.late_bias))
 
     def run(
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         attention: Callable[[torch.Tensor], torch.Tensor],
+        before: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block of x + residual, in two parts whose sum it is: the next norm adds them."""
-        qkv, x = after_norm(self.qkv, self.input_layernorm, x, residual)
-        y, h = after_norm(self.gate_up, self.post_attention_layernorm, attention(qkv), x)
+        """The block of x + residual, in two parts whose sum it is: the next norm adds them.
+
+        before: the linear that x is from; None: it is from none.
+        """
         down = self.mlp.down_proj
+        qkv, x = after_norm(self.qkv, self.input_layernorm, x, residual, before)
+        y, h = after_norm(
+            self.gate_up, self.post_attention_layernorm, attention(qkv), x, self.self_attn.o_proj
+        )
         return down(y) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y), h
 
 
@@ -139,14 +149,12 @@ class FusedDecoder(nn.Module):
     ) -> torch.Tensor:
         """Embeddings x [B, T, hidden] -> what the LM head takes, of the same shape."""
         cos, sin = (part.expand(*x.shape[:2], -1).flatten(0, 1) for part in rotary)
-        y, h = x, None
+        y, h, before = x, None, None
         for block, pages in zip(self.layers, layers, strict=True):
-            y, h = block.run(y, h, partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages))
-        norm = self.norm
-        codes, _, _ = torch.ops.quantkit.rms_norm_quantize(
-            y, norm.weight, norm.variance_epsilon, h, None, None, 0
-        )
-        return codes
+            attention = partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages)
+            y, h = block.run(y, h, attention, before)
+            before = block.mlp.down_proj
+        return normed(self.norm, y, h, before)[0]
 
 
 def attend(
@@ -258,15 +266,33 @@ def causal_attention(q: torch.Tensor, pages: KVPages, page_table: torch.Tensor, 
     return y.transpose(1, 2).contiguous()
 
 
+def exchange_of(linear: Any) -> Exchange | None:
+    """By which a norm is to add what a linear gives; None: it gives all of it."""
+    return getattr(linear, "exchange", None)
+
+
+def normed(
+    norm: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    before: Any,
+    rounding: tuple[torch.dtype | None, torch.Tensor | None, int] = (None, None, 0),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rms_norm_quantize` of x, which is a process's part where `before`, the linear that it is from, leaves the sum to us."""
+    exchange = exchange_of(before)
+    if exchange is None or residual is None:
+        run = torch.ops.quantkit.rms_norm_quantize
+        return run(x, norm.weight, norm.variance_epsilon, residual, *rounding)  # type: ignore[no-any-return]
+    return exchange.norm(x, before.late_bias, norm.weight, norm.variance_epsilon, residual, *rounding)
+
+
 def after_norm(
-    linear: Any, norm: Any, x: torch.Tensor, residual: torch.Tensor | None
+    linear: Any, norm: Any, x: torch.Tensor, residual: torch.Tensor | None, before: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """linear(norm(x + residual)), and x + residual."""
     rounding = getattr(linear, "rounding", None)
     x = x.contiguous()
-    codes, scales, h = torch.ops.quantkit.rms_norm_quantize(
-        x, norm.weight, norm.variance_epsilon, residual, *(rounding or (None, None, 0))
-    )
+    codes, scales, h = normed(norm, x, residual, before, rounding or (None, None, 0))
     y = linear.of_rounded(codes, scales, x.dtype) if rounding else linear(codes)
     return y, x if residual is None else h
 
@@ -312,6 +338,7 @@ def fuse(model: PreTrainedModel) -> None:
         )
     for block in blocks:
         fuse_block(block)
+    leave_sums_to_norms(blocks, model.dtype)
     put_before(model.get_decoder(), FusedDecoder)  # type: ignore[operator]
 
 
@@ -327,6 +354,21 @@ def fuse_block(block: Any) -> None:
         start += part.out_features
     del mlp.gate_proj, mlp.up_proj
     put_before(block, FusedBlock)
+
+
+def leave_sums_to_norms(blocks: Any, dtype: torch.dtype) -> None:
+    """Has the norms of a model that is cut over processes add the parts of the linears before them, all by one exchange."""
+    cut = [
+        linear
+        for block in blocks
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj)
+        if isinstance(linear, RowLinear) and linear.adds
+    ]
+    if not cut:
+        return
+    exchange = open_exchange(cut[0].group, cut[0].out_features, dtype, cut[0].device)
+    for linear in cut:
+        linear.exchange = exchange
 
 
 def hooked_part(decoder: Any) -> str | None:

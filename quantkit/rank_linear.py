@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from quantkit.errors import QuantKitError
+from quantkit.exchange import Exchange
 from quantkit.kernels.cpu import SCALE_FLOOR, TOP
 from quantkit.linear import CODE_DTYPES, QuantLinear
 
@@ -40,12 +41,14 @@ class RowLinear(QuantLinear):
         late_bias: [out_features] or None; added once to the sum, while `bias` is None.
         first_column: of the rank's columns of x where x comes whole; None: x is the rank's part.
         adds: whether it adds the ranks' results, or leaves that to the module around it.
+        exchange: by which the norm that follows adds them, and `late_bias`; None: no norm does.
     """
 
     group: Any
     late_bias: nn.Parameter | None
     first_column: int | None = None
     adds: bool = True
+    exchange: Exchange | None = None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if self.first_column is not None:
@@ -62,6 +65,8 @@ class RowLinear(QuantLinear):
         return self.summed(y)
 
     def summed(self, y: torch.Tensor) -> torch.Tensor:
+        if self.exchange is not None:
+            return y
         if self.adds:
             dist.all_reduce(y, group=self.group)
         return y if self.late_bias is None else y + self.late_bias

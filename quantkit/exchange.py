@@ -1,0 +1,148 @@
+"""How the ranks of tensor parallelism add their parts of rows: in the kernel of the norm that follows, or by NCCL or gloo.
+
+The kernel (`kernels/all_reduce_norm.py`) needs memory that all ranks see, PyTorch's symmetric memory: it is asked for once, before any
+CUDA graph, by all ranks together. Where one of them cannot have it, or a part is larger than `ONE_SHOT_BYTES`, the
+library's all-reduce comes first and `rms_norm_quantize` after it.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantkit.processes import gather, timeout
+
+try:
+    from quantkit.kernels.all_reduce_norm import (
+        EMPTY,
+        INTEGERS,
+        Mailbox,
+        all_reduce_norm,
+        mailbox_shape,
+        rows_of,
+        unsupported,
+    )
+except ImportError:  # no Triton on this platform
+    pass
+
+MULTICAST_OFF = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+
+
+class Exchange:
+    """Adds the parts that the ranks of a group have of rows of K values.
+
+    Attributes:
+        group: of the processes.
+        mailbox: of the kernel; None: the library adds.
+        why_not: there is none.
+    """
+
+    def __init__(self, group: Any, mailbox: "Mailbox | None" = None, why_not: str = "") -> None:
+        self.group, self.mailbox, self.why_not = group, mailbox, why_not
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
+        """Itself: a group of processes and what they share have no copy."""
+        return self
+
+    def add(self, part: Tensor, bias: Tensor | None) -> Tensor:
+        """The sum of the ranks' parts, which overwrites this one's, plus a bias that is added once."""
+        dist.all_reduce(part, group=self.group)
+        return part if bias is None else part + bias
+
+    def norm(
+        self,
+        part: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor,
+        dtype: torch.dtype | None = None,
+        input_scale: Tensor | None = None,
+        group_size: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`ops.rms_norm_quantize` of the sum of the ranks' parts [..., K] and a bias [K]; part may be overwritten."""
+        rest = (dtype, input_scale, group_size)
+        K = part.shape[-1]
+        box = self.mailbox
+        fits = box is not None and part.numel() <= K * box.rows and part.dtype == weight.dtype
+        if box is None or not fits:
+            whole = self.add(part, bias)
+            return torch.ops.quantkit.rms_norm_quantize(whole, weight, eps, residual, *rest)  # type: ignore[no-any-return]
+        rows = part.reshape(-1, K)
+        codes, scales, h = all_reduce_norm(rows, box, bias, weight, eps, residual.reshape(-1, K), *rest)
+        return codes.view(part.shape), scales, h.view(part.shape)
+
+
+def open_exchange(group: Any, K: int, dtype: torch.dtype, device: torch.device) -> Exchange:
+    """An exchange of rows of K values; all ranks of the group call it, before a CUDA graph is captured.
+
+    Raises:
+        MachineError: a rank does not answer.
+    """
+    ranks, mailbox = dist.get_world_size(group), None
+    slots, why_not = symmetric_slots(ranks, K, dtype, device)
+    why_not = agreed(why_not, group)
+    if not why_not:
+        mailbox, why_not = meet(slots, group)
+        why_not = agreed(why_not, group)  # and all slots are EMPTY
+    return Exchange(group, None if why_not else mailbox, why_not)
+
+
+def agreed(why_not: str, group: Any) -> str:
+    """The first rank's reason not to share memory; '' where none has one and all are on one host."""
+    found = gather((why_not, os.uname().nodename), "memory that all see", group)
+    hosts = {host for _, host in found}
+    reasons = [f"process {rank}: {why}" for rank, (why, _) in enumerate(found) if why]
+    return reasons[0] if reasons else "" if len(hosts) == 1 else f"processes on {', '.join(sorted(hosts))}"
+
+
+def symmetric_slots(
+    ranks: int, K: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, str]:
+    """This rank's slots, of memory that can be shared; or why there are none."""
+    if device.type == "cpu" or "Mailbox" not in globals():
+        return None, "no GPU, or no Triton"
+    if why_not := unsupported(device, ranks, K, dtype.itemsize):
+        return None, why_not
+    # The host's GPUs may be shared with others, whom a fault of NVLink's multicast would stop.
+    os.environ[MULTICAST_OFF] = "1"
+    try:
+        from torch._C._autograd import DeviceType
+        from torch.distributed import _symmetric_memory as symmetric
+
+        if symmetric._SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index or 0):
+            return None, f"torch would use multicast though {MULTICAST_OFF} is set"
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        shape = mailbox_shape(ranks, rows_of(K, dtype.itemsize, multiprocessors), K)
+        return symmetric.empty(shape, dtype=INTEGERS[dtype.itemsize], device=device), ""
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return None, first_line(error)
+
+
+def meet(slots: Any, group: Any) -> tuple["Mailbox | None", str]:
+    """The mailbox of these slots and the other ranks'; or why there is none."""
+    try:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        handle = symmetric.rendezvous(slots, group)
+        ranks = range(handle.world_size)
+        theirs = [handle.get_buffer(rank, slots.shape, slots.dtype) for rank in ranks]
+        slots.fill_(EMPTY.value)
+        mailbox = Mailbox(
+            slots,
+            torch.tensor([buffer.data_ptr() for buffer in theirs], device=slots.device),
+            torch.zeros(slots.shape[2], dtype=torch.int32, device=slots.device),
+            handle.rank,
+            timeout(),
+            (handle, theirs),
+        )
+        torch.cuda.synchronize(slots.device)
+        return mailbox, ""
+    except RuntimeError as error:
+        return None, first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,204 @@
+"""Ranks' parts added in the kernel of the norm: the same bits on all ranks, whichever of them is late."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from all_reduce_ranks import CALLS, EPS, ROWS, expected, in_a_file, one_call
+from parallel import free_port, run_processes
+from quantkit.exchange import open_exchange
+from quantkit.kernels import all_reduce_norm as kernel
+from quantkit.kernels import cpu
+from quantkit.kernels.all_reduce_norm import EMPTY, INTEGERS, SLOTS, Mailbox, mailbox_shape
+from rounding import GPU
+
+interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter, which a GPU's tests go without")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+gpu = pytest.mark.gpu
+
+
+def assert_same(found, wanted) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.cpu().float().nan_to_num(7e4), other.cpu().float().nan_to_num(7e4))
+
+
+STEP = {torch.int8: (0, 1), cpu.FP8: (2**-3, 2**-9), torch.bfloat16: (2**-7, 0), torch.float32: (2**-7, 0)}
+
+
+def assert_as_by_the_norms_kernel(found, wanted) -> None:
+    """The sum to the bit; where a GPU's compiler may have put the squares together otherwise, the rest to a step of its type."""
+    if not GPU:
+        assert_same(found, wanted)
+        return
+    assert_same(found[2:], wanted[2:])
+    for one, other in zip(found[:2], wanted[:2], strict=True):
+        assert one.dtype == other.dtype
+        rtol, atol = STEP[one.dtype]
+        torch.testing.assert_close(
+            one.float(), other.float().to(one.device), rtol=rtol, atol=atol, equal_nan=True
+        )
+
+
+def empty_files(folder: Path, ranks: int, K: int, dtype: torch.dtype) -> None:
+    size = torch.Size(mailbox_shape(ranks, ROWS, K)).numel() * dtype.itemsize
+    for rank in range(ranks):
+        (folder / str(rank)).write_bytes(b"\xff" * size)
+
+
+# K: whole rows of lanes, and one that fills no power of two
+@interpreted
+@pytest.mark.parametrize(
+    ("ranks", "K", "dtype"), [(2, 64, "float16"), (3, 144, "float16"), (2, 64, "float32")]
+)
+def test_processes_that_share_memory_get_the_sum(ranks, K, dtype, tmp_path):
+    empty_files(tmp_path, ranks, K, getattr(torch, dtype))
+    codes = run_processes("all_reduce_ranks", str(tmp_path), K, dtype, ranks=ranks)
+    assert codes == [0] * ranks
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for call, M in enumerate(CALLS):
+        wanted = expected(ranks, call, M, K, getattr(torch, dtype), "cpu")
+        for one in found:
+            assert_as_by_the_norms_kernel(one[call], wanted)
+    boxes = [in_a_file(str(tmp_path), rank, ranks, K, getattr(torch, dtype)) for rank in range(ranks)]
+    assert all((box.slots == EMPTY.value).all() for box in boxes)  # all rows have gone in and come out
+
+
+@interpreted
+def test_a_rank_that_never_comes_leaves_nan_where_nothing_can_trap(tmp_path):
+    empty_files(tmp_path, 2, 64, torch.float16)
+    box = in_a_file(str(tmp_path), 0, 2, 64, torch.float16)
+    impatient = Mailbox(box.slots, box.peers, box.calls, 0, 3 / kernel.POLLS_PER_SECOND, box.keeps)
+    y, _, h = one_call(impatient, 0, 0, 2, 64, torch.float16)
+    assert y.isnan().all()
+    assert h.isnan().all()
+
+
+def test_more_rows_than_the_mailbox_has_are_refused(tmp_path):
+    box = Mailbox(torch.empty(mailbox_shape(2, 4, 64), dtype=torch.int16), torch.zeros(2), torch.zeros(4), 0)
+    x = torch.zeros(5, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"x is \[5, 64\] of 2 bytes, expected up to 4 rows of 64 of 2"):
+        kernel.all_reduce_norm(x, box, None, x[0], EPS, x)
+
+
+@pytest.mark.parametrize(("K", "rows"), [(4096, 128), (8192, 64), (1024, 132)])
+def test_a_mailbox_has_no_more_rows_than_run_at_once(K, rows):
+    assert kernel.rows_of(K, 2, 132) == rows
+
+
+def test_a_cpu_has_no_mailbox_and_says_so(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        exchange = open_exchange(None, 64, torch.float16, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert exchange.mailbox is None
+    assert exchange.why_not == "process 0: no GPU, or no Triton"
+
+
+def wrong_reads(ranks: int, slots: int, calls: int) -> int:
+    """Of all interleavings of ranks that follow the kernel's steps: states in which a part is lost or taken twice, or all wait.
+
+    A rank gives its part to each rank, takes the part of each when it is there, and empties each: a step an access.
+    """
+    steps = 3 * ranks
+    start = (
+        (0,) * ranks,
+        (None,) * (ranks * slots * ranks),
+    )  # steps done; slots[to][call % slots][from]: the call
+    seen, open_states, wrong = {start}, [start], 0
+    while open_states:
+        done, memory = open_states.pop()
+        moved = False
+        for rank in range(ranks):
+            call, step = divmod(done[rank], steps)
+            if call == calls:
+                continue
+            kind, other = divmod(step, ranks)
+            to, by = (other, rank) if kind == 0 else (rank, other)
+            at = (to * slots + call % slots) * ranks + by
+            if kind == 1 and memory[at] is None:
+                continue
+            if (kind == 0 and memory[at] is not None) or (kind == 1 and memory[at] != call):
+                wrong += 1
+                continue
+            after = list(memory)
+            if kind != 1:
+                after[at] = call if kind == 0 else None
+            state = (*done[:rank], done[rank] + 1, *done[rank + 1 :]), tuple(after)
+            moved = True
+            if state not in seen:
+                seen.add(state)
+                open_states.append(state)
+        wrong += not moved and any(count < calls * steps for count in done)
+    return wrong
+
+
+@pytest.mark.parametrize(("ranks", "calls"), [(2, 6), (3, 3)])
+def test_no_interleaving_loses_a_part(ranks, calls):
+    assert wrong_reads(ranks, SLOTS, calls) == 0
+
+
+def test_one_slot_would_not_do():
+    assert wrong_reads(2, SLOTS - 1, 3) > 0
+
+
+@pytest.fixture
+def boxes() -> list[Mailbox]:
+    """Of two ranks that are two streams of one GPU."""
+    K, dtype = 4096, torch.bfloat16
+    slots = [
+        torch.full(mailbox_shape(2, ROWS, K), EMPTY.value, dtype=INTEGERS[dtype.itemsize], device="cuda")
+        for _ in range(2)
+    ]
+    peers = torch.tensor([one.data_ptr() for one in slots], device="cuda")
+    return [
+        Mailbox(slots[r], peers, torch.zeros(ROWS, dtype=torch.int32, device="cuda"), r, 20.0, slots)
+        for r in range(2)
+    ]
+
+
+@gpu
+def test_two_streams_of_a_gpu_get_the_sum(boxes):
+    streams = [torch.cuda.Stream() for _ in boxes]
+    K = boxes[0].slots.shape[-1]
+    for call, M in enumerate(CALLS * 4):
+        found = []
+        torch.cuda.synchronize()
+        for rank in (0, 1) if call % 2 else (1, 0):
+            with torch.cuda.stream(streams[rank]):
+                found.append(one_call(boxes[rank], rank, call, M, K, torch.bfloat16))
+        torch.cuda.synchronize()
+        wanted = expected(2, call, M, K, torch.bfloat16, "cuda")
+        assert_same(*found)
+        for one in found:
+            assert_as_by_the_norms_kernel(one, wanted)
+
+
+@gpu
+@two_gpus
+@pytest.mark.parametrize("K", [4096, 8192])
+def test_two_gpus_get_the_sum_and_what_the_library_gets(K, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(Path(__file__).parent / "all_reduce_ranks.py")]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "QUANTKIT_TIMEOUT": "60"}
+    done = subprocess.run(
+        [*command, str(tmp_path), str(K)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", map_location="cuda:0") for rank in range(2)]
+    for call, M in enumerate(CALLS):
+        wanted = expected(2, call, M, K, torch.bfloat16, "cuda")
+        assert_same(ranks[0][0][call], ranks[1][0][call])
+        assert_as_by_the_norms_kernel(ranks[0][0][call], wanted)
+    for (y, scales, h, *plain), other in zip(ranks[0][1], ranks[1][1], strict=True):
+        assert_same((y, scales, h), other[:3])
+        assert_as_by_the_norms_kernel((y, scales, h), plain)
