@@ -109,7 +109,7 @@ def bench_decode(
         one, divided by `new_tokens` - 1. `graph_ms` is the mean step of a replayed CUDA graph, null on a CPU
         and for models with sliding windows that are not optimized. `limit_ms` is the time to read what a step must read
         once (weights without the embedding table, keys and values at the middle of the run), null on a CPU.
-        `optimized` tells the cache and head of an optimized model. `memory_bytes` is the sum of the model's tensors,
+        `ranks` is of a model that is cut over processes, whose figures are those of this one; `optimized` tells the cache and head of an optimized model. `memory_bytes` is the sum of the model's tensors,
         `device_bytes` what is allocated on the GPU before the run, `peak_bytes` the most during it, both null on a CPU.
 
     Raises:
@@ -141,6 +141,7 @@ def bench_decode(
         "kind": "decode",
         "model": name or model.config.name_or_path or model.config.model_type,
         "scheme": scheme_of(model),
+        **({"ranks": ranks} if (ranks := ranks_of(model)) > 1 else {}),
         **optimized_how(model),
         "batch": batch,
         "prompt_len": prompt_len,
@@ -242,6 +243,12 @@ def optimized_how(model: Any) -> dict[str, str]:
     head = model.get_output_embeddings()
     cache = f"{model.kv} KV" if isinstance(model, Generating) else "no pages"
     return {"optimized": f"{cache}, {head.scheme.label} head" if isinstance(head, QuantLinear) else cache}
+
+
+def ranks_of(model: torch.nn.Module) -> int:
+    """Processes that a model is cut over."""
+    groups = (m.group for m in model.modules() if isinstance(m, QuantLinear) and m.group is not None)
+    return max(map(torch.distributed.get_world_size, groups), default=1)
 
 
 def scheme_of(model: torch.nn.Module) -> str:

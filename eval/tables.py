@@ -129,11 +129,13 @@ def linear_cell(record: Record) -> str:
 def decode_tables(records: Sequence[Record]) -> list[Table]:
     """One table a model and device: a row a scheme and batch."""
     out = []
-    keys = ("device", "model", "scheme", "optimized", "batch", "prompt_len", "new_tokens")
+    keys = ("device", "model", "scheme", "optimized", "ranks", "batch", "prompt_len", "new_tokens")
     for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
         rows = [
             (
-                r["scheme"] + (f", optimized, {r['optimized']}" if r.get("optimized") else ""),
+                r["scheme"]
+                + (f", optimized, {r['optimized']}" if r.get("optimized") else "")
+                + (f", {r['ranks']} processes" if r.get("ranks") else ""),
                 str(r["batch"]),
                 f"{r['prompt_len']} + {r['new_tokens']}",
                 number(r["memory_bytes"], ".2f", 1e-9),
@@ -276,6 +278,31 @@ def attention_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def collective_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a device and number of processes: a row a size and rounding, the kernel's time beside the library's."""
+    out = []
+    kept = latest(records, "device", "ranks", "M", "K", "rounding", "way")
+    for (_, ranks), group in grouped(kept, "device", "ranks").items():
+        rows = []
+        for (M, K, rounding), ways in grouped(group, "M", "K", "rounding").items():
+            us = {r["way"]: r["us"] for r in ways}
+            one, two = us.get("one kernel"), us.get("library")
+            rows.append(
+                (
+                    f"{M} x {K}",
+                    number(ways[0]["bytes"], ",.0f", 1 / 1024),
+                    str(rounding),
+                    number(one, ".1f"),
+                    number(two, ".1f"),
+                    number(two / one if one and two else None, ".2f"),
+                )
+            )
+        header = ("rows", "KiB", "rounded to", "one kernel, us", "library and norm, us", "times")
+        title = f"all-reduce, residual and norm over {ranks} processes"
+        out.append(Table(title, header, tuple(rows), conditions(group, "library")))
+    return out
+
+
 def soak_tables(records: Sequence[Record]) -> list[Table]:
     """One table a device: a row a model and cache."""
     out = []
@@ -304,6 +331,7 @@ KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "linear": linear_tables,
     "decode": decode_tables,
     "attention": attention_tables,
+    "collective": collective_tables,
     "soak": soak_tables,
     "quality-peers": quality_peer_tables,
 }

@@ -78,7 +78,8 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # another thread, which NCCL has, may ask for events meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph
 

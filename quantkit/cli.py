@@ -1,5 +1,6 @@
 """The `quantkit` command: one function a verb. Bad input ends in one line on stderr and exit code 2."""
 
+import gc
 import json
 import logging
 import sys
@@ -47,7 +48,7 @@ from quantkit.method import QUALITIES, STEPS, Level
 from quantkit.optimize import optimize
 from quantkit.packing import PARTS
 from quantkit.peers import join
-from quantkit.processes import launched
+from quantkit.processes import launched, start
 from quantkit.quantize import Progress
 from quantkit.recipe import CalibrationSpec, Recipe, read_recipe
 from quantkit.report import HTML, ModuleReport, Verdict, read_report
@@ -793,7 +794,10 @@ def bench(
         typer.Option(metavar="FOLDER", help="Append to FOLDER/linears.jsonl and FOLDER/decode.jsonl."),
     ] = None,
 ) -> None:
-    """Tokens per second, and the time of each linear against bfloat16 and the memory limit."""
+    """Tokens per second, and the time of each linear against bfloat16 and the memory limit.
+
+    Under torchrun, with --no-linears: of a model that is cut over the processes.
+    """
     if (model is None) == (shapes is None):
         raise QuantKitError("give one of DIR and --shapes")
     if shapes is not None and shapes not in SHAPES:
@@ -802,7 +806,16 @@ def bench(
         raise QuantKitError("--scheme goes with --shapes; a directory has its scheme")
     if (kv or head) and not optimized:
         raise QuantKitError("--kv and --head go with --optimize, which gives a model its own cache and head")
-    where = pick_device(device)
+    where, ranks = pick_device(device), launched()
+    if ranks > 1:
+        if linears:
+            raise QuantKitError(f"linears are timed by one process, not {ranks}; give --no-linears")
+        if against:
+            raise QuantKitError(f"--against: the original is timed by one process, not {ranks}; leave it out")
+        start(where.type)
+        where = torch.device("cuda", torch.cuda.current_device()) if where.type == "cuda" else where
+    group = torch.distributed.group.WORLD if ranks > 1 else None
+    first = group is None or torch.distributed.get_rank() == 0
     if shapes is not None and decode and device is None and where.type == "cpu":
         raise QuantKitError(
             "--shapes: decode builds the whole model; give --no-decode, or --device cpu to do it here"
@@ -812,7 +825,7 @@ def bench(
 
     def keep(record: dict[str, Any], file: str) -> None:
         found.append(record)
-        if records is not None:
+        if records is not None and first:
             write_records(records / file, [record])
 
     def time_linears(shape_list: list[Any], schemes: list[Scheme]) -> None:
@@ -834,17 +847,26 @@ def bench(
     if shapes is not None:
         schemes = [parse_scheme(label) for label in scheme or DEFAULT_BENCHED]
         time_linears(list(SHAPES[shapes]), schemes)
-        for one in [None, *schemes] if decode and shapes in CONFIGS else []:
-            made = random_model(shapes, one, device=where)
+        why_not = unpacked_left_out(shapes, where, ranks) if decode and shapes in CONFIGS else None
+        if why_not and first:
+            out.print(f"note: without the model in bfloat16: {why_not}", highlight=False, soft_wrap=True)
+        unpacked = [] if why_not else [None]
+        for one in [*unpacked, *schemes] if decode and shapes in CONFIGS else []:
+            made = random_model(shapes, one, device=where, group=group)
             if optimized:
                 optimize(made, head, kv or "bf16")
             set_fp8_accumulation(made, fp8_accumulation)
             time_decode(made, shapes)
+            del made  # before the next one is made
             if where.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
     else:
         computed = compute_dtype(where, dtype)
-        subject = open_model(str(model), where, computed)
+        if ranks > 1:
+            subject = load(str(model), tp_plan="auto", dtype=computed)
+        else:
+            subject = open_model(str(model), where, computed)
         set_fp8_accumulation(subject, fp8_accumulation)
         if optimized:
             optimize(subject, head, kv or "bf16")
@@ -855,11 +877,26 @@ def bench(
         time_linears(model_shapes(subject), sorted(packed, key=lambda s: s.label))
         if against:
             time_decode(open_model(against, where, computed), name)
+    if not first:
+        return
     for kind in ("linear", "decode"):
         if chosen := [record for record in found if record["kind"] == kind]:
             for table in tables(chosen):
                 out.print(rich_table(table))
     save_json(json_file, found)
+
+
+def unpacked_left_out(shapes: str, device: torch.device, ranks: int) -> str | None:
+    """Why a random model in bfloat16 is not timed beside the packed ones; None: it is."""
+    if ranks > 1:
+        return "it is not cut over processes"
+    if device.type != "cuda":
+        return None
+    config = transformers.LlamaConfig(**CONFIGS[shapes])
+    with torch.device("meta"):
+        needed = 2 * sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
+    free = torch.cuda.mem_get_info(device)[0]
+    return None if needed < 0.9 * free else f"{needed * 1e-9:.0f} GB, and {free * 1e-9:.0f} are free"
 
 
 @app.command(name="tune")

@@ -13,6 +13,7 @@ from quantkit.fuse import FIXED_ROPE, fuse, put_before
 from quantkit.kernels.kv_pages import check_layout
 from quantkit.linear import QuantLinear
 from quantkit.models import head_dim_of
+from quantkit.rank_linear import GatheredLinear, GatheredPlain
 from quantkit.scheme import Scheme, parse_scheme
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -67,6 +68,8 @@ def optimize(model: Model, head: str | Scheme | None = None, kv: str = "bf16") -
     if scheme is not None:
         new = QuantLinear.from_quantized(rtn(old.weight.detach().float(), scheme), old.bias)
         new.repack(model.dtype)
+        if isinstance(old, GatheredPlain):
+            new.__class__, new.group = GatheredLinear, old.group
         model.set_output_embeddings(new)
     model.save_pretrained = _refuse_to_save  # type: ignore[method-assign, assignment]
     return model

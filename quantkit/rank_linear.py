@@ -34,6 +34,15 @@ class GatheredLinear(QuantLinear):
         return super().input_gradient(dy[..., first : first + self.out_features])
 
 
+class GatheredPlain(nn.Linear):
+    """As `GatheredLinear`, of a weight that is not packed."""
+
+    group: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gathered(super().forward(x), self.group)
+
+
 class RowLinear(QuantLinear):
     """A linear cut by its inputs: a rank's columns of x times its part of the weight, then the sum over the ranks.
 
