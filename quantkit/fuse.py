@@ -23,7 +23,7 @@ import quantkit.kernels.attention_ops  # noqa: F401  (defines torch.ops.quantkit
 from quantkit.cache import PagedCache, Step
 from quantkit.continuous import page_allocator, step_of
 from quantkit.errors import QuantKitError
-from quantkit.exchange import Exchange, open_exchange
+from quantkit.exchange import open_exchange
 from quantkit.kernels.cpu import epilogue
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.linear import QuantLinear
@@ -60,8 +60,8 @@ class FusedBlock(nn.Module):
             return self.self_attn(hidden_states=qkv, **kwargs)[0]
 
         y, h = self.run(hidden_states, None, attention)
-        down = self.mlp.down_proj
-        return h + (y if exchange_of(down) is None else down.exchange.add(y, down.late_bias))
+        down = cut_by_inputs(self.mlp.down_proj)
+        return h + (y if down is None else down.whole(y))
 
     def run(
         self,
@@ -266,9 +266,10 @@ def causal_attention(q: torch.Tensor, pages: KVPages, page_table: torch.Tensor, 
     return y.transpose(1, 2).contiguous()
 
 
-def exchange_of(linear: Any) -> Exchange | None:
-    """By which a norm is to add what a linear gives; None: it gives all of it."""
-    return getattr(linear, "exchange", None)
+def cut_by_inputs(linear: Any) -> RowLinear | None:
+    """A linear, or what is under its adapter, where it leaves a sum over processes to the norm after it."""
+    base = getattr(linear, "base_layer", linear)
+    return base if getattr(base, "exchange", None) is not None else None
 
 
 def normed(
@@ -279,11 +280,10 @@ def normed(
     rounding: tuple[torch.dtype | None, torch.Tensor | None, int] = (None, None, 0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`rms_norm_quantize` of x, which is a process's part where `before`, the linear that it is from, leaves the sum to us."""
-    exchange = exchange_of(before)
-    if exchange is None or residual is None:
-        run = torch.ops.quantkit.rms_norm_quantize
-        return run(x, norm.weight, norm.variance_epsilon, residual, *rounding)  # type: ignore[no-any-return]
-    return exchange.norm(x, before.late_bias, norm.weight, norm.variance_epsilon, residual, *rounding)
+    cut, given = cut_by_inputs(before), (norm.weight, norm.variance_epsilon, residual, *rounding)
+    if cut is None or cut.exchange is None:
+        return torch.ops.quantkit.rms_norm_quantize(x, *given)  # type: ignore[no-any-return]
+    return cut.exchange.norm(x, cut.late_bias, *given)  # type: ignore[arg-type]
 
 
 def after_norm(

@@ -64,6 +64,12 @@ def one_call(box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dt
     return all_reduce_norm(x, box, bias, weight, EPS, residual, ROUNDING[call % len(ROUNDING)])
 
 
+def empty_files(folder: Path, ranks: int, K: int, dtype: torch.dtype) -> None:
+    size = torch.Size(mailbox_shape(ranks, ROWS, K)).numel() * dtype.itemsize
+    for rank in range(ranks):
+        (folder / str(rank)).write_bytes(b"\xff" * size)
+
+
 def in_a_file(folder: str, rank: int, ranks: int, K: int, dtype: torch.dtype) -> Mailbox:
     """A mailbox whose slots lie in a file, as do the other ranks', which were written to be EMPTY."""
     shape = mailbox_shape(ranks, ROWS, K)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from all_reduce_ranks import CALLS, EPS, ROWS, expected, in_a_file, one_call
+from all_reduce_ranks import CALLS, EPS, ROWS, empty_files, expected, in_a_file, one_call
 from parallel import free_port, run_processes
 from quantkit.exchange import open_exchange
 from quantkit.kernels import all_reduce_norm as kernel
@@ -44,12 +44,6 @@ def assert_as_by_the_norms_kernel(found, wanted) -> None:
         torch.testing.assert_close(
             one.float(), other.float().to(one.device), rtol=rtol, atol=atol, equal_nan=True
         )
-
-
-def empty_files(folder: Path, ranks: int, K: int, dtype: torch.dtype) -> None:
-    size = torch.Size(mailbox_shape(ranks, ROWS, K)).numel() * dtype.itemsize
-    for rank in range(ranks):
-        (folder / str(rank)).write_bytes(b"\xff" * size)
 
 
 # K: whole rows of lanes, and one that fills no power of two
