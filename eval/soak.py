@@ -120,8 +120,11 @@ def answer(manager: Any, work: list[tuple[list[int], int]]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def judge(model: Any, prompt: list[int], new: int, found: list[int]) -> str:
-    """Whether an answer is "equal" to that of the prompt alone, "tied" with it, or "wrong"."""
+def judge(model: Any, prompt: list[int], new: int, found: list[int], tie: float | None = None) -> str:
+    """Whether an answer is "equal" to that of the prompt alone, "tied" with it, or "wrong".
+
+    tie: share of the largest logit within which two are as likely; None: `TIE` of the model's dtype.
+    """
     ids = torch.tensor([prompt], device=model.device)
     alone = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new))[
         0, len(prompt) :
@@ -136,7 +139,8 @@ def judge(model: Any, prompt: list[int], new: int, found: list[int]) -> str:
         model(text, **{CACHE_NAME: model.new_cache(1, text.shape[1])}, logits_to_keep=1).logits[0, -1].float()
     )
     gap = (logits[alone[at]] - logits[found[at]]).abs()
-    return "tied" if gap <= TIE[model.dtype] * logits.abs().max() else "wrong"
+    share = TIE[model.dtype] if tie is None else tie
+    return "tied" if gap <= share * logits.abs().max() else "wrong"
 
 
 def held_bytes(device: torch.device) -> int:

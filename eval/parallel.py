@@ -1,0 +1,127 @@
+"""Whether a model that is cut over processes says what it says on one: greedy tokens of both, scheme by scheme.
+
+    torchrun --nproc-per-node 2 -m quantkit.eval.parallel quantkit/examples/lm-7m
+
+The first process quantizes the model by rounding to nearest, and holds it whole once all have answered. Both are optimized: on GPUs
+their steps are CUDA graphs. An answer that goes another way is tied if the two tokens where they part are as likely (`soak.judge`):
+sums in another order give another last bit, and where x is rounded to 8 bits, now and then another code, a step of 6 % of a value.
+"""
+
+import argparse
+import gc
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from quantkit.eval.records import Record, environment, write_records
+from quantkit.eval.soak import TIE, greedy, judge
+from quantkit.load import load, load_model
+from quantkit.optimize import optimize
+from quantkit.processes import gather, start
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS, parse_scheme
+from quantkit.source import load_tokenizer, resolve
+from quantkit.streaming import quantize_checkpoint
+
+PROMPTS = (
+    "The history of the city begins with",
+    "In the first half of the nineteenth century the",
+    "She opened the door and",
+    "The function returns the number of",
+    "Water is a",
+    "The election of the president was",
+    "He played for the team from 1998 until",
+    "We hold that the law",
+)
+# Share of the largest logit within which two are as likely where x is rounded: 3 times what was seen in float32.
+ROUNDED_TIE = 2**-6
+
+
+def answers(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens after each prompt alone."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        given = {"attention_mask": torch.ones_like(ids), "generation_config": greedy(new_tokens)}
+        found.append(model.generate(ids, **given)[0, len(prompt) :].tolist())
+    return found
+
+
+def compare(
+    folder: Path,
+    prompts: list[list[int]],
+    new_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tie: float,
+) -> Record:
+    """How many answers of the model cut over all processes are "equal", "tied" or "wrong" beside those of one process.
+
+    All processes call it, and the first has the counts.
+    """
+    cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
+    exchange = cut.model.layers[0].mlp.down_proj.exchange
+    found = gather(answers(cut, prompts, new_tokens), "answers")
+    del cut
+    gc.collect()
+    counts: Counter[str] = Counter(equal=0, tied=0, wrong=0)
+    if dist.get_rank() == 0:
+        whole = optimize(load_model(folder, device, dtype=dtype))
+        counts.update(
+            judge(whole, prompt, new_tokens, one, tie) for prompt, one in zip(prompts, found[0], strict=True)
+        )
+        counts["wrong"] += sum(other != found[0] for other in found[1:])  # all processes say the same
+    how = "library" if exchange.mailbox is None else "one kernel"
+    return {"sums": how, "why_not": exchange.why_not, **counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="A model directory, not quantized.")
+    parser.add_argument("--scheme", action="append", help="One an option; all presets by default.")
+    parser.add_argument("--new", type=int, default=64, help="Tokens generated.")
+    parser.add_argument("--records", type=Path, help="append to RECORDS/parallel.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    start(arguments.device)
+    on_gpu = arguments.device == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    source, rank = resolve(arguments.model), dist.get_rank()
+    tokenizer = load_tokenizer(source)
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    tokens = torch.tensor([(prompt * 64)[:64] for prompt in prompts])  # for static scales
+    wrong = 0
+    with TemporaryDirectory() as made:
+        places = gather(made, "folders")
+        for label in arguments.scheme or list(PRESETS):
+            folder = Path(places[0]) / label
+            if rank == 0:
+                quantize_checkpoint(source, folder, Recipe(label, "rtn"), device, tokens)
+            dist.barrier()
+            tie = max(TIE[dtype], ROUNDED_TIE if parse_scheme(label).activation else 0.0)
+            found = compare(folder, prompts, arguments.new, dtype, device, tie)
+            wrong += found["wrong"]
+            if rank == 0:
+                kind = {"kind": "parallel", "model": source.name, "scheme": label, "ranks": len(places)}
+                print(f"{label}: {found}", flush=True)
+                if arguments.records:
+                    record = kind | found | {"new_tokens": arguments.new} | environment(device)
+                    write_records(arguments.records / "parallel.jsonl", [record])
+        dist.barrier()
+    sys.stdout.flush()
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
