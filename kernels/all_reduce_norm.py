@@ -101,6 +101,8 @@ def unsupported(device: torch.device, ranks: int, K: int, itemsize: int) -> str 
     """Why rows of K values cannot be exchanged by the kernel on a device; None: they can."""
     if device.type != "cuda" or torch.version.hip:
         return f"{device} is no NVIDIA GPU"
+    if itemsize not in INTEGERS:
+        return f"values of {itemsize} bytes, expected 2 or 4"
     if ranks > MAX_RANKS:
         return f"{ranks} ranks, at most {MAX_RANKS}"
     if K > MAX_ROW // 2 // (itemsize // 2) or K % 16:

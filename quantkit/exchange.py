@@ -81,6 +81,7 @@ def open_exchange(group: Any, K: int, dtype: torch.dtype, device: torch.device) 
     Raises:
         MachineError: a rank does not answer.
     """
+    group = dist.group.WORLD if group is None else group
     ranks, mailbox = dist.get_world_size(group), None
     slots, why_not = symmetric_slots(ranks, K, dtype, device)
     why_not = agreed(why_not, group)
@@ -117,7 +118,7 @@ def symmetric_slots(
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         shape = mailbox_shape(ranks, rows_of(K, dtype.itemsize, multiprocessors), K)
         return symmetric.empty(shape, dtype=INTEGERS[dtype.itemsize], device=device), ""
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         return None, first_line(error)
 
 
@@ -140,7 +141,7 @@ def meet(slots: Any, group: Any) -> tuple["Mailbox | None", str]:
         )
         torch.cuda.synchronize(slots.device)
         return mailbox, ""
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         return None, first_line(error)
 
 

@@ -57,11 +57,16 @@ def expected(ranks: int, call: int, M: int, K: int, dtype: torch.dtype, device: 
     return rms_norm.rms_norm_triton(x, weight, EPS, residual, to, None, 0)
 
 
-def one_call(box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def prepared(box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of one call, where the mailbox is."""
     device = box.slots.device
     weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
     x = parts(rank, call, M, K, dtype).to(device)
-    return all_reduce_norm(x, box, bias, weight, EPS, residual, ROUNDING[call % len(ROUNDING)])
+    return x, box, bias, weight, EPS, residual, ROUNDING[call % len(ROUNDING)]
+
+
+def one_call(box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return all_reduce_norm(*prepared(box, rank, call, M, K, dtype))
 
 
 def empty_files(folder: Path, ranks: int, K: int, dtype: torch.dtype) -> None:
