@@ -772,6 +772,9 @@ def bench(
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs of which the median counts, after one that does not.")
+    ] = 3,
     linears: Annotated[bool, typer.Option("--linears/--no-linears", help="Time the linears.")] = True,
     peers: Annotated[
         bool,
@@ -842,7 +845,7 @@ def bench(
 
     def time_decode(subject: Any, name: str) -> None:
         for size in batches if decode else []:
-            keep(bench_decode(subject, size, prompt, new, name=name), "decode.jsonl")
+            keep(bench_decode(subject, size, prompt, new, repeats=repeats, name=name), "decode.jsonl")
 
     if shapes is not None:
         schemes = [parse_scheme(label) for label in scheme or DEFAULT_BENCHED]
