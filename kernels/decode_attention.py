@@ -8,8 +8,8 @@ over the tokens t = first to length - 1 of a sequence, first = max(0, length - w
 
 Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
 2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
-Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop has 19 and 21 instructions a token and warp in
-bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 bytes a lane by cp.async, one to two steps ahead.
+Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop takes 16 of them in bfloat16, 25 in int8,
+21 in fp8 and 24 in int4, and loads 16 bytes a lane by cp.async, two to three steps ahead.
 
 - The product is transposed, k q^T and v^T p: keys are the operand of 64 rows and queries that of 8 columns, so that the
   4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
@@ -59,35 +59,37 @@ IDLE = tl.constexpr(0xF149F2CA)  # `packed` NOTHING and 0
 MULTIPROCESSORS = 132
 LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
-FEW_TOKENS, MANY_TOKENS = 8192, 32768
+FEW_TOKENS, MANY_TOKENS, MANY_SEQUENCES = 8192, 32768, 32
 PARTS = 32  # that are added at a time
 PLAN_ROWS, PLAN_WIDTH = 32, 8
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 
 
-def config(kind: str, head_dim: int, tokens: int, target: str) -> dict[str, int]:
-    """Launch parameters for so many tokens of all sequences: tokens of a step, warps, stages of loads, programs a multiprocessor.
+def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -> dict[str, int]:
+    """Launch parameters: tokens of a step, warps, stages of loads, programs a multiprocessor.
 
-    Few tokens are a matter of latency, many of loads in flight; int4 of instructions, and of warps to hide theirs.
+    Few tokens are a matter of latency, many of loads in flight, many sequences of one program's end beside another's start; int4
+    of instructions, and of warps to hide theirs. Chosen on an H200, see README.md.
     """
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
+    launch = {"tokens": 64, "warps": 4, "stages": 3}
     if target.startswith("gfx"):  # registers hold what is loaded ahead
-        return {"tokens": 32, "warps": 4, "stages": 1 if bytes_of_row >= 256 else 2, "per_sm": 2}
+        return launch | {"tokens": 32, "stages": 1 if bytes_of_row >= 256 else 2, "per_sm": 2}
     small = target in ("sm_89", "sm_120")  # less shared memory
     if bytes_of_row >= 512:
-        return {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
+        return launch | {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
     if kind == "int4":
-        return {"tokens": 64, "warps": 2, "stages": 2, "per_sm": 6 if tokens >= MANY_TOKENS else 4}
-    if tokens <= FEW_TOKENS or small:
-        return {"tokens": 64, "warps": 4, "stages": 2 if small else 3, "per_sm": 2}
-    if tokens < MANY_TOKENS:
-        return {
-            "tokens": 64 if kind == "bf16" else 128,
-            "warps": 4,
-            "stages": 4 if kind == "bf16" else 3,
-            "per_sm": 1,
-        }
-    return {"tokens": 128, "warps": 4, "stages": 3, "per_sm": 1 if kind == "bf16" else 2}
+        return launch | {"warps": 2, "per_sm": 5}
+    if small:
+        return launch | {"stages": 2, "per_sm": 2}
+    if batch * max_length <= FEW_TOKENS:
+        return launch | {"per_sm": 2}
+    if batch >= MANY_SEQUENCES or (kind != "bf16" and batch * max_length >= MANY_TOKENS):
+        return launch | {"per_sm": 3 if kind == "bf16" else 4}
+    if kind != "bf16":
+        return launch | {"per_sm": 1}
+    many = batch * max_length >= MANY_TOKENS
+    return launch | {"tokens": 128 if many else 64, "stages": 3 if many else 4, "per_sm": 1}
 
 
 @triton.jit
@@ -455,7 +457,7 @@ def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int
     """How work is cut: launch parameters, units of a kv head that are wanted (as many as fit on the GPU at a time, no more than
     there are tiles), and those that there may be."""
     B = len(q)
-    launch = config(pages.kind, pages.head_dim, B * max_length, target_of(q.device))
+    launch = config(pages.kind, pages.head_dim, B, max_length, target_of(q.device))
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     tiles = B * triton.cdiv(max_length, launch["tokens"])
     units = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
