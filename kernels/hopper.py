@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from quantkit.kernels.prefetch import ASK, LINE
 from quantkit.kernels.stream_k import COUNTERS
 
 # Triton 3.9's names, and 3.6's
@@ -117,16 +116,6 @@ def wait_for_kernel_before():
 @gluon.jit
 def let_next_kernel_start():
     ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def ask_for_rows(w_ptr, row, rows, stride, column, size, ROWS: gl.constexpr, LINES: gl.constexpr):
-    """By one warp: brings `size` bytes from a column on, at most LINES lines, of ROWS rows from `row` on to L2, none past `rows`."""
-    i = gl.arange(0, ROWS * LINES, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    inside, line = i % ROWS, i // ROWS
-    at = w_ptr.to(gl.int64) + (row + inside).to(gl.int64) * stride + (column + line * LINE)
-    wanted = (line * LINE < size) & (row + inside < rows)
-    gl.inline_asm_elementwise(ASK, "=r,l,r", [at, wanted.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ share x, `warps_k` share strips, and their sums meet in shared memory at the end
 With `programs` > 0 the work is cut into that many equal ranges of (strips, groups), whatever the tiles (`stream_k.py`).
 
 Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 8, R = 4) to 2.5 (M = 16, R = 2).
-The weight is requested before the wait for the kernel before (programmatic dependent launch), more of it for L2, x after it.
+The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
 """
 
 from functools import lru_cache
@@ -21,7 +21,6 @@ from torch import Tensor
 from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
-from quantkit.kernels.prefetch import ASK, LINE, lines_ahead
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import (
     LAST_FIRST,
@@ -179,25 +178,12 @@ def sum_last(y):
 
 
 @triton.jit
-def ask_for_strips(
-    tiles_ptr, strip, unit, asked, strips, units, C: tl.constexpr, STRIPS: tl.constexpr, LINES: tl.constexpr
-):  # fmt: skip
-    """Brings so many units of strips from `strip` on, from `unit` on, to L2: at most LINES lines of each."""
-    i = tl.arange(0, STRIPS * LINES)
-    inside, line = i % STRIPS, i // STRIPS
-    row_bytes = units * (C * 512)
-    at = tiles_ptr.to(tl.int64) + (strip + inside).to(tl.int64) * row_bytes + (unit * (C * 512) + line * LINE)
-    wanted = (line * LINE < tl.minimum(asked, units - unit) * (C * 512)) & (strip + inside < strips)
-    tl.inline_asm_elementwise(ASK, "=r,l,r", [at, wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def w4a16_decode_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K, stride_xm,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, LINES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -263,23 +249,6 @@ def w4a16_decode_kernel(
             if zeros_ptr is not None:
                 zs = zs + (load_rows(zeros_ptr + row_at + group * 8, inside),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
-        if LINES > 0 and tile == first:
-            ask_for_strips(
-                tiles_ptr,
-                tile * (WN * R),
-                s0 * (WK * D),
-                (s1 - s0) * (WK * D),
-                strips,
-                units,
-                C,
-                WN * R,
-                LINES,
-            )
-            if STREAM:
-                left = tl.minimum(stop - (tile + 1) * steps, LINES * LINE // (C * 512 * WK * D) - (s1 - s0))
-                ask_for_strips(
-                    tiles_ptr, (tile + 1) * (WN * R), 0, left * (WK * D), strips, units, C, WN * R, LINES
-                )
         if PDL:
             gdc_wait()
         for _ in tl.range(s0, s1, num_stages=STAGES):
@@ -384,14 +353,13 @@ def w4a16_decode(
     options: dict[str, int] = dict(launch_pdl=True) if pdl else {}
     if asm and (cap := register_cap(chosen, group_size, zeros is not None, swiglu)):
         options["maxnreg"] = cap
-    lines = lines_ahead(programs if stream else shared, warps_n * rows) if pdl else 0
     scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     w4a16_decode_kernel[(programs if stream else shared,)](
         x, tiles, scale_words, zero_words, bias, residual,
         y, partial, counters, M, N, K, x.stride(0),
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
-        D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, LINES=lines, ASM=asm, PDL=pdl,
+        D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y

@@ -42,7 +42,6 @@ from quantkit.kernels.hopper import (
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
-    ask_for_rows,
     even_share,
     let_next_kernel_start,
     load_tile,
@@ -55,7 +54,6 @@ from quantkit.kernels.hopper import (
     worth,
 )
 from quantkit.kernels.int4tiles import PAD_K, STRIP
-from quantkit.kernels.prefetch import LINE, lines_ahead
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16_wide import w4a16_wide
 
@@ -264,19 +262,8 @@ def _row_scales(pairs, DTYPE: gl.constexpr, R: gl.constexpr, W: gl.constexpr, MM
 
 
 @gluon.jit
-def _produce(
-    descs,
-    ring,
-    work,
-    tiles_ptr,
-    N,
-    G: gl.constexpr,
-    P: gl.constexpr,
-    STAGES: gl.constexpr,
-    LINES: gl.constexpr,
-):
-    """One warp: asks for the weights of the first slots, and for more to L2, waits for the kernel before, then keeps the ring
-    full."""
+def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m = work
@@ -315,12 +302,6 @@ def _produce(
         slot = gl.where(over, 0, slot)
         phase ^= over.to(gl.int32)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
-            if LINES > 0:  # a slot is 1024 bytes of a strip, and there is one block of rows of x
-                strips, left = gl.cdiv(N, 16), count - i - 1
-                size = gl.minimum(left, steps - step) * 1024
-                ask_for_rows(tiles_ptr, n * STRIPS, strips, steps * 1024, step * 1024, size, STRIPS, LINES)
-                rest = gl.minimum((left + step - steps) * 1024, LINES * LINE - size)
-                ask_for_rows(tiles_ptr, (n + 1) * STRIPS, strips, steps * 1024, 0, rest, STRIPS, LINES)
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
@@ -422,10 +403,10 @@ def _consume(
 
 @gluon.jit
 def w4a16_hopper_kernel(
-    x_desc, tiles_desc, scales_desc, zeros_desc, y_desc, tiles_ptr, scales_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
+    x_desc, tiles_desc, scales_desc, zeros_desc, y_desc, scales_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr,
     M, N, K,
     G: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
-    R: gl.constexpr, STAGES: gl.constexpr, LINES: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # A step is two tiles along K, P groups or a part of one, of R strips of each warp.
     let_next_kernel_start()
@@ -465,7 +446,7 @@ def w4a16_hopper_kernel(
                 _consume,
                 (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, R, STAGES),
             ),
-            (_produce, (descs, ring, work, tiles_ptr, N, G, P, STAGES, LINES)),
+            (_produce, (descs, ring, work, G, P, STAGES)),
         ],
         [1],
         [PRODUCER_REGISTERS],
@@ -516,9 +497,8 @@ def w4a16_hopper(
         describe(scale_words.view(by_strip), of_group, SCALES_LAYOUT) if group_size else None,
         None if zero_words is None else describe(zero_words.view(by_strip), of_group, ZEROS_LAYOUT),
         describe(y, y_block, y_layout),
-        tiles, None if group_size else scales, bias, residual, partial, counters, M, N, K,
+        None if group_size else scales, bias, residual, partial, counters, M, N, K,
         G=group_size, SWIGLU=swiglu, AFTER=after(block_m, group_size), STREAM=stream, R=rows, STAGES=chosen["stages"],
-        LINES=lines_ahead(programs, strips) if M <= block_m else 0,  # of more rows of x the weight is read several times
         num_warps=warps, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y

@@ -44,7 +44,6 @@ from quantkit.kernels.hopper import (
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
-    ask_for_rows,
     barrier,
     consumer_registers,
     deepest,
@@ -64,7 +63,6 @@ from quantkit.kernels.hopper import (
     worth,
 )
 from quantkit.kernels.interleave import STEP
-from quantkit.kernels.prefetch import lines_ahead
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 
 GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
@@ -237,9 +235,8 @@ def _operand(words, INT8: gl.constexpr, DTYPE: gl.constexpr, W: gl.constexpr, MM
 
 
 @gluon.jit
-def _produce(descs, ring, work, w_ptr, stride_w, N, STAGES: gl.constexpr, LINES: gl.constexpr):
-    """One warp: asks for the weights of the first slots, and for more to L2, waits for the kernel before, then keeps the ring
-    full."""
+def _produce(descs, ring, work, STAGES: gl.constexpr):
+    """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
     x_ring, w_ring, full, empty = ring
     begin, stop, steps, tiles_m, stride = work
@@ -264,10 +261,6 @@ def _produce(descs, ring, work, w_ptr, stride_w, N, STAGES: gl.constexpr, LINES:
         step, tile = step_after(step, tile, steps * SLOTS, stride)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
-            if LINES > 0:  # one block of rows of x: tiles are blocks of the weight's rows
-                first, left = step // SLOTS, (count - i - 1) // SLOTS
-                size = gl.minimum(gl.minimum(left, steps - first) * 128, stride_w - first * 128)
-                ask_for_rows(w_ptr, tile * BLOCK_N, N, stride_w, first * 128, size, BLOCK_N, LINES)
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 at = [x_tile % tiles_m * BLOCK_M, x_step * X_COLUMNS]
@@ -487,10 +480,10 @@ def _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, BLOCKS: gl.
 
 @gluon.jit
 def w8_hopper_kernel(
-    x_desc, w_desc, y_desc, w_ptr, x_scales_ptr, scales_ptr, bias_ptr, partial_ptr, counter_ptr,
-    M, N, K, stride_w, stride_sm, stride_sk,
+    x_desc, w_desc, y_desc, x_scales_ptr, scales_ptr, bias_ptr, partial_ptr, counter_ptr,
+    M, N, K, stride_sm, stride_sk,
     X_LEFT: gl.constexpr, INT8: gl.constexpr, BLOCKS: gl.constexpr, FAST: gl.constexpr, STREAM: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, LINES: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     let_next_kernel_start()
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
@@ -551,7 +544,7 @@ def w8_hopper_kernel(
                     _consume,
                     (sides, work, rest, 1, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
                 ),
-                (_produce, ((x_desc, w_desc), ring, work, w_ptr, stride_w, N, STAGES, LINES)),
+                (_produce, ((x_desc, w_desc), ring, work, STAGES)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -563,7 +556,7 @@ def w8_hopper_kernel(
                     _consume,
                     (sides, work, rest, 0, 1, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
                 ),
-                (_produce, ((x_desc, w_desc), ring, work, w_ptr, stride_w, N, STAGES, LINES)),
+                (_produce, ((x_desc, w_desc), ring, work, STAGES)),
             ],
             [1],
             [PRODUCER_REGISTERS],
@@ -626,10 +619,10 @@ def product(
         describe(x, [block_m, columns], X_LAYOUT if floats else CODES_LAYOUT),
         describe(w, [block_n, w_columns], WORDS_LAYOUT if floats else CODES_LAYOUT),
         describe(y, y_block, gl.NVMMASharedLayout(128, element_bitwidth=16, rank=2)),
-        w, x_scales, scales, bias, partial, counters, M, N, K, w.stride(0) * w.element_size(),
+        x_scales, scales, bias, partial, counters, M, N, K,
         *strides,
         X_LEFT=x_left, INT8=int8, BLOCKS=blocks, FAST=fast, STREAM=stream, STAGES=chosen["stages"],
-        REGISTERS=consumer_registers(two), LINES=lines_ahead(programs, block_n) if M <= block_m else 0,
+        REGISTERS=consumer_registers(two),
         num_warps=group // 16, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
     )  # fmt: skip
     return y

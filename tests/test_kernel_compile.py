@@ -70,7 +70,7 @@ def w4a16_jobs(target: str):
             chosen = chosen | {
                 "max_registers": w4a16_decode.register_cap(chosen, group_size, scheme[2], swiglu)
             }
-            specific, options = decode_launch(chosen, M, N, group_size, nvidia, ptx["PDL"])
+            specific, options = decode_launch(chosen, M, group_size, nvidia)
         else:
             name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
             chosen = w4a16_wide.config(M, N, K, group_size, target)
@@ -109,7 +109,6 @@ def hopper_jobs():
 
     from quantkit.kernels import w4a16_hopper
     from quantkit.kernels.int4tiles import STRIP
-    from quantkit.kernels.prefetch import lines_ahead
 
     seen = []
     for x, group_size, beside, products in HOPPER:
@@ -136,7 +135,6 @@ def hopper_jobs():
                 if following
                 else None,
                 "y_desc": f"tensordesc<{x}{y_block},{y_layout!r}>",
-                "tiles_ptr": "*i32",
                 "scales_ptr": None if group_size else f"*{x}",
                 "bias_ptr": f"*{x}" if following else None,
                 "residual_ptr": f"*{x}" if following else None,
@@ -146,7 +144,6 @@ def hopper_jobs():
                 **{"G": group_size, "SWIGLU": swiglu, "STREAM": stream},
                 "AFTER": w4a16_hopper.after(block_m, group_size),
                 **{"R": chosen["rows"], "STAGES": chosen["stages"]},
-                "LINES": lines_ahead(programs, strips) if M <= block_m else 0,
             }
             options = {"num_warps": chosen["warps"]}
             if programs > 132 and w4a16_hopper.two_fit(chosen, group_size):
@@ -174,7 +171,6 @@ def eight_bit_hopper_jobs():
 
     from quantkit.kernels import w8_hopper
     from quantkit.kernels.hopper import REGISTERS_OF_TWO, consumer_registers
-    from quantkit.kernels.prefetch import lines_ahead
 
     for x, w, blocks, products in EIGHT_BIT:
         floats = x != w
@@ -199,7 +195,6 @@ def eight_bit_hopper_jobs():
                 if floats
                 else f"tensordesc<{w}[{block_n}, {columns}],{w8_hopper.CODES_LAYOUT!r}>",
                 "y_desc": f"tensordesc<{y}{y_block},{y_layout!r}>",
-                "w_ptr": "*i32" if floats else f"*{w}",
                 "x_scales_ptr": None if floats else "*fp32",
                 "scales_ptr": "*fp32",
                 "bias_ptr": f"*{y}",
@@ -208,8 +203,7 @@ def eight_bit_hopper_jobs():
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
                 **{"stride_sm": 0 if floats else 1, "stride_sk": "i32" if blocks else 1 - floats},
                 **{"X_LEFT": x_left, "INT8": w == "i8", "BLOCKS": blocks, "FAST": False, "STREAM": stream},
-                **{"STAGES": chosen["stages"], "REGISTERS": consumer_registers(two), "stride_w": "i32"},
-                "LINES": lines_ahead(programs, block_n) if M <= block_m else 0,
+                **{"STAGES": chosen["stages"], "REGISTERS": consumer_registers(two)},
             }
             options = {"num_warps": group // 16}
             if two:
@@ -265,15 +259,9 @@ def w4a8_hopper_jobs():
             yield name, w4a8_hopper.w4a8_hopper_kernel, types, options
 
 
-def decode_launch(
-    chosen: dict, M: int, N: int, group_size: int, nvidia: bool, pdl: bool
-) -> tuple[dict, dict]:
+def decode_launch(chosen: dict, M: int, group_size: int, nvidia: bool) -> tuple[dict, dict]:
     """Launch parameters of the decode kernel -> its constexprs and its compile options."""
-    from quantkit.kernels.prefetch import lines_ahead
-    from quantkit.kernels.w4a16_decode import blocks
-
     stream = chosen["programs"] > 0
-    rows = chosen["rows"] * chosen["warps_n"]
     specific = (
         {"partial_ptr": "*fp32", "counter_ptr": "*i32"}
         if stream
@@ -284,7 +272,6 @@ def decode_launch(
         "C": 1 if group_size % 128 else 2,
         "MH": 1 if M <= 8 else 2,
         "STREAM": stream,
-        "LINES": lines_ahead(chosen["programs"] or blocks(chosen, N), rows) if pdl else 0,
     }
     specific |= {"R": chosen["rows"], "WN": chosen["warps_n"], "WK": chosen["warps_k"]}
     specific |= {"D": chosen["depth"], "STAGES": chosen["stages"]}
