@@ -225,16 +225,22 @@ class KVPages:
             k, v: float [T, kv_heads, head_dim], k after RoPE; not rotated.
             slots: int64 [T]; -1: the token is not written.
         """
+        if not len(slots):
+            return
+        # No shape depends on the slots, so that a CUDA graph can have this: a token without a slot is written as the first one
+        # that has one, and where none has, slot 0 as it is.
         there = slots >= 0
-        page, place = slots[there] // self.page_size, slots[there] % self.page_size
+        token = torch.where(there, torch.arange(len(slots), device=slots.device), there.int().argmax())
+        slots = slots[token].clamp(min=0)
+        page, place = slots // self.page_size, slots % self.page_size
         for x, codes, scales, groups in (
-            (k[there], self.keys, self.key_scales, groups_of(self.head_dim)),
-            (v[there], self.values, self.value_scales, 1),
+            (k[token], self.keys, self.key_scales, groups_of(self.head_dim)),
+            (v[token], self.values, self.value_scales, 1),
         ):
             rounded, found = quantize(rotate(x) if self.kind == "int4" else x, self.kind, groups)
-            codes[page, :, place] = rounded
+            codes[page, :, place] = torch.where(there.any(), rounded, codes[page, :, place])
             if scales is not None and found is not None:
-                scales[page, :, place] = found
+                scales[page, :, place] = torch.where(there.any(), found, scales[page, :, place])
 
     def gather(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the pages of a table [..., n], as `dequantize` returns them: [..., kv_heads, n * page_size, D].
