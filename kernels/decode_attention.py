@@ -255,9 +255,8 @@ def packed(low, high):
 
 @triton.jit
 def unpacked(pair):
-    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(
-        tl.float32, bitcast=True
-    )
+    low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -271,9 +270,7 @@ def add_parts_kernel(
     Before it waits for the parts it looks up how many there are: the kernel of the parts started it after it saw the plan.
     """
     WIDTH: tl.constexpr = PLANES * C
-    R: tl.constexpr = (
-        2 if ROTATE else 1
-    )  # a product of eight columns rotates the four planes of two rows, one of them idle
+    R: tl.constexpr = 2 if ROTATE else 1  # planes of two rows are the columns of a product, at least eight
     if PDL:
         gdc_launch_dependents()
     head, b = tl.program_id(0), tl.program_id(1)
@@ -337,7 +334,7 @@ def decode_attention_kernel(
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
-    if PDL:  # in this order: what comes next reads the lengths before it waits
+    if PDL:  # in this order: the kernel that adds parts reads the plan before it waits
         gdc_wait()
         gdc_launch_dependents()
     h = tl.program_id(1)
@@ -385,14 +382,11 @@ def decode_attention_kernel(
         base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
         if PAGE >= T:  # what differs from step to step is one number
             base += tile * T & (PAGE - 1)
-        k = tl.load(
-            keys_ptr + base * WORDS + k_place if PAGE >= T else (keys_ptr + base * WORDS)[:, None] + k_place
-        )
-        v_at = (
-            values_ptr + base * WORDS + v_place
-            if PAGE >= T
-            else (values_ptr + base * WORDS)[None, :] + v_place
-        )
+            k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
+        else:
+            k_at = (keys_ptr + base * WORDS)[:, None] + k_place
+            v_at = (values_ptr + base * WORDS)[None, :] + v_place
+        k = tl.load(k_at)
         v = tl.load(v_at, mask=seen[None, :], other=0)
         ks = operands(k, KIND, ASM)
         s = tl.dot(ks[0], planes[0])  # [T, R]
