@@ -8,7 +8,7 @@ over the tokens t = first to length - 1 of a sequence, first = max(0, length - w
 
 Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
 2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
-Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop takes 16 of them in bfloat16, 25 in int8,
+Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop takes 16 to 18 of them in bfloat16, 26 in int8,
 21 in fp8 and 24 in int4, and loads 16 bytes a lane by cp.async, two to three steps ahead.
 
 - The product is transposed, k q^T and v^T p: keys are the operand of 64 rows and queries that of 8 columns, so that the

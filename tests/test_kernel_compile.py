@@ -676,7 +676,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 86, "sm_89": 35, "sm_90": 150, "sm_100": 35, "sm_120": 35, "gfx942": 86, "gfx950": 35}
+KERNELS = {"sm_80": 92, "sm_89": 37, "sm_90": 174, "sm_100": 37, "sm_120": 37, "gfx942": 92, "gfx950": 37}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
