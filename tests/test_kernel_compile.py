@@ -732,7 +732,7 @@ def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions
     """Budgets of `decode_attention.py`: instructions a token of all warps, 64 tokens a step."""
     found = {k["name"]: k for k in compiled["sm_90"][0] if k["name"].startswith("decode_attention")}
     for kind, warps, row, most in (
-        ("bf16", 4, 256, 17),
+        ("bf16", 4, 256, 19),
         ("int8", 4, 128, 27),
         ("fp8", 4, 128, 22),
         ("int4", 2, 64, 25),
@@ -740,9 +740,8 @@ def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions
         kernel = found[f"decode_attention {kind} of 128 columns, 4 heads of bf16, 1 x 4096"]
         if "instructions" not in kernel:
             pytest.skip("the Triton wheel has no disassembler")
-        assert kernel["copies_of_16_bytes"] == 2 * 64 * row // (512 * warps), (
-            kernel
-        )  # of K and V, all lanes alike
+        copies = 2 * 64 * row // (512 * warps)  # a lane's, of K and V
+        assert kernel["copies_of_16_bytes"] == copies, kernel
         assert kernel["instructions"] * warps <= most * 64, kernel
         assert kernel["registers"] <= 168, kernel
 
