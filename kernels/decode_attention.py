@@ -9,7 +9,7 @@ over the tokens t = first to length - 1 of a sequence, first = max(0, length - w
 Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
 2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
 Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop takes 16 to 18 of them in bfloat16, 26 in int8,
-21 in fp8 and 24 in int4, and loads 16 bytes a lane by cp.async, two to three steps ahead.
+21 in fp8 and 20 in int4, and loads 16 bytes a lane by cp.async, two to three steps ahead.
 
 - The product is transposed, k q^T and v^T p: keys are the operand of 64 rows and queries that of 8 columns, so that the
   4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
@@ -38,6 +38,8 @@ from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_operands import (
     COUNTS,
     E4M3_STEP,
+    INT4_MIDDLE,
+    INT4_STEP,
     NATIVE_FP8,
     ODD_STEP,
     columns_of,
@@ -334,6 +336,7 @@ def decode_attention_kernel(
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
     if PDL:  # in this order: the kernel that adds parts reads the plan before it waits
         gdc_wait()
         gdc_launch_dependents()
@@ -362,10 +365,11 @@ def decode_attention_kernel(
         acc = acc + (tl.zeros((C, R), tl.float32),)
     if KIND == "int4":  # of each group, beside its middle
         for i in tl.static_range(PLANES):
-            of_plane = tl.sum(planes[i].to(tl.float32), 0)
+            of_plane = tl.sum(planes[i].to(tl.float32), 0) / UNIT
             if i % 2 == 1:
                 of_plane *= ODD_STEP
             sum_of_q = sum_of_q + (of_plane[None, :],)
+        scaled *= UNIT  # scores are smaller by it until then
     m = tl.full((R,), NOTHING, tl.float32)
     total = tl.zeros((T, R), tl.float32)
     middles = tl.zeros((T, R), tl.float32)
@@ -393,11 +397,13 @@ def decode_attention_kernel(
         if KIND == "int4":
             scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
             step, middle = pair_of(tl.load(scales_at))
+            middle -= INT4_MIDDLE * step
             s = s * step[:, None] + middle[:, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
                     step, middle = pair_of(tl.load(scales_at + i * GROUPS // PLANES))
-                s += tl.dot(ks[i], planes[i]) * step[:, None] + middle[:, None] * sum_of_q[i]
+                    middle -= INT4_MIDDLE * step
+                s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
         elif KIND != "bf16":
             step = tl.load(key_scales_ptr + base + place)
@@ -415,9 +421,9 @@ def decode_attention_kernel(
         p = tl.exp2(s - m[None, :])
         weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
         total = total * alpha[None, :] + weight
-        if KIND == "int4":
-            middles = middles * alpha[None, :] + weight * v_middle[:, None]
         p = p.to(planes[0].dtype)
+        if KIND == "int4":
+            middles = middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
         vs = operands(v, KIND, ASM)
         summed = ()
         for i in tl.static_range(PLANES):
@@ -432,9 +438,7 @@ def decode_attention_kernel(
         if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
-            if i % 2 == 1:
-                plane *= 1.0 / ODD_STEP
-            plane += tl.sum(middles, 0)[None, :]
+            plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + tl.sum(middles, 0)[None, :]
         o = o + (plane,)
     inside = r < GROUP
     if count == 1:

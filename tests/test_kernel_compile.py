@@ -735,7 +735,7 @@ def test_attention_on_hopper_loads_16_bytes_a_lane_and_keeps_to_its_instructions
         ("bf16", 4, 256, 19),
         ("int8", 4, 128, 27),
         ("fp8", 4, 128, 22),
-        ("int4", 2, 64, 25),
+        ("int4", 2, 64, 21),
     ):
         kernel = found[f"decode_attention {kind} of 128 columns, 4 heads of bf16, 1 x 4096"]
         if "instructions" not in kernel:

@@ -118,10 +118,20 @@ def reference(
         for codes, s in ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
     )
     scale = case.D**-0.5
-    k, v = (t.repeat_interleave(case.group, 1).transpose(0, 1) for t in (k, v))  # [H, L, D]
+    k_terms, v_terms = k.abs(), v.abs()
+    if case.kind == "int4":  # its kernels sum 2 c s q, and (m - 15 s) q besides
+        k_terms, v_terms = (
+            (
+                45 * s[page, :, place, :, 0].double() + s[page, :, place, :, 1].double().abs()
+            ).repeat_interleave(case.D // s.shape[-2], -1)
+            for s in (pages.key_scales, pages.value_scales)
+        )
+    k, v, k_terms, v_terms = (  # [H, L, D]
+        t.repeat_interleave(case.group, 1).transpose(0, 1) for t in (k, v, k_terms, v_terms)
+    )
     wide = q.double().transpose(0, 1)  # [H, n, D]
     s = wide @ k.transpose(1, 2) * scale
-    size = wide.abs() @ k.abs().transpose(1, 2) * scale
+    size = wide.abs() @ k_terms.transpose(1, 2) * scale
     lost = wide.abs().amax(-1, keepdim=True) * k.abs().sum(-1).unsqueeze(1) * scale * 2**-20
     wrong = (case.D + 16) * 2**-23 * (size + 8) + (lost if case.kind != "bf16" else 0)
     if case.soft_cap:
@@ -138,7 +148,7 @@ def reference(
     unit = torch.finfo(rounded).eps / 2 if rounded != torch.float32 else 0
     worst = torch.where(seen, wrong, 0).amax(-1, keepdim=True)
     largest = (p * v.abs().amax(-1).unsqueeze(1)).amax(-1, keepdim=True)
-    bound = magnitude * (2 * worst + unit + (L + 64) * 2**-23) + L * 2**-24 * largest
+    bound = magnitude * (2 * worst + unit) + p @ v_terms * (L + 64) * 2**-23 + L * 2**-24 * largest
     if case.kind == "int4":
         bound = (bound + case.D * 2**-23 * magnitude).sum(-1, keepdim=True) * case.D**-0.5
         y = rotate(y)
