@@ -8,8 +8,8 @@ over the tokens t = first to length - 1 of a sequence, first = max(0, length - w
 
 Limit: the bytes of keys and values, for 8 heads of 128 and 4096 tokens 16.8 MB in bfloat16, 8.6 in 8 bits, 4.9 in int4: 3.9,
 2.0 and 1.1 us at an H200's 4.3 TB/s. A multiprocessor then has 110, 55 and 31 issue slots a token and head.
-Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop has 19 and 21 instructions a token and warp in
-bfloat16, 29 and 32 in int8, 25 and 29 in fp8, 24 and 26 in int4, and loads 16 bytes a lane by cp.async, one to two steps ahead.
+Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loop takes 16 to 18 of them in bfloat16, 26 in int8,
+21 in fp8 and 20 in int4, and loads 16 bytes a lane by cp.async, two to three steps ahead.
 
 - The product is transposed, k q^T and v^T p: keys are the operand of 64 rows and queries that of 8 columns, so that the
   4 queries of a head pad to 8 and not to 16, which halves products, exponentials and sums.
@@ -38,6 +38,8 @@ from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_operands import (
     COUNTS,
     E4M3_STEP,
+    INT4_MIDDLE,
+    INT4_STEP,
     NATIVE_FP8,
     ODD_STEP,
     columns_of,
@@ -59,35 +61,37 @@ IDLE = tl.constexpr(0xF149F2CA)  # `packed` NOTHING and 0
 MULTIPROCESSORS = 132
 LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
-FEW_TOKENS, MANY_TOKENS = 8192, 32768
+FEW_TOKENS, MANY_TOKENS, MANY_SEQUENCES = 8192, 32768, 32
 PARTS = 32  # that are added at a time
 PLAN_ROWS, PLAN_WIDTH = 32, 8
 CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
 
 
-def config(kind: str, head_dim: int, tokens: int, target: str) -> dict[str, int]:
-    """Launch parameters for so many tokens of all sequences: tokens of a step, warps, stages of loads, programs a multiprocessor.
+def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -> dict[str, int]:
+    """Launch parameters: tokens of a step, warps, stages of loads, programs a multiprocessor.
 
-    Few tokens are a matter of latency, many of loads in flight; int4 of instructions, and of warps to hide theirs.
+    Few tokens are a matter of latency, many of loads in flight, many sequences of one program's end beside another's start; int4
+    of instructions, and of warps to hide theirs. Chosen on an H200, see README.md.
     """
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
+    launch = {"tokens": 64, "warps": 4, "stages": 3}
     if target.startswith("gfx"):  # registers hold what is loaded ahead
-        return {"tokens": 32, "warps": 4, "stages": 1 if bytes_of_row >= 256 else 2, "per_sm": 2}
+        return launch | {"tokens": 32, "stages": 1 if bytes_of_row >= 256 else 2, "per_sm": 2}
     small = target in ("sm_89", "sm_120")  # less shared memory
     if bytes_of_row >= 512:
-        return {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
+        return launch | {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
     if kind == "int4":
-        return {"tokens": 64, "warps": 2, "stages": 2, "per_sm": 6 if tokens >= MANY_TOKENS else 4}
-    if tokens <= FEW_TOKENS or small:
-        return {"tokens": 64, "warps": 4, "stages": 2 if small else 3, "per_sm": 2}
-    if tokens < MANY_TOKENS:
-        return {
-            "tokens": 64 if kind == "bf16" else 128,
-            "warps": 4,
-            "stages": 4 if kind == "bf16" else 3,
-            "per_sm": 1,
-        }
-    return {"tokens": 128, "warps": 4, "stages": 3, "per_sm": 1 if kind == "bf16" else 2}
+        return launch | {"warps": 2, "per_sm": 5}
+    if small:
+        return launch | {"stages": 2, "per_sm": 2}
+    if batch * max_length <= FEW_TOKENS:
+        return launch | {"per_sm": 2}
+    if batch >= MANY_SEQUENCES or (kind != "bf16" and batch * max_length >= MANY_TOKENS):
+        return launch | {"per_sm": 3 if kind == "bf16" else 4}
+    if kind != "bf16":
+        return launch | {"per_sm": 1}
+    many = batch * max_length >= MANY_TOKENS
+    return launch | {"tokens": 128 if many else 64, "stages": 3 if many else 4, "per_sm": 1}
 
 
 @triton.jit
@@ -253,9 +257,8 @@ def packed(low, high):
 
 @triton.jit
 def unpacked(pair):
-    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(
-        tl.float32, bitcast=True
-    )
+    low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -269,9 +272,7 @@ def add_parts_kernel(
     Before it waits for the parts it looks up how many there are: the kernel of the parts started it after it saw the plan.
     """
     WIDTH: tl.constexpr = PLANES * C
-    R: tl.constexpr = (
-        2 if ROTATE else 1
-    )  # a product of eight columns rotates the four planes of two rows, one of them idle
+    R: tl.constexpr = 2 if ROTATE else 1  # planes of two rows are the columns of a product, at least eight
     if PDL:
         gdc_launch_dependents()
     head, b = tl.program_id(0), tl.program_id(1)
@@ -335,7 +336,8 @@ def decode_attention_kernel(
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
-    if PDL:  # in this order: what comes next reads the lengths before it waits
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
+    if PDL:  # in this order: the kernel that adds parts reads the plan before it waits
         gdc_wait()
         gdc_launch_dependents()
     h = tl.program_id(1)
@@ -363,10 +365,11 @@ def decode_attention_kernel(
         acc = acc + (tl.zeros((C, R), tl.float32),)
     if KIND == "int4":  # of each group, beside its middle
         for i in tl.static_range(PLANES):
-            of_plane = tl.sum(planes[i].to(tl.float32), 0)
+            of_plane = tl.sum(planes[i].to(tl.float32), 0) / UNIT
             if i % 2 == 1:
                 of_plane *= ODD_STEP
             sum_of_q = sum_of_q + (of_plane[None, :],)
+        scaled *= UNIT  # scores are smaller by it until then
     m = tl.full((R,), NOTHING, tl.float32)
     total = tl.zeros((T, R), tl.float32)
     middles = tl.zeros((T, R), tl.float32)
@@ -383,25 +386,24 @@ def decode_attention_kernel(
         base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
         if PAGE >= T:  # what differs from step to step is one number
             base += tile * T & (PAGE - 1)
-        k = tl.load(
-            keys_ptr + base * WORDS + k_place if PAGE >= T else (keys_ptr + base * WORDS)[:, None] + k_place
-        )
-        v_at = (
-            values_ptr + base * WORDS + v_place
-            if PAGE >= T
-            else (values_ptr + base * WORDS)[None, :] + v_place
-        )
+            k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
+        else:
+            k_at = (keys_ptr + base * WORDS)[:, None] + k_place
+            v_at = (values_ptr + base * WORDS)[None, :] + v_place
+        k = tl.load(k_at)
         v = tl.load(v_at, mask=seen[None, :], other=0)
         ks = operands(k, KIND, ASM)
         s = tl.dot(ks[0], planes[0])  # [T, R]
         if KIND == "int4":
             scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
             step, middle = pair_of(tl.load(scales_at))
+            middle -= INT4_MIDDLE * step
             s = s * step[:, None] + middle[:, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
                     step, middle = pair_of(tl.load(scales_at + i * GROUPS // PLANES))
-                s += tl.dot(ks[i], planes[i]) * step[:, None] + middle[:, None] * sum_of_q[i]
+                    middle -= INT4_MIDDLE * step
+                s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
         elif KIND != "bf16":
             step = tl.load(key_scales_ptr + base + place)
@@ -419,9 +421,9 @@ def decode_attention_kernel(
         p = tl.exp2(s - m[None, :])
         weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
         total = total * alpha[None, :] + weight
-        if KIND == "int4":
-            middles = middles * alpha[None, :] + weight * v_middle[:, None]
         p = p.to(planes[0].dtype)
+        if KIND == "int4":
+            middles = middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
         vs = operands(v, KIND, ASM)
         summed = ()
         for i in tl.static_range(PLANES):
@@ -436,9 +438,7 @@ def decode_attention_kernel(
         if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
-            if i % 2 == 1:
-                plane *= 1.0 / ODD_STEP
-            plane += tl.sum(middles, 0)[None, :]
+            plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + tl.sum(middles, 0)[None, :]
         o = o + (plane,)
     inside = r < GROUP
     if count == 1:
@@ -455,7 +455,7 @@ def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int
     """How work is cut: launch parameters, units of a kv head that are wanted (as many as fit on the GPU at a time, no more than
     there are tiles), and those that there may be."""
     B = len(q)
-    launch = config(pages.kind, pages.head_dim, B * max_length, target_of(q.device))
+    launch = config(pages.kind, pages.head_dim, B, max_length, target_of(q.device))
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     tiles = B * triton.cdiv(max_length, launch["tokens"])
     units = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))

@@ -12,7 +12,8 @@ covers:
 Codes are multiplied as float16, in which all of them are exact, whatever the model's dtype: a bfloat16 has seven bits of
 mantissa, too few for int8. Instructions for the four codes of a register: int8 5 (the sign bit flipped, the byte put below
 0x64, which is 1024 + code, and 1152 subtracted), e4m3 3 on sm_89 and newer, elsewhere 7 (sign, and exponent and mantissa a
-bit lower, are float16's of the number / 256), and for the eight of int4 9: see `kv_pages.py`.
+bit lower, are float16's of the number / 256), and for the eight of int4 5: a mask leaves 2 c in the lowest bits, which is
+2 c 2^-24 as a float16, below its normal numbers but exact; the 15 that is missing goes where a group's middle is added.
 """
 
 import triton
@@ -46,21 +47,13 @@ mov.b32 {low, high}, a;
 cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
-# planes 0 and 2: 1024 + 2 c - 1039; planes 1 and 3: 1024 + 32 c - 1264
 _INT4 = """{
-.reg .b32 a, b, c, d, swapped, magic, even, odd;
-mov.b32 magic, 0x64006400;
-mov.b32 even, 0xe40fe40f;
-mov.b32 odd, 0xe4f0e4f0;
+.reg .b32 swapped;
 prmt.b32 swapped, $4, $4, 0x2301;
-lop3.b32 a, $4, 0x001e001e, magic, 0xea;
-lop3.b32 b, $4, 0x01e001e0, magic, 0xea;
-lop3.b32 c, swapped, 0x001e001e, magic, 0xea;
-lop3.b32 d, swapped, 0x01e001e0, magic, 0xea;
-add.rn.f16x2 $0, a, even;
-add.rn.f16x2 $1, b, odd;
-add.rn.f16x2 $2, c, even;
-add.rn.f16x2 $3, d, odd;
+and.b32 $0, $4, 0x001e001e;
+and.b32 $1, $4, 0x01e001e0;
+and.b32 $2, swapped, 0x001e001e;
+and.b32 $3, swapped, 0x01e001e0;
 }"""
 INT8 = tl.constexpr(_INT8)
 FP8 = tl.constexpr(_FP8)
@@ -68,6 +61,8 @@ FP8_NATIVE = tl.constexpr(_FP8_NATIVE)
 INT4 = tl.constexpr(_INT4)
 E4M3_STEP = tl.constexpr(256.0)  # what an operand of e4m3 is too small by, unless it was converted natively
 NATIVE_FP8 = tl.constexpr(89)  # the first ASM with the instruction
+INT4_STEP = tl.constexpr(2.0**24)  # what an operand of int4 is too small by where ASM > 0
+INT4_MIDDLE = tl.constexpr(15.0)  # what is missing from 2 c
 ODD_STEP = tl.constexpr(16.0)  # what planes 1 and 3 of int4 are too large by
 COUNTS = {"bf16": 1, "int8": 2, "fp8": 2, "int4": 4}  # planes
 
@@ -85,7 +80,8 @@ def columns_of(plane: tl.constexpr, j, D: tl.constexpr, PLANES: tl.constexpr):
 def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
     """Words of codes -> the operands of all planes, in the shape and layout of the words.
 
-    bf16: the numbers themselves. int8: codes. fp8: numbers, / 256 where ASM < NATIVE_FP8. int4: 2 c - 15, in planes 1 and 3 sixteen times that.
+    bf16: the numbers themselves. int8: codes. fp8: numbers, / 256 where ASM < NATIVE_FP8. int4: 2 c, / INT4_STEP
+    where ASM > 0, in planes 1 and 3 sixteen times that.
     """
     if KIND == "bf16":
         return (words,)
@@ -96,10 +92,10 @@ def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
             )
         else:
             w = words.to(tl.int32) & 0xFFFF
-            a = (w & 0x1E).to(tl.float16) - 15.0
-            b = (w & 0x1E0).to(tl.float16) - 240.0
-            c = ((w >> 8) & 0x1E).to(tl.float16) - 15.0
-            d = (((w >> 8) & 0xE0) | ((w & 1) << 8)).to(tl.float16) - 240.0
+            a = (w & 0x1E).to(tl.float16)  # not every matrix unit takes numbers below the normal ones
+            b = (w & 0x1E0).to(tl.float16)
+            c = ((w >> 8) & 0x1E).to(tl.float16)
+            d = (((w >> 8) & 0xE0) | ((w & 1) << 8)).to(tl.float16)
         return (a.to(tl.float16), b.to(tl.float16), c.to(tl.float16), d.to(tl.float16))
     else:
         if ASM:

@@ -25,7 +25,14 @@ from quantkit.kernels.decode_attention import (
     score_scale,
 )
 from quantkit.kernels.dispatch import target_of
-from quantkit.kernels.kv_operands import E4M3_STEP, NATIVE_FP8, ODD_STEP, operands
+from quantkit.kernels.kv_operands import (
+    E4M3_STEP,
+    INT4_MIDDLE,
+    INT4_STEP,
+    NATIVE_FP8,
+    ODD_STEP,
+    operands,
+)
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.w4a16 import ptx_level
 
@@ -79,6 +86,7 @@ def prefill_attention_kernel(
     WORDS: tl.constexpr = D // PLANES
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
     M: tl.constexpr = QUERIES * HEADS
     if PDL:
         gdc_launch_dependents()
@@ -105,10 +113,11 @@ def prefill_attention_kernel(
         acc = acc + (tl.zeros((M, C), tl.float32),)
     if KIND == "int4":
         for i in tl.static_range(PLANES):
-            of_plane = tl.sum(planes[i].to(tl.float32), 0)
+            of_plane = tl.sum(planes[i].to(tl.float32), 0) / UNIT
             if i % 2 == 1:
                 of_plane *= ODD_STEP
             sum_of_q = sum_of_q + (of_plane[:, None],)
+        scaled *= UNIT  # scores are smaller by it until then
     m = tl.full((M,), NOTHING, tl.float32)
     total = tl.zeros((M,), tl.float32)
     middles = tl.zeros((M,), tl.float32)
@@ -133,11 +142,13 @@ def prefill_attention_kernel(
         s = tl.dot(q[0], ks[0].trans())  # [M, T]
         if KIND == "int4":
             step, middle = pair_of(tl.load(key_scales_ptr + row * GROUPS))
+            middle -= INT4_MIDDLE * step
             s = s * step[None, :] + sum_of_q[0] * middle[None, :]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
                     step, middle = pair_of(tl.load(key_scales_ptr + row * GROUPS + i * GROUPS // PLANES))
-                s += tl.dot(q[i], ks[i].trans()) * step[None, :] + sum_of_q[i] * middle[None, :]
+                    middle -= INT4_MIDDLE * step
+                s = tl.dot(q[i], ks[i].trans()) * step[None, :] + (sum_of_q[i] * middle[None, :] + s)
             spread, v_middle = pair_of(tl.load(value_scales_ptr + row))
         elif KIND != "bf16":
             s = tl.dot(q[1], ks[1].trans(), s) * tl.load(key_scales_ptr + row)[None, :]
@@ -157,9 +168,9 @@ def prefill_attention_kernel(
         p = tl.exp2(s - m[:, None])
         weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[None, :]
         total = total * alpha + tl.sum(weight, 1)
-        if KIND == "int4":
-            middles = middles * alpha + tl.sum(weight * v_middle[None, :], 1)
         p = p.to(q[0].dtype)
+        if KIND == "int4":
+            middles = middles * alpha + tl.sum(weight * v_middle[None, :] - INT4_MIDDLE * p.to(tl.float32), 1)
         vs = operands(v, KIND, ASM)
         summed = ()
         for i in tl.static_range(PLANES):
@@ -172,9 +183,7 @@ def prefill_attention_kernel(
         if KIND == "fp8" and ASM < NATIVE_FP8:
             plane *= E4M3_STEP
         if KIND == "int4":
-            if i % 2 == 1:
-                plane *= 1.0 / ODD_STEP
-            plane += middles[:, None]
+            plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + middles[:, None]
         o = o + (plane.trans(),)
     finish(o, total, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
 

@@ -151,7 +151,7 @@ def test_the_instructions_for_operands_decode_what_the_format_says(kind):
             elif kind == "fp8":  # without the NaNs, which nothing writes
                 expected = torch.where(codes & 0x7F == 0x7F, torch.nan, codes.view(FP8).float() / 256)
             else:
-                expected = (2 * unpack_int4(codes) - 15) * torch.tensor([1, 16, 1, 16])
+                expected = 2 * unpack_int4(codes) * torch.tensor([1, 16, 1, 16]) / kv_operands.INT4_STEP.value
             found = torch.tensor([float(plane[i]) for plane in planes])
             assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()].float())
 
