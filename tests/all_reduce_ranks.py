@@ -139,5 +139,26 @@ def on_gpus(folder: str, K: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+def deserted(folder: str, K: int) -> None:
+    """Under torchrun: what the first process gets, and after how many seconds, where the other one never calls."""
+    from quantkit.exchange import open_exchange
+
+    processes.start("cuda")
+    rank, device = torch.distributed.get_rank(), torch.device("cuda", torch.cuda.current_device())
+    box = open_exchange(None, K, torch.bfloat16, device).mailbox
+    noted, began, error = Path(folder) / "deserted.pt", time.monotonic(), ""
+    assert box is not None
+    if rank == 0:
+        try:
+            one_call(box, rank, 0, 1, K, torch.bfloat16)
+            torch.cuda.synchronize()
+        except RuntimeError as raised:
+            error = str(raised)
+        torch.save((time.monotonic() - began, error), noted)
+    while not noted.exists() and time.monotonic() - began < 120:
+        time.sleep(0.1)
+    os._exit(0)  # the first one's device is lost
+
+
 if __name__ == "__main__":
-    on_gpus(sys.argv[1], int(sys.argv[2]))
+    {"on_gpus": on_gpus, "deserted": deserted}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

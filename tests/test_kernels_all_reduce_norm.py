@@ -180,18 +180,22 @@ def test_two_streams_of_a_gpu_get_the_sum(boxes):
             assert_as_by_the_norms_kernel(one, wanted)
 
 
+def under_torchrun(what: str, folder: Path, K: int, seconds: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(Path(__file__).parent / "all_reduce_ranks.py")]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "QUANTKIT_TIMEOUT": str(seconds)}
+    done = subprocess.run(
+        [*command, what, str(folder), str(K)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @gpu
 @two_gpus
 @pytest.mark.parametrize("K", [4096, 8192])
 def test_two_gpus_get_the_sum_and_what_the_library_gets(K, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(Path(__file__).parent / "all_reduce_ranks.py")]
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), *filter(None, sys.path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "QUANTKIT_TIMEOUT": "60"}
-    done = subprocess.run(
-        [*command, str(tmp_path), str(K)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    under_torchrun("on_gpus", tmp_path, K, 60)
     ranks = [torch.load(tmp_path / f"{rank}.pt", map_location="cuda:0") for rank in range(2)]
     for call, M in enumerate(CALLS):
         wanted = expected(2, call, M, K, torch.bfloat16, "cuda")
@@ -200,3 +204,12 @@ def test_two_gpus_get_the_sum_and_what_the_library_gets(K, tmp_path):
     for (y, scales, h, *plain), other in zip(ranks[0][1], ranks[1][1], strict=True):
         assert_same((y, scales, h), other[:3])
         assert_as_by_the_norms_kernel((y, scales, h), plain)
+
+
+@gpu
+@two_gpus
+def test_a_process_whose_peer_never_comes_gets_an_error(tmp_path):
+    under_torchrun("deserted", tmp_path, 4096, 5)
+    seconds, error = torch.load(tmp_path / "deserted.pt")
+    assert seconds < 60
+    assert "CUDA error" in error
