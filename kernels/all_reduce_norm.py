@@ -32,7 +32,8 @@ all our programs are there. A program that has waited too long, because a rank d
 
 Bytes of a row of bfloat16 on R ranks: 2 K read of x, 2 K R written (2 K (R - 1) over the link), 2 K R read and 2 K R
 written to be EMPTY, 2 K of residual, 2 K of h and K to 2 K of codes: at 450 GB/s one way a link takes 16 KB (M = 1, K = 8192)
-in 0.04 us and 1 MB in 2.3, beside some 1.5 us for the way itself. A value takes some 25 instructions and 8 R for its ways.
+in 0.04 us and 1 MB in 2.3, beside some 1.5 us for the way itself. Compiled for sm_90, two ranks' rows of 8192 are 640 instructions
+of a lane with 16 values; 180 of them are a poll's, 0.35 us of one multiprocessor's 16 warps, beside its loads from L2.
 """
 
 from dataclasses import dataclass
