@@ -4,9 +4,12 @@ With an engine's own layers where its package can be imported (vLLM 0.23 and 0.3
 a GPU and are not part of this), and with a stand-in of SGLang's everywhere.
 """
 
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 
 import engine_stand_in
 from packed_weights import packed_weight
-from quantkit import QuantKitError, sglang_plugin, vllm_plugin
+from quantkit import QuantKitError, Rule, convert, sglang_plugin, vllm_plugin
 from quantkit.engine_linear import Entries, Entry, check_shard, in_parts
 from quantkit.formats.writers import WRITERS
 from quantkit.fuse import Beside
@@ -441,3 +444,26 @@ def test_modules_have_the_names_of_the_engines_model(engine):
     rename = getattr(config, "apply_vllm_mapper", None) or config.apply_weight_name_mapper
     rename(mapper)
     assert list(config.entries.modules) == ["language_model.model.m.down"]
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+@pytest.mark.parametrize("target", ["quantkit", "compressed-tensors"])
+def test_an_engines_own_llama_loads_a_checkpoint(packed, tmp_path, name, target):
+    """All names of tensors, through its load_weights; the head is packed where the format is ours."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    rules = (Rule("lm_head", "w8a16"),) if target == "quantkit" else ()
+    folder = packed("llama", "w4a16-g32", rules=rules, tie_word_embeddings=False)
+    if target != "quantkit":
+        convert(folder, tmp_path / "out", target)
+        folder = tmp_path / "out"
+    script = Path(__file__).with_name("engine_llama.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, name, folder, "quantkit"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == ("9" if target == "quantkit" else "8")
