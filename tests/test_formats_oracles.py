@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from quantkit.formats.hqq import HQQ
 from quantkit.formats.writers import WRITERS
 from quantkit.linear import QuantLinear
 
+MODELS = (folder / "shared" / "models" / "lm-27m" for folder in Path(__file__).parents)
+MODEL = next((folder for folder in MODELS if folder.is_dir()), EXAMPLE)  # what peers make checkpoints of
 ALL = [f"w{b}a16-{g}{z}" for b in (2, 3, 4) for g in ("g32", "g64", "channel") for z in ("", "-asym")]
 
 
@@ -191,12 +194,12 @@ def test_transformers_opens_our_compressed_tensors_directory(packed, tmp_path):
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
 
 
-def test_a_directory_that_compressed_tensors_made_is_read(tiny, tmp_path):
+def test_a_directory_that_compressed_tensors_made_is_read(tmp_path):
     oracle("compressed_tensors")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    model = tiny("llama", tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     content = WRITERS["compressed-tensors"].config(
         {"m": packed_weight("w4a16-g32", 8, 32).scheme}, ["lm_head"], False
     )
@@ -213,7 +216,8 @@ def test_a_directory_that_compressed_tensors_made_is_read(tiny, tmp_path):
     assert "weight_packed" in " ".join(load_file(tmp_path / "theirs" / "model.safetensors"))
 
     ours = quantkit.load(tmp_path / "theirs", "cpu", dtype=torch.bfloat16)
-    assert sum(isinstance(module, QuantLinear) for module in ours.modules()) == 14
+    packed = sum(isinstance(module, QuantLinear) for module in ours.modules())
+    assert packed == 7 * model.config.num_hidden_layers
     compressor.decompress_model(model)
     for name, module in ours.named_modules():
         if isinstance(module, QuantLinear):
@@ -286,44 +290,64 @@ def test_gguf_reads_our_file_and_transformers_the_model_in_it(architecture, pack
         assert torch.equal(model(ids).logits, ours(ids).logits)
 
 
-def test_we_read_a_file_that_gguf_wrote(tiny, tmp_path):
-    gguf = oracle("gguf")
-    model = tiny(
-        "qwen2", torch.float32, hidden_size=256, intermediate_size=256, head_dim=64, tie_word_embeddings=True
-    )
+def rows_of_llama_cpp(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k as llama.cpp turns them: the halves of a head in turns."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def gguf_written(gguf, model, path) -> dict[str, torch.Tensor]:
+    """Writes a model by the package, some of its weights in blocks; what they mean, by the model's names."""
     config = model.config
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "qwen2")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(256)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    architecture = getattr(gguf.MODEL_ARCH, config.model_type.upper())
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     kinds = {"attn_q": "Q8_0", "attn_k": "Q4_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0"}
+    turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     expected = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
             continue
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = kinds.get(theirs.split(".")[-2]) if theirs.endswith(".weight") else None
-        if kind is None:
-            writer.add_tensor(theirs, tensor.numpy())
+        part = theirs.split(".")[-2] if theirs.endswith(".weight") else ""
+        heads = turned.get(part) if config.model_type == "llama" else None
+        stored = tensor if heads is None else rows_of_llama_cpp(tensor, heads)
+        if part not in kinds:
+            writer.add_tensor(theirs, stored.numpy())
             expected[name] = tensor
             continue
-        number = gguf.GGMLQuantizationType[kind]
-        data = gguf.quantize(tensor.numpy(), number)
+        number = gguf.GGMLQuantizationType[kinds[part]]
+        data = gguf.quantize(stored.numpy(), number)
         writer.add_tensor(theirs, data, raw_dtype=number)
-        expected[name] = torch.from_numpy(gguf.dequantize(data, number))
+        meant = torch.from_numpy(gguf.dequantize(data, number))
+        if heads is not None:
+            meant = meant.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        expected[name] = meant
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return expected
 
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_we_read_a_file_that_gguf_wrote(architecture, tiny, tmp_path):
+    gguf = oracle("gguf")
+    if architecture == "llama":
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    else:
+        sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+        model = tiny("qwen2", torch.float32, tie_word_embeddings=True, **sizes)
+    expected = gguf_written(gguf, model, tmp_path / "theirs.gguf")
     ours = dequantized_model(open_source(tmp_path / "theirs.gguf"), "cpu", torch.float32)
-    assert ours.config.model_type == "qwen2"
+    assert ours.config.model_type == architecture
     for name, tensor in expected.items():
         assert torch.equal(ours.state_dict()[name], tensor), name
     with torch.no_grad():
@@ -371,13 +395,13 @@ def test_we_read_what_bitsandbytes_packs(kind, nested):
     assert torch.equal(read.dequantize(), functional.dequantize_4bit(packed, state, quant_type=kind))
 
 
-def test_a_directory_that_bitsandbytes_made_is_read(source, tmp_path):
+def test_a_directory_that_bitsandbytes_made_is_read(tmp_path):
     oracle("bitsandbytes")
     from bitsandbytes import functional
     from transformers import BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        source("llama", intermediate_size=128),
+        MODEL,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         device_map="cpu",
         dtype=torch.float32,
@@ -393,7 +417,7 @@ def test_a_directory_that_bitsandbytes_made_is_read(source, tmp_path):
     assert quantkit.load(tmp_path / "theirs", "cpu", requantize="w8a16")
 
 
-# whole checkpoints through GPTQModel
+# whole checkpoints that peers make or open
 
 
 def test_gptqmodel_runs_our_directory(packed, tmp_path):
@@ -419,12 +443,11 @@ def test_gptqmodel_runs_our_directory(packed, tmp_path):
             assert torch.equal(weight.half(), ours.get_submodule(name).weight), name
 
 
-MADE_BY_GPTQMODEL = """
-import os, sys
+# each: source and out -> a directory, and what its linears mean
+MADE_BY = {
+    "gptqmodel": """
 os.cpu_count = lambda: 8  # it wants workers
-import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-source, out = sys.argv[1:]
 config = QuantizeConfig(bits=4, group_size=32, desc_act=True, sym=True)
 model = GPTQModel.load(source, config, device="cpu")
 ids = torch.randint(5, 1000, (8, 1, 64), generator=torch.Generator().manual_seed(0))
@@ -432,21 +455,89 @@ model.quantize([{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in 
 model.save(out)
 theirs = GPTQModel.load(out, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
 weights = {n: m.dequantize_weight().T.half() for n, m in theirs.named_modules() if hasattr(m, "qweight")}
-torch.save(weights, out + ".weights")
-"""
+""",
+    "awq": """
+from awq import AutoAWQForCausalLM
+from awq.utils.packing_utils import dequantize_gemm
+from transformers import AutoTokenizer
+model = AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=torch.float32)
+config = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+text = ["One fine day in spring a fox went out of the wood to see the lake and the hills."] * 4
+sizes = {"max_calib_samples": 4, "max_calib_seq_len": 32, "apply_clip": False}
+model.quantize(AutoTokenizer.from_pretrained(source), quant_config=config, calib_data=text, **sizes)
+model.save_quantized(out)
+weights = {
+    n: dequantize_gemm(m.qweight, m.qzeros, m.scales, 4, 64).T.half().contiguous()
+    for n, m in model.model.named_modules() if hasattr(m, "qweight")
+}
+""",
+    "llmcompressor": """
+from compressed_tensors.compressors import ModelCompressor
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]))
+model.save_pretrained(out, save_compressed=True)
+theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+names = [n for n, m in theirs.named_modules() if hasattr(m, "weight_scale")]
+ModelCompressor.from_pretrained_model(theirs).decompress_model(theirs)
+weights = {n: theirs.get_submodule(n).weight.data for n in names}
+""",
+    "hqq": """
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+from hqq.models.hf.base import AutoHQQHFModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float16, device="cpu")
+model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # one file has no tensor twice
+model.config.tie_word_embeddings = False
+model.config.quantization_config = {"quant_method": "hqq"}  # which transformers would write
+AutoHQQHFModel.save_to_safetensors(model, out, num_blocks_per_file=100)
+wide = {"compute_dtype": torch.float32}
+weights = {
+    n: Quantizer.dequantize(m.W_q.data, m.meta | wide | {k: m.meta[k].float() for k in ("scale", "zero")})
+    for n, m in model.named_modules() if isinstance(m, HQQLinear)
+}
+""",
+}
 
 
-def test_we_read_a_directory_that_gptqmodel_made_with_desc_act(tmp_path):
-    if importlib.util.find_spec("gptqmodel") is None:
-        pytest.skip("the oracle gptqmodel is not installed")
-    out = tmp_path / "theirs"
-    command = [sys.executable, "-W", "ignore", "-c", MADE_BY_GPTQMODEL, str(EXAMPLE), str(out)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, env=environment, capture_output=True)
-    weights = torch.load(f"{out}.weights", weights_only=True)
+def made_by(peer: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A directory that the peer made by its own calibration, on a CPU, and what its linears mean."""
+    if importlib.util.find_spec(peer) is None:
+        pytest.skip(f"the oracle {peer} is not installed")
+    out = folder / "theirs"
+    lines = ["import os, sys", "import torch", "source, out = sys.argv[1:]", MADE_BY[peer]]
+    script = "\n".join([*lines, "torch.save(weights, out + '.weights')"])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(MODEL), str(out)],
+        timeout=600,
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, torch.load(f"{out}.weights", weights_only=True)
+
+
+@pytest.mark.parametrize("peer", ["gptqmodel", "awq", "llmcompressor"])
+def test_we_take_over_a_directory_that_a_peer_made(peer, tmp_path):
+    out, weights = made_by(peer, tmp_path)
     ours = quantkit.load(out, "cpu", dtype=torch.float32)
     packed = {n: m.quantized() for n, m in ours.named_modules() if isinstance(m, QuantLinear)}
     assert packed.keys() == weights.keys()
-    assert any(q.input_order is not None for q in packed.values())
+    assert any(q.input_order is not None for q in packed.values()) == (peer == "gptqmodel")  # desc_act
     for name, quantized in packed.items():
-        assert torch.equal(quantized.effective_weight(torch.float16), weights[name]), name
+        assert torch.equal(quantized.effective_weight(weights[name].dtype), weights[name]), name
+
+
+def test_we_read_a_directory_that_hqq_made(tmp_path):
+    out, weights = made_by("hqq", tmp_path)
+    ours = dequantized_model(open_source(out), "cpu", torch.float32)
+    for name, weight in weights.items():
+        assert torch.equal(ours.get_submodule(name).weight, weight), name
+    with pytest.raises(quantkit.QuantKitError, match="zeros that are not whole numbers"):
+        quantkit.load(out, "cpu")
