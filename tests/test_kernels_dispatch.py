@@ -26,6 +26,7 @@ CODES = {
     "rms_norm_quantize": INT8,
     "swiglu_quantize": INT8,
     "rope_write": INT8,
+    "decode_plan": INT8,
     "decode_attention": INT8,
     "prefill_attention": INT8,
 }

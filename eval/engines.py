@@ -1,0 +1,179 @@
+"""Greedy tokens and tokens a second of one checkpoint, by `quantkit.load` and by vLLM, each in a process of its own.
+
+    python -m quantkit.eval.engines quantkit DIR ours.json
+    python -m quantkit.eval.engines vllm DIR theirs.json            # a quantkit directory: by the plug-in
+    python -m quantkit.eval.engines vllm EXPORT theirs.json         # its own kernels, of an export; --quantization quantkit: ours
+    python -m quantkit.eval.engines compare ours.json theirs.json
+
+Kernels that sum in another order part where two logits are nearly equal: `compare` says how far apart the first one's two largest were there.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.errors import QuantKitError
+from quantkit.eval.records import Record, environment
+from quantkit.load import load_model
+
+TEXTS = (
+    "Once upon a time",
+    "The capital of France is",
+    "In 1905, Albert Einstein",
+    "def main():\n    ",
+    "The history of the city begins",
+    "Water boils at",
+    "She opened the door and",
+    "The film was released in",
+)
+ROWS = 16  # sequences at once, whose tokens a second are measured
+
+
+def prompts(folder: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def of_quantkit(folder: str, new: int, timed: int) -> Record:
+    """`new` greedy tokens after each prompt, the gaps between the two largest logits before each, and tokens a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_model(Path(folder), device, dtype=torch.bfloat16)
+    answers = []
+    for ids in prompts(folder):
+        found = model.generate(
+            torch.tensor([ids], device=device),
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        two = torch.stack(found.logits).float()[:, 0].topk(2).values
+        answers.append(
+            {"ids": found.sequences[0, len(ids) :].tolist(), "gaps": (two[:, 0] - two[:, 1]).tolist()}
+        )
+    rows = torch.tensor([prompts(folder)[0]] * ROWS, device=device)
+
+    def run(tokens: int) -> None:
+        model.generate(rows, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+
+    return record("quantkit", folder, answers, speed(run, timed), device)
+
+
+def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Record:
+    """The same by vLLM, without gaps. VLLM_ENFORCE_EAGER in the environment: without its CUDA graphs and compiler."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise QuantKitError(f"vllm: {error}; install it to serve {folder} with it") from error
+    engine = vllm.LLM(
+        folder,
+        quantization=quantization,
+        dtype="bfloat16",
+        max_model_len=1024,
+        gpu_memory_utilization=0.2,
+        seed=0,
+        enforce_eager="VLLM_ENFORCE_EAGER" in os.environ,
+    )
+
+    def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
+        found = engine.generate([{"prompt_token_ids": ids} for ids in rows], sampling)
+        return [list(one.outputs[0].token_ids) for one in found]
+
+    answers = [{"ids": generate([ids], new)[0]} for ids in prompts(folder)]
+    rows = [prompts(folder)[0]] * ROWS
+    engine_name = f"vllm {version('vllm')}{f', {quantization}' if quantization else ''}"
+    return record(engine_name, folder, answers, speed(lambda tokens: generate(rows, tokens), timed), "cuda")
+
+
+def speed(run: Any, timed: int) -> float:
+    """Tokens a second of run(tokens), of `ROWS` sequences, after a short one."""
+    run(8)
+    begin = time.perf_counter()
+    run(timed)
+    return ROWS * timed / (time.perf_counter() - begin)
+
+
+def record(
+    engine: str, folder: str, answers: list[dict[str, Any]], tokens_per_s: float, device: str
+) -> Record:
+    return {
+        "kind": "engine",
+        "engine": engine,
+        "model": Path(folder).name,
+        "answers": answers,
+        "rows": ROWS,
+        "tokens_per_s": tokens_per_s,
+        **environment(torch.device(device)),
+    }
+
+
+def compare(records: list[Record]) -> list[str]:
+    """A line a record, beside the first, and one for each answer that parts from the first's."""
+    first, lines = records[0], []
+    for other in records:
+        same = 0
+        for i, (a, b) in enumerate(zip(first["answers"], other["answers"], strict=True)):
+            pairs = enumerate(zip(a["ids"], b["ids"], strict=True))
+            at = next((k for k, (x, y) in pairs if x != y), None)
+            same += at is None
+            if at is not None:
+                gap = f", whose two largest logits are {a['gaps'][at]:.4f} apart there" if "gaps" in a else ""
+                lines.append(f"  {TEXTS[i]!r}: token {at} differs from {first['engine']}'s{gap}")
+        lines.append(
+            f"{other['engine']} {other['model']}: {same} of {len(other['answers'])} answers as {first['engine']}'s, "
+            f"{other['tokens_per_s']:.0f} tokens/s at {other['rows']} rows"
+        )
+    return lines
+
+
+def read(path: str) -> Record:
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QuantKitError(f"{path}: {error}; expected a file that this program wrote") from error
+    if not isinstance(found, dict) or found.get("kind") != "engine":
+        raise QuantKitError(f"{path}: holds no engine's answers, expected a file that this program wrote")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("engine", choices=("quantkit", "vllm", "compare"))
+    parser.add_argument("paths", nargs="+", help="DIR and OUT.json, or the files to compare")
+    parser.add_argument("--quantization", help="of vLLM: quantkit, to take over a compressed-tensors export")
+    parser.add_argument("--new", type=int, default=64, help="tokens compared")
+    parser.add_argument("--timed", type=int, default=256, help="tokens timed")
+    given = parser.parse_args(arguments)
+    if given.engine == "compare":
+        print("\n".join(compare([read(path) for path in given.paths])))
+        return
+    if len(given.paths) != 2:
+        parser.error(f"{len(given.paths)} paths, expected DIR and OUT.json")
+    folder, out = given.paths
+    if given.engine == "vllm":
+        found = of_vllm(folder, given.new, given.timed, given.quantization)
+    else:
+        found = of_quantkit(folder, given.new, given.timed)
+    Path(out).write_text(json.dumps(found))
+    print(f"{found['engine']} {folder}: {found['tokens_per_s']:.0f} tokens/s at {ROWS} rows")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QuantKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

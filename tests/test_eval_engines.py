@@ -1,0 +1,66 @@
+"""Tokens of one checkpoint by several engines: what is stored, and where answers part."""
+
+import json
+import sys
+from importlib.resources import files
+from types import SimpleNamespace
+
+import pytest
+
+from quantkit.errors import QuantKitError
+from quantkit.eval import engines
+
+MODEL = str(files("quantkit") / "examples" / "lm-7m")
+
+
+def test_quantkits_tokens_are_generates_and_vllms_stand_beside_them(tmp_path, monkeypatch, capsys):
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
+    engines.main(["quantkit", MODEL, str(ours), "--new", "5", "--timed", "9"])
+    found = json.loads(ours.read_text())
+    assert [len(answer["ids"]) for answer in found["answers"]] == [5] * len(engines.TEXTS)
+    assert all(gap >= 0 for answer in found["answers"] for gap in answer["gaps"])
+    assert found["tokens_per_s"] > 0
+    by_prompt = {
+        tuple(ids): answer["ids"]
+        for ids, answer in zip(engines.prompts(MODEL), found["answers"], strict=True)
+    }
+
+    class LLM:
+        """Gives the tokens of ours, but for one of the second prompt."""
+
+        def __init__(self, folder, **options):
+            assert (folder, options["quantization"]) == (MODEL, "quantkit")
+
+        def generate(self, rows, sampling):
+            texts = [(by_prompt[tuple(row["prompt_token_ids"])] * 2)[: sampling.max_tokens] for row in rows]
+            if rows[0]["prompt_token_ids"] == engines.prompts(MODEL)[1]:
+                texts = [[*text[:3], text[3] + 1, *text[4:]] for text in texts]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=text)]) for text in texts]
+
+    stub = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    monkeypatch.setattr(engines, "version", lambda name: "0.23")
+    monkeypatch.setattr(engines, "environment", lambda device: {})
+    engines.main(["vllm", MODEL, str(theirs), "--quantization", "quantkit", "--new", "5", "--timed", "9"])
+    capsys.readouterr()
+    engines.main(["compare", str(ours), str(theirs)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("quantkit lm-7m: 8 of 8 answers as quantkit's")
+    gap = found["answers"][1]["gaps"][3]
+    assert lines[1] == (
+        f"  'The capital of France is': token 3 differs from quantkit's, whose two largest logits are {gap:.4f} apart there"
+    )
+    assert lines[2].startswith("vllm 0.23, quantkit lm-7m: 7 of 8 answers as quantkit's")
+
+
+def test_without_vllm_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(QuantKitError, match="install it to serve"):
+        engines.of_vllm(MODEL, 5, 9, None)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"kind": "linear"}'])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(QuantKitError, match="a.json: .*expected a file that this program wrote"):
+        engines.main(["compare", str(tmp_path / "a.json")])
