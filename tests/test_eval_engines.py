@@ -62,5 +62,5 @@ def test_without_vllm_it_says_so(monkeypatch):
 @pytest.mark.parametrize("content", ["", "[1]", '{"kind": "linear"}'])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(QuantKitError, match="a.json: .*expected a file that this program wrote"):
+    with pytest.raises(QuantKitError, match=r"a\.json: .*expected a file that this program wrote"):
         engines.main(["compare", str(tmp_path / "a.json")])
