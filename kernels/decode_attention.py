@@ -520,7 +520,7 @@ def decode_attention_triton(
     B, H, D = q.shape
     kv_heads = pages.kv_heads
     launch, _, programs = cut(q, pages, max_length)
-    if plan is None:
+    if plan is None or not len(plan):
         plan = decode_plan_triton(q, pages, lengths, window, max_length)
     group = H // kv_heads
     y = torch.empty_like(q)
