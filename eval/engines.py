@@ -45,12 +45,11 @@ def prompts(folder: str) -> list[list[int]]:
 
 def of_quantkit(folder: str, new: int, timed: int) -> Record:
     """`new` greedy tokens after each prompt, the gaps between the two largest logits before each, and tokens a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(Path(folder), device, dtype=torch.bfloat16)
+    model: Any = load_model(Path(folder), dtype=torch.bfloat16)
     answers = []
     for ids in prompts(folder):
         found = model.generate(
-            torch.tensor([ids], device=device),
+            torch.tensor([ids], device=model.device),
             do_sample=False,
             max_new_tokens=new,
             min_new_tokens=new,
@@ -61,12 +60,12 @@ def of_quantkit(folder: str, new: int, timed: int) -> Record:
         answers.append(
             {"ids": found.sequences[0, len(ids) :].tolist(), "gaps": (two[:, 0] - two[:, 1]).tolist()}
         )
-    rows = torch.tensor([prompts(folder)[0]] * ROWS, device=device)
+    rows = torch.tensor([prompts(folder)[0]] * ROWS, device=model.device)
 
     def run(tokens: int) -> None:
         model.generate(rows, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
 
-    return record("quantkit", folder, answers, speed(run, timed), device)
+    return record("quantkit", folder, answers, speed(run, timed), model.device)
 
 
 def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Record:
@@ -93,7 +92,13 @@ def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Reco
     answers = [{"ids": generate([ids], new)[0]} for ids in prompts(folder)]
     rows = [prompts(folder)[0]] * ROWS
     engine_name = f"vllm {version('vllm')}{f', {quantization}' if quantization else ''}"
-    return record(engine_name, folder, answers, speed(lambda tokens: generate(rows, tokens), timed), "cuda")
+    return record(
+        engine_name,
+        folder,
+        answers,
+        speed(lambda tokens: generate(rows, tokens), timed),
+        torch.device("cuda"),
+    )
 
 
 def speed(run: Any, timed: int) -> float:
@@ -105,7 +110,7 @@ def speed(run: Any, timed: int) -> float:
 
 
 def record(
-    engine: str, folder: str, answers: list[dict[str, Any]], tokens_per_s: float, device: str
+    engine: str, folder: str, answers: list[dict[str, Any]], tokens_per_s: float, device: torch.device
 ) -> Record:
     return {
         "kind": "engine",
@@ -114,7 +119,7 @@ def record(
         "answers": answers,
         "rows": ROWS,
         "tokens_per_s": tokens_per_s,
-        **environment(torch.device(device)),
+        **environment(device),
     }
 
 

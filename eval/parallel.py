@@ -13,14 +13,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 
 from quantkit.eval.records import Record, environment, write_records
-from quantkit.eval.soak import TIE, greedy, judge
+from quantkit.eval.soak import TIE, alone, judge
 from quantkit.load import load, load_model
 from quantkit.optimize import optimize
 from quantkit.processes import gather, start
@@ -43,16 +42,6 @@ PROMPTS = (
 ROUNDED_TIE = 2**-6
 
 
-def answers(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy tokens after each prompt alone."""
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
-        given = {"attention_mask": torch.ones_like(ids), "generation_config": greedy(new_tokens)}
-        found.append(model.generate(ids, **given)[0, len(prompt) :].tolist())
-    return found
-
-
 def compare(
     folder: Path,
     prompts: list[list[int]],
@@ -67,7 +56,7 @@ def compare(
     """
     cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
     exchange = cut.model.layers[0].mlp.down_proj.exchange
-    found = gather(answers(cut, prompts, new_tokens), "answers")
+    found = gather([alone(cut, prompt, new_tokens) for prompt in prompts], "answers")
     del cut
     gc.collect()
     counts: Counter[str] = Counter(equal=0, tied=0, wrong=0)

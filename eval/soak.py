@@ -81,7 +81,8 @@ def soak(
         for n, new in zip(draw(1, longest, requests), draw(1, new_tokens, requests), strict=True)
     ]
     manager = model.init_continuous_batching(
-        generation_config=greedy(new_tokens), continuous_batching_config=ContinuousBatchingConfig(**sizes)
+        generation_config=greedy_config(new_tokens),
+        continuous_batching_config=ContinuousBatchingConfig(**sizes),
     )
     manager.start()
     answers, held = [], []
@@ -99,8 +100,15 @@ def soak(
     return Soak(**counts, rounds=rounds, held_bytes=tuple(held))
 
 
-def greedy(new_tokens: int) -> GenerationConfig:
+def greedy_config(new_tokens: int) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+def alone(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens after a prompt, by `generate`."""
+    ids = torch.tensor([prompt], device=model.device)
+    given = {"attention_mask": torch.ones_like(ids), "generation_config": greedy_config(new_tokens)}
+    return model.generate(ids, **given)[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 def answer(manager: Any, work: list[tuple[list[int], int]]) -> list[list[int]]:
@@ -125,20 +133,17 @@ def judge(model: Any, prompt: list[int], new: int, found: list[int], tie: float 
 
     tie: share of the largest logit within which two are as likely; None: `TIE` of the model's dtype.
     """
-    ids = torch.tensor([prompt], device=model.device)
-    alone = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new))[
-        0, len(prompt) :
-    ].tolist()
-    if found == alone:
+    expected = alone(model, prompt, new)
+    if found == expected:
         return "equal"
-    if len(found) != len(alone):
+    if len(found) != len(expected):
         return "wrong"
-    at = next(i for i, pair in enumerate(zip(found, alone, strict=True)) if pair[0] != pair[1])
-    text = torch.tensor([prompt + alone[:at]], device=model.device)
+    at = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    text = torch.tensor([prompt + expected[:at]], device=model.device)
     logits = (
         model(text, **{CACHE_NAME: model.new_cache(1, text.shape[1])}, logits_to_keep=1).logits[0, -1].float()
     )
-    gap = (logits[alone[at]] - logits[found[at]]).abs()
+    gap = (logits[expected[at]] - logits[found[at]]).abs()
     share = TIE[model.dtype] if tie is None else tie
     return "tied" if gap <= share * logits.abs().max() else "wrong"
 

@@ -25,7 +25,7 @@ from quantkit.eval.records import Record, environment
 from quantkit.eval.timing import LAUNCHES, time_launches
 from quantkit.kernels import tuned
 from quantkit.kernels.cpu import quantize_activations
-from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, target_of
+from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, multiprocessors_of, target_of
 from quantkit.kernels.int4tiles import pack_tiles
 from quantkit.kernels.interleave import interleave, interleave_int4
 from quantkit.linear import CODE_DTYPES
@@ -119,7 +119,7 @@ def plan(
     """
     target, multiprocessors = target_of(device), 132
     if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        multiprocessors = multiprocessors_of(device)
     planned = {}
     for N, K, scheme in dict.fromkeys(weights):
         codes, group_size = CODE_DTYPES[scheme.weight], scheme.group_size or 0

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.dispatch import target_of
+from quantkit.kernels.dispatch import multiprocessors_of, target_of
 from quantkit.kernels.kv_operands import (
     COUNTS,
     E4M3_STEP,
@@ -43,10 +43,14 @@ from quantkit.kernels.kv_operands import (
     NATIVE_FP8,
     ODD_STEP,
     columns_of,
+    key_pair_of,
     operands,
+    pair_of,
     rotate_planes,
     signs,
+    sum_of_query,
     sums_of_planes,
+    sums_of_values,
     times_signs,
 )
 from quantkit.kernels.kv_pages import KVPages
@@ -108,12 +112,6 @@ def reciprocal(x, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(RCP, "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / x
-
-
-@triton.jit
-def pair_of(word):
-    """Scale and middle of int4, two bfloat16 in an int32 word, as float32."""
-    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -365,10 +363,7 @@ def decode_attention_kernel(
         acc = acc + (tl.zeros((C, R), tl.float32),)
     if KIND == "int4":  # of each group, beside its middle
         for i in tl.static_range(PLANES):
-            of_plane = tl.sum(planes[i].to(tl.float32), 0) / UNIT
-            if i % 2 == 1:
-                of_plane *= ODD_STEP
-            sum_of_q = sum_of_q + (of_plane[None, :],)
+            sum_of_q = sum_of_q + (sum_of_query(planes[i], i, ASM)[None, :],)
         scaled *= UNIT  # scores are smaller by it until then
     m = tl.full((R,), NOTHING, tl.float32)
     total = tl.zeros((T, R), tl.float32)
@@ -396,13 +391,11 @@ def decode_attention_kernel(
         s = tl.dot(ks[0], planes[0])  # [T, R]
         if KIND == "int4":
             scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
-            step, middle = pair_of(tl.load(scales_at))
-            middle -= INT4_MIDDLE * step
+            step, middle = key_pair_of(tl.load(scales_at))
             s = s * step[:, None] + middle[:, None] * sum_of_q[0]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    step, middle = pair_of(tl.load(scales_at + i * GROUPS // PLANES))
-                    middle -= INT4_MIDDLE * step
+                    step, middle = key_pair_of(tl.load(scales_at + i * GROUPS // PLANES))
                 s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
             spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
         elif KIND != "bf16":
@@ -434,12 +427,7 @@ def decode_attention_kernel(
     sums = tl.sum(total, 0)  # [R]
     o = ()
     for i in tl.static_range(PLANES):
-        plane = acc[i]
-        if KIND == "fp8" and ASM < NATIVE_FP8:
-            plane *= E4M3_STEP
-        if KIND == "int4":
-            plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + tl.sum(middles, 0)[None, :]
-        o = o + (plane,)
+        o = o + (sums_of_values(acc[i], tl.sum(middles, 0)[None, :], i, KIND, ASM),)
     inside = r < GROUP
     if count == 1:
         finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
@@ -456,7 +444,7 @@ def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int
     there are tiles), and those that there may be."""
     B = len(q)
     launch = config(pages.kind, pages.head_dim, B, max_length, target_of(q.device))
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
+    sms = multiprocessors_of(q.device) if q.is_cuda else MULTIPROCESSORS
     tiles = B * triton.cdiv(max_length, launch["tokens"])
     units = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
     return launch, units, min(units + B, tiles)

@@ -301,6 +301,12 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @lru_cache(maxsize=4096)
 def choose(op: str, problem: Problem) -> tuple[Kernel, dict[str, int] | None]:
     """The kernel that runs this problem, and how it is launched if a table (`tuned.py`) says so.

@@ -6,9 +6,7 @@ wait for the kernel before (programmatic dependent launch), its x after it.
 """
 
 from collections.abc import Callable
-from functools import cache
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,11 +26,6 @@ SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a mu
 SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 RESERVED = 1024  # bytes of it that every program has besides, and its barriers
 STAGED_ROWS = 32  # of y, in shared memory on their way out
-
-
-@cache
-def multiprocessors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows_of_block(M: int) -> int:

@@ -115,6 +115,40 @@ def operands(words, KIND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def pair_of(word):
+    """Scale and middle of int4, two bfloat16 in an int32 word, as float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_pair_of(word):
+    """Scale of int4 keys, and their middle less the 15 steps that are missing from operands."""
+    step, middle = pair_of(word)
+    return step, middle - INT4_MIDDLE * step
+
+
+@triton.jit
+def sum_of_query(plane, i: tl.constexpr, ASM: tl.constexpr):
+    """Sum [n] over plane i [C, n] of a query, beside which a middle of int4 stands, in the unit of products with operands."""
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
+    of_plane = tl.sum(plane.to(tl.float32), 0) / UNIT
+    if i % 2 == 1:
+        of_plane *= ODD_STEP
+    return of_plane
+
+
+@triton.jit
+def sums_of_values(plane, middles, i: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """What plane i of the sums of p v stands for; middles: of int4, added to every column."""
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
+    if KIND == "fp8" and ASM < NATIVE_FP8:
+        plane *= E4M3_STEP
+    if KIND == "int4":
+        plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + middles
+    return plane
+
+
+@triton.jit
 def signs(C: tl.constexpr, N: tl.constexpr):
     """Sylvester's matrix of order N, of 1 and -1, in the corner of a float32 [C, C] of zeros."""
     i = tl.arange(0, C)[:, None]

@@ -20,18 +20,18 @@ from quantkit.kernels.decode_attention import (
     load_query,
     log2_of,
     pages_of,
-    pair_of,
     reciprocal,
     score_scale,
 )
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.kv_operands import (
-    E4M3_STEP,
     INT4_MIDDLE,
     INT4_STEP,
-    NATIVE_FP8,
-    ODD_STEP,
+    key_pair_of,
     operands,
+    pair_of,
+    sum_of_query,
+    sums_of_values,
 )
 from quantkit.kernels.kv_pages import KVPages
 from quantkit.kernels.w4a16 import ptx_level
@@ -113,10 +113,7 @@ def prefill_attention_kernel(
         acc = acc + (tl.zeros((M, C), tl.float32),)
     if KIND == "int4":
         for i in tl.static_range(PLANES):
-            of_plane = tl.sum(planes[i].to(tl.float32), 0) / UNIT
-            if i % 2 == 1:
-                of_plane *= ODD_STEP
-            sum_of_q = sum_of_q + (of_plane[:, None],)
+            sum_of_q = sum_of_q + (sum_of_query(planes[i], i, ASM)[:, None],)
         scaled *= UNIT  # scores are smaller by it until then
     m = tl.full((M,), NOTHING, tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -141,13 +138,11 @@ def prefill_attention_kernel(
         ks = operands(k, KIND, ASM)
         s = tl.dot(q[0], ks[0].trans())  # [M, T]
         if KIND == "int4":
-            step, middle = pair_of(tl.load(key_scales_ptr + row * GROUPS))
-            middle -= INT4_MIDDLE * step
+            step, middle = key_pair_of(tl.load(key_scales_ptr + row * GROUPS))
             s = s * step[None, :] + sum_of_q[0] * middle[None, :]
             for i in tl.static_range(1, PLANES):
                 if i * GROUPS % PLANES == 0:  # the next group begins
-                    step, middle = pair_of(tl.load(key_scales_ptr + row * GROUPS + i * GROUPS // PLANES))
-                    middle -= INT4_MIDDLE * step
+                    step, middle = key_pair_of(tl.load(key_scales_ptr + row * GROUPS + i * GROUPS // PLANES))
                 s = tl.dot(q[i], ks[i].trans()) * step[None, :] + (sum_of_q[i] * middle[None, :] + s)
             spread, v_middle = pair_of(tl.load(value_scales_ptr + row))
         elif KIND != "bf16":
@@ -179,12 +174,7 @@ def prefill_attention_kernel(
         page = pages_of(table_ptr, t + T, first, last, PAGE, WINDOW)
     o = ()
     for i in tl.static_range(PLANES):
-        plane = acc[i]
-        if KIND == "fp8" and ASM < NATIVE_FP8:
-            plane *= E4M3_STEP
-        if KIND == "int4":
-            plane = plane * (UNIT / ODD_STEP if i % 2 == 1 else UNIT) + middles[:, None]
-        o = o + (plane.trans(),)
+        o = o + (sums_of_values(acc[i], middles[:, None], i, KIND, ASM).trans(),)
     finish(o, total, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
 
 

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels import w4a16
+from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
     BLOCKS_M,
     PRODUCER_REGISTERS,
@@ -45,7 +46,6 @@ from quantkit.kernels.hopper import (
     even_share,
     let_next_kernel_start,
     load_tile,
-    multiprocessors_of,
     next_step,
     parts,
     rows_of_block,

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS_OF_TWO,
@@ -42,7 +43,6 @@ from quantkit.kernels.hopper import (
     even_share,
     let_next_kernel_start,
     load_tile,
-    multiprocessors_of,
     next_slot,
     parts,
     rows_of_block,

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.processes import gather, timeout
 
 try:
@@ -115,8 +116,7 @@ def symmetric_slots(
 
         if symmetric._SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index or 0):
             return None, f"torch would use multicast though {MULTICAST_OFF} is set"
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        shape = mailbox_shape(ranks, rows_of(K, dtype.itemsize, multiprocessors), K)
+        shape = mailbox_shape(ranks, rows_of(K, dtype.itemsize, multiprocessors_of(device)), K)
         return symmetric.empty(shape, dtype=INTEGERS[dtype.itemsize], device=device), ""
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         return None, first_line(error)

@@ -8,7 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import quantkit
 from quantkit.continuous import AVAILABLE, BlockRows, PageAllocator
 from quantkit.errors import QuantKitError
-from quantkit.eval.soak import soak, soak_record
+from quantkit.eval.soak import alone, greedy_config, soak, soak_record
 
 KV = ("bf16", "int8", "fp8", "int4")
 needs_pages = pytest.mark.skipif(
@@ -22,21 +22,12 @@ def requests(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(2, 96, (int(n),), generator=generator).tolist() for n in lengths]
 
 
-def greedy(new: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-
-
-def alone(model, prompt: list[int], new: int) -> list[int]:
-    ids = model.generate(torch.tensor([prompt], device=model.device), generation_config=greedy(new))
-    return ids[0, len(prompt) :].tolist()
-
-
 def batched(model, prompts: list[list[int]], new: int, **sizes) -> dict[tuple[int, ...], list[int]]:
     """The tokens after each prompt."""
     sizes = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 48} | sizes
     outputs = model.generate_batch(
         prompts,
-        generation_config=greedy(new),
+        generation_config=greedy_config(new),
         continuous_batching_config=ContinuousBatchingConfig(**sizes),
         progress_bar=False,
     )
@@ -105,7 +96,7 @@ def test_several_answers_to_one_prompt():
 def test_blocks_are_as_small_as_their_pages(kv):
     model = quantkit.optimize(tiny("llama", None, torch.bfloat16), kv=kv)
     manager = model.init_continuous_batching(
-        generation_config=greedy(4),
+        generation_config=greedy_config(4),
         continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=16),
     )
     with torch.no_grad():
@@ -145,11 +136,11 @@ def test_where_there_are_no_pages():
     assert found == {tuple(prompt): alone(model, prompt, 6) for prompt in prompts}
     model = quantkit.optimize(tiny("mistral", None, torch.float32), kv="int8")
     with pytest.raises(QuantKitError, match="generate_batch with int8 KV: its layers have sliding windows"):
-        model.generate_batch(prompts, generation_config=greedy(4))
+        model.generate_batch(prompts, generation_config=greedy_config(4))
     if not AVAILABLE:
         model = quantkit.optimize(tiny("llama", None, torch.float32), kv="int8")
         with pytest.raises(QuantKitError, match=r"needs transformers 5\.23"):
-            model.generate_batch(prompts, generation_config=greedy(4))
+            model.generate_batch(prompts, generation_config=greedy_config(4))
 
 
 @needs_pages
