@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quantkit.eval.linears import WORKING_SET, copies, withhold
+from quantkit.eval.linears import WORKING_SET, copies, two_sizes, withhold
 from quantkit.eval.records import Record, environment, version, write_records
 from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
@@ -330,12 +330,12 @@ def main() -> None:
     )
     parser.add_argument("--records", type=Path, help="append to RECORDS/attention.jsonl")
     parser.add_argument("--kind", action="append", choices=KINDS, help="of pages; all by default")
-    parser.add_argument("--problem", action="append", help="SEQUENCESxTOKENS, such as 16x4096")
+    parser.add_argument(
+        "--problem", action="append", type=two_sizes, help="SEQUENCESxTOKENS, such as 16x4096"
+    )
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    asked = [one.split("x") for one in arguments.problem or ()]
-    problems = [(int(batch), int(length)) for batch, length in asked] or PROBLEMS
 
     def keep(record: Record) -> None:
         us = "withheld" if record["us"] is None else f"{record['us']:.1f} us"
@@ -350,7 +350,7 @@ def main() -> None:
 
     bench_attention(
         [LLAMA_3_8B],
-        problems,
+        arguments.problem or PROBLEMS,
         arguments.kind or KINDS,
         arguments.device,
         page_size=arguments.page_size,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quantkit.eval.linears import withhold
+from quantkit.eval.linears import two_sizes, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.timing import Timing, time_launches
 from quantkit.exchange import Exchange, open_exchange
@@ -137,7 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=Path, help="append to RECORDS/collectives.jsonl")
-    parser.add_argument("--problem", action="append", help="ROWSxVALUES, such as 16x8192")
+    parser.add_argument("--problem", action="append", type=two_sizes, help="ROWSxVALUES, such as 16x8192")
     parser.add_argument(
         "--rounding", action="append", choices=ROUNDINGS, help="of the result; bfloat16 and int8"
     )
@@ -148,7 +148,6 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    asked = [one.split("x") for one in arguments.problem or ()]
 
     def keep(record: Record) -> None:
         us = "withheld" if record["us"] is None else f"{record['us']:.1f} us"
@@ -162,7 +161,7 @@ def main() -> None:
             write_records(arguments.records / "collectives.jsonl", [record])
 
     bench_collectives(
-        [(int(M), int(K)) for M, K in asked] or PROBLEMS,
+        arguments.problem or PROBLEMS,
         device,
         None,
         arguments.rounding or ("bfloat16", "int8"),

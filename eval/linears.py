@@ -50,6 +50,12 @@ EPS = 1e-5  # of the norm before a product
 ERROR_BOUNDS = {None: 0.01, "int8": 0.02, "fp8": 0.05}
 
 
+def two_sizes(text: str) -> tuple[int, int]:
+    """The numbers of an argument such as 16x4096; argparse says it where there are none."""
+    first, second = text.split("x")
+    return int(first), int(second)
+
+
 def bench_linears(
     shapes: Sequence[Shape],
     schemes: Sequence[Scheme],
