@@ -225,7 +225,7 @@ def prefill(
         )
 
     error = relative_error(attend(first), exact(q, first, chunk, scale))
-    timing = time_launches([partial(attend, cache) for cache in caches], q.device, replays, at_least=4)
+    timing = time_launches([partial(attend, cache) for cache in caches], q.device, replays)
     operations = 4 * q.numel() * (length - chunk + (chunk + 1) // 2)
     name = kernel_of(op, q, first.pages, len(q), first.table.shape[1] * first.pages.page_size)
     timed = {"chunk": chunk, "kernel": name, "rel_error": error}

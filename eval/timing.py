@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 WARMUP = 3  # replays before the clock starts, so that the GPU has left its idle clocks
-LAUNCHES = 32  # in a graph, at least: its own start-up takes several microseconds
+LAUNCHES = 32  # in a graph: its own start-up takes several microseconds, ...
+SAMPLE = 2e-3  # ... so fewer that take so many seconds do; long runs of large products bring a card to its power limit
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,19 @@ class Timing:
 
 
 def time_launches(
-    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int = 20, at_least: int = LAUNCHES
+    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int = 20, sample: float = SAMPLE
 ) -> Timing:
     """Time of one of L equivalent launches.
 
     Args:
         launches: closures over distinct weights, together larger than the cache, or the weights of a
             repeated launch would be served from it.
-        replays: samples. On CUDA a sample is one replay of a graph that goes round the L until it holds `at_least`,
-            divided by what it holds; on a CPU it is one call.
-        at_least: fewer than `LAUNCHES` are enough where a launch takes far longer than a graph's start.
+        replays: samples. On CUDA a sample is one replay of a graph that goes round the L until it holds `LAUNCHES` or
+            takes `sample` seconds, divided by what it holds; on a CPU it is one call.
+        sample: infinite where processes have to launch alike: each has its own clock.
     """
     if device.type == "cuda":
-        seconds = graph_seconds(launches, device, replays, at_least)
+        seconds = graph_seconds(launches, device, replays, sample)
     else:
         seconds = call_seconds(launches, replays)
     ordered = sorted(seconds)
@@ -43,30 +44,39 @@ def time_launches(
 
 
 def graph_seconds(
-    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int, at_least: int = LAUNCHES
+    launches: Sequence[Callable[[], Any]], device: torch.device, replays: int, sample: float = SAMPLE
 ) -> list[float]:
     """Seconds a launch in each replay of one graph of whole rounds of the launches."""
-    rounds = math.ceil(at_least / len(launches))
 
-    def run() -> None:
-        for launch in [
-            *launches
-        ] * rounds:  # nothing keeps the outputs: all launches write to the same memory
-            launch()
+    def graph_of(rounds: int) -> torch.cuda.CUDAGraph:
+        def run() -> None:
+            for launch in [
+                *launches
+            ] * rounds:  # nothing keeps the outputs: all launches write to the same memory
+                launch()
+
+        return capture(run)
 
     with torch.cuda.device(device), torch.no_grad():
-        graph = capture(run)
+        graph, rounds = graph_of(1), 1
+        replay_seconds(graph)
+        enough = min(LAUNCHES, sample * len(launches) / replay_seconds(graph))
+        if enough > len(launches):
+            rounds = math.ceil(enough / len(launches))
+            graph = graph_of(rounds)
         for _ in range(WARMUP):
             graph.replay()
-        samples = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e-3 / (rounds * len(launches)))
-    return samples
+        return [replay_seconds(graph) / (rounds * len(launches)) for _ in range(replays)]
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Of one replay, by the device's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:

@@ -22,7 +22,7 @@ from torch import Tensor
 from quantkit.errors import QuantKitError
 from quantkit.eval.linears import ERROR_BOUNDS, WORKING_SET, random_copies
 from quantkit.eval.records import Record, environment
-from quantkit.eval.timing import LAUNCHES, time_launches
+from quantkit.eval.timing import time_launches
 from quantkit.kernels import tuned
 from quantkit.kernels.cpu import quantize_activations
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, multiprocessors_of, target_of
@@ -46,8 +46,6 @@ OPS = {
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 FINALISTS = 5
 QUICK_REPLAYS = 3
-MANY_ROWS = 256  # past it a launch is long beside the start of a graph: a few in it are enough
-FEW_LAUNCHES = 4
 # Largest |y - x w^T| beside the root mean square of x w^T. Rounding alone reaches a third of it in 10^8 elements; one
 # wrong element among them would hide in the error of the whole.
 WORST_ELEMENT = 0.1
@@ -262,12 +260,11 @@ class Trial:
     def time(self, candidate: Candidate, replays: int) -> float | None:
         """Microseconds a launch; None if it fails or gives a wrong product, before the timing or after it."""
         launches = [partial(candidate.run, self.x, weight) for weight in self.weights]
-        at_least = LAUNCHES if len(self.x) <= MANY_ROWS else FEW_LAUNCHES
         fault, us = None, None
         try:
             fault = self.fault(candidate)
             if fault is None:
-                us = time_launches(launches, self.x.device, replays, at_least).us
+                us = time_launches(launches, self.x.device, replays).us
                 fault = self.fault(candidate)
         except Exception as failure:  # of any kind: Triton's compiler and the driver raise many
             fault = f"{type(failure).__name__}: {first_line(failure)}"

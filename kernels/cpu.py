@@ -56,7 +56,9 @@ def quantize_activations(
     else:
         group = group_size or K
         groups = F.pad(wide, (0, -K % group)).view(M, -1, group)
-        scales = (groups.abs().amax(-1) / top).clamp(min=SCALE_FLOOR)
+        # on a GPU PyTorch multiplies by the reciprocal of a number, which may round to the float beside the quotient
+        divisor = torch.full((), top, dtype=torch.float32, device=x.device)
+        scales = (groups.abs().amax(-1) / divisor).clamp(min=SCALE_FLOOR)
         scaled = (groups / scales.unsqueeze(-1)).flatten(1)[:, :K]
         scales = scales.T.contiguous().T
     scaled = scaled.clamp(-top, top)

@@ -155,28 +155,48 @@ def test_a_call_is_timed_each_and_the_launches_take_turns():
     assert 0 < time.p20_us <= time.us <= time.p80_us
 
 
-@pytest.mark.parametrize(("distinct", "rounds"), [(1, 32), (3, 11), (31, 2), (32, 1), (33, 1)])
-def test_a_graph_holds_32_launches_or_more_in_whole_rounds(distinct, rounds, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(
+    ("distinct", "ms", "sample", "rounds"),
+    [
+        *(
+            (distinct, 0.01, 2e-3, rounds)
+            for distinct, rounds in [(1, 32), (3, 11), (31, 2), (32, 1), (33, 1)]
+        ),
+        *((3, ms, 2e-3, rounds) for ms, rounds in [(0.25, 3), (0.5, 2), (0.75, 1), (10, 1)]),
+        (3, 10, math.inf, 11),
+    ],
+)
+def test_a_graph_holds_whole_rounds_until_they_are_many_or_take_long(
+    distinct, ms, sample, rounds, monkeypatch
+):
+    calls, graphs = [], []
 
     class Clock:
-        """A millisecond a launch."""
+        """`ms` a launch."""
 
         def record(self):
             self.at = len(calls)
 
         def elapsed_time(self, end):
-            return end.at - self.at
+            return (end.at - self.at) * ms
 
         def synchronize(self):
             pass
 
+    def capture(run):
+        calls.clear()
+        run()
+        graphs.append([*calls])
+        return SimpleNamespace(replay=run)
+
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Clock())
-    monkeypatch.setattr(timing, "capture", lambda run: SimpleNamespace(replay=run))
+    monkeypatch.setattr(timing, "capture", capture)
     launches = [lambda i=i: calls.append(i) for i in range(distinct)]
-    assert timing.graph_seconds(launches, torch.device("cuda"), replays=2) == [1e-3, 1e-3]
-    assert calls == [*range(distinct)] * rounds * (timing.WARMUP + 2)
+    found = timing.graph_seconds(launches, torch.device("cuda"), 2, sample)
+    assert found == pytest.approx([ms * 1e-3] * 2)
+    assert graphs[0] == [*range(distinct)]
+    assert graphs[-1] == [*range(distinct)] * rounds
 
 
 @pytest.mark.parametrize("label", [None, *SCHEMES])
