@@ -278,6 +278,35 @@ def attention_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def producer_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a device: a row a producer and rounding, a column an M; an empty kernel below them."""
+    out = []
+    kept = latest(records, "device", "producer", "rounding", "M", "K")
+    for (_,), group in grouped(kept, "device").items():
+        measured = [r for r in group if r["M"] is not None]
+        Ms = sorted({r["M"] for r in measured})
+        rows = []
+        for (producer, rounding, K), of_it in grouped(measured, "producer", "rounding", "K").items():
+            cells = {r["M"]: producer_cell(r) for r in of_it}
+            rows.append((f"{producer}, {rounding}", str(K), *(cells.get(M, "") for M in Ms)))
+        empty = [
+            (r["producer"], "", number(r["us"], ".2f"), *([""] * (len(Ms) - 1)))
+            for r in group
+            if r["M"] is None
+        ]
+        caption = "us / share of the limit that bytes set. " + conditions(group)
+        header = ("producer", "K", *(f"M={M}" for M in Ms))
+        out.append(Table("activations rounded where they are made", header, (*rows, *empty), caption))
+    return out
+
+
+def producer_cell(record: Record) -> str:
+    if record["us"] is None:
+        return "wrong result"
+    share = record["limit_us"] / record["us"] if record["limit_us"] else None
+    return f"{record['us']:.2f} / {number(share, '.0%')}"
+
+
 def collective_tables(records: Sequence[Record]) -> list[Table]:
     """One table a device and number of processes: a row a size and rounding, the kernel's time beside the library's."""
     out = []
@@ -331,6 +360,7 @@ KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "linear": linear_tables,
     "decode": decode_tables,
     "attention": attention_tables,
+    "producer": producer_tables,
     "collective": collective_tables,
     "soak": soak_tables,
     "quality-peers": quality_peer_tables,

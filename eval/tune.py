@@ -28,7 +28,7 @@ from quantkit.kernels.cpu import quantize_activations
 from quantkit.kernels.dispatch import KERNELS, Kernel, Problem, default, multiprocessors_of, target_of
 from quantkit.kernels.int4tiles import pack_tiles
 from quantkit.kernels.interleave import interleave, interleave_int4
-from quantkit.linear import CODE_DTYPES
+from quantkit.linear import CODE_DTYPES, FAST_ROWS
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import PRESETS, Scheme
 from quantkit.source import first_line
@@ -205,7 +205,8 @@ def tune(
                 on_start(where, total)
             x = torch.randn(M, K, generator=generator, device=device).to(x_dtype)
             x, x_scales, numbers = rounded(x, scheme)
-            trial = Trial(x, [(*x_scales, *weight) for weight in packed], numbers @ exact.T, where, say)
+            fast = (M >= FAST_ROWS,) if scheme.name == "fp8" else ()  # as a linear sums by default
+            trial = Trial(x, [(*x_scales, *weight, *fast) for weight in packed], numbers @ exact.T, where, say)
             found = trial.best(of_M, replays, on_candidate)
             if found is None:
                 say(f"{where}: no launch worked, the table gets no entry")

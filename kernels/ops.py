@@ -408,7 +408,7 @@ def _w4a8_of_floats(
     group_size: int,
 ) -> Tensor:
     y_shape = CHECKS_W4A8[op](x, codes, scales, zeros, bias, group_size)
-    rounded = _round(x, torch.int8)
+    rounded = round_activations(x, torch.int8)
     rest = (scales, zeros, bias, group_size, x.dtype)
     return _multiply_rounded(op, y_shape, x.dtype, *rounded, codes, *rest, group_size=group_size)
 
@@ -557,7 +557,7 @@ def w8a8(
     Returns and raises as `w4a16`.
     """
     y_shape = _check_w8a8(x, codes, scales, input_scale, bias)
-    rounded = _round(x, codes.dtype, input_scale)
+    rounded = round_activations(x, codes.dtype, input_scale)
     return _multiply_rounded("w8a8", y_shape, x.dtype, *rounded, codes, scales, bias, x.dtype, fast)
 
 
@@ -567,11 +567,11 @@ def fp8_block(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> 
     scales: float32 [ceil(N/128), ceil(K/128)]. The rest as in `w4a16`.
     """
     y_shape = _check_8bit("fp8_block", x, codes, scales, bias)
-    rounded = _round(x, codes.dtype, group_size=BLOCK)
+    rounded = round_activations(x, codes.dtype, group_size=BLOCK)
     return _multiply_rounded("fp8_block", y_shape, x.dtype, *rounded, codes, scales, bias, x.dtype)
 
 
-def _round(
+def round_activations(
     x: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None, group_size: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Codes of the rows of x in the dtype [M, K], and their scales; see `cpu.quantize_activations`."""

@@ -102,7 +102,8 @@ def an_accumulation(mode: str) -> str:
 Accumulation = Annotated[
     str,
     typer.Option(
-        help="Sums of e4m3 products on Hopper while a model runs: accurate (float32 every 128 columns) or fast (14 bits).",
+        help="Sums of e4m3 products on Hopper while a model runs: accurate (float32 every 128 columns), fast (14 bits) "
+        "or auto: fast from 1024 rows of x on.",
         callback=an_accumulation,
     ),
 ]
@@ -622,7 +623,7 @@ def evaluate_command(
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; windows do not overlap.")] = 1024,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
     kv: Kv = None,
-    fp8_accumulation: Accumulation = "accurate",
+    fp8_accumulation: Accumulation = "auto",
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -686,7 +687,7 @@ def generate(
     ] = False,
     kv: Kv = None,
     head: Head = None,
-    fp8_accumulation: Accumulation = "accurate",
+    fp8_accumulation: Accumulation = "auto",
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -788,7 +789,7 @@ def bench(
     ] = False,
     kv: Kv = None,
     head: Head = None,
-    fp8_accumulation: Accumulation = "accurate",
+    fp8_accumulation: Accumulation = "auto",
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,

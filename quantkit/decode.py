@@ -108,7 +108,7 @@ class Decoder:
 def what_runs(model: torch.nn.Module) -> tuple[Any, ...]:
     """What a recorded step has of a model's state: where its tensors are, its modules, how they sum, which adapters act."""
     tensors = (tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
-    switches = ("fast_accumulation", "_active_adapter", "_disable_adapters", "merged_adapters")
+    switches = ("fp8_accumulation", "_active_adapter", "_disable_adapters", "merged_adapters")
     modules = ((id(m), *(str(getattr(m, name, None)) for name in switches)) for m in model.modules())
     return (*tensors, *modules)
 

@@ -249,7 +249,7 @@ def merged(parts: Sequence[Any], swiglu: bool = False) -> nn.Module:
     except QuantKitError:
         return Beside(parts)
     packed = (SwiGLULinear if swiglu else QuantLinear).from_quantized(weight, bias)
-    packed.fast_accumulation = parts[0].fast_accumulation
+    packed.fp8_accumulation = parts[0].fp8_accumulation
     if x_dtype is not None:
         packed.repack(x_dtype)
     return packed

@@ -139,6 +139,18 @@ def test_attention_is_a_table_an_op_with_the_peer_among_its_rows():
     )
 
 
+def test_producers_are_rows_and_an_empty_kernel_stands_below_them():
+    one = dict(kind="producer", producer="swiglu", rounding="int8", M=1, K=64, us=2.0, limit_us=1.5, **MADE)
+    empty = one | dict(producer="empty kernel", rounding=None, M=None, K=None, us=0.614, limit_us=None)
+    (table,) = tables([empty, one, one | dict(M=64, us=None), one | dict(rounding="fp8", M=64, us=4.0)])
+    assert table.header == ("producer", "K", "M=1", "M=64")
+    assert table.rows == (
+        ("swiglu, int8", "64", "2.00 / 75%", "wrong result"),
+        ("swiglu, fp8", "64", "", "4.00 / 38%"),
+        ("empty kernel", "", "0.61", ""),
+    )
+
+
 def test_a_soak_is_a_row_a_cache():
     soaked = dict(kind="soak", model="lm-7m", scheme="float32", kv="int8", requests=2000, **MADE)
     (table,) = tables([soaked | dict(equal=1998, tied=2, wrong=0, grew_bytes=250_000)])

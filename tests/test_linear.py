@@ -8,7 +8,7 @@ import torch
 from quantkit.calibration.rtn import rtn
 from quantkit.errors import QuantKitError
 from quantkit.kernels import dispatch
-from quantkit.linear import QuantLinear, set_fp8_accumulation
+from quantkit.linear import FAST_ROWS, QuantLinear, set_fp8_accumulation
 from quantkit.packing import QuantizedTensor
 from quantkit.scheme import parse_scheme
 
@@ -117,13 +117,18 @@ def test_fp8_accumulation_is_a_mode_of_the_loaded_model(monkeypatch):
     seen = []
     monkeypatch.setattr("quantkit.kernels.cpu.w8a8_cpu", seen_by(seen))
     dispatch._load.cache_clear()
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for mode in ("fast", "accurate"):
+    few, many = (
+        torch.ones(2, FAST_ROWS // 2 - 1, 256).bfloat16(),
+        torch.ones(2, FAST_ROWS // 2, 256).bfloat16(),
+    )
+    for mode in ("fast", "accurate", "auto"):
         set_fp8_accumulation(model, mode)
-        module(x)
-    assert seen == [True, False]
+        for linear_of in (module, other):
+            linear_of(few)
+            linear_of(many)
+    assert seen == [True, True, False, False, *[False] * 4, False, True, False, False]
     dispatch._load.cache_clear()
-    with pytest.raises(QuantKitError, match="found 'quick', expected 'accurate' or 'fast'"):
+    with pytest.raises(QuantKitError, match="found 'quick', expected 'auto', 'accurate', 'fast'"):
         set_fp8_accumulation(model, "quick")
 
 
