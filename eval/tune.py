@@ -206,7 +206,9 @@ def tune(
             x = torch.randn(M, K, generator=generator, device=device).to(x_dtype)
             x, x_scales, numbers = rounded(x, scheme)
             fast = (M >= FAST_ROWS,) if scheme.name == "fp8" else ()  # as a linear sums by default
-            trial = Trial(x, [(*x_scales, *weight, *fast) for weight in packed], numbers @ exact.T, where, say)
+            trial = Trial(
+                x, [(*x_scales, *weight, *fast) for weight in packed], numbers @ exact.T, where, say
+            )
             found = trial.best(of_M, replays, on_candidate)
             if found is None:
                 say(f"{where}: no launch worked, the table gets no entry")

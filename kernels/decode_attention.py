@@ -18,10 +18,10 @@ Compiled for sm_90 (D = 128, four queries a head, by Triton 3.6 and 3.9) the loo
 - What a token's scale multiplies is folded: K's into the scores; V's s[t] into the probability as exp2(.. + log2 s[t]), so
   that what float16 holds is at most 1 whatever the scales are, and out again where probabilities are summed. q is divided
   by a power of two before it becomes float16.
-- The tokens of all sequences are cut into units of equal size, one a program, as many as fit on the GPU at a time. A plan
-  says which, made from the lengths on the device once for all layers: a captured launch adapts to them, and programs
-  without a unit end.
-- A second kernel adds the parts of a sequence, in the order of the units: results are the same in every run. It is there
+- Tiles of all sequences, one sequence after another, are cut into equal shares for as many programs as fit on the GPU at a
+  time; a share may end one sequence and begin the next. A plan says which, made from the lengths on the device once for all
+  layers: a captured launch adapts to them. It is read, and the first page looked up, before the wait for the kernel before.
+- A second kernel adds the parts of a sequence, in their order: results are the same in every run. It is there
   when the last part is written, and takes less time than a counter and the last program did (H200, 16 parts: 2.7 us).
 - Rows of V past the last token, and before a window's first one, are zeros: what lies there may be NaN, and 0 times it
   too. Rows of K are what they are: their scores are replaced.
@@ -68,7 +68,7 @@ RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 FEW_TOKENS, MANY_TOKENS, MANY_SEQUENCES = 8192, 32768, 32
 PARTS = 32  # that are added at a time
 PLAN_ROWS, PLAN_WIDTH = 32, 8
-CANDIDATES = tl.constexpr(8)  # sizes of units that are tried
+CANDIDATES = tl.constexpr(2)  # sizes of units that are tried before programs get tiles of two sequences
 
 
 def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -> dict[str, int]:
@@ -134,58 +134,52 @@ def power_of_two(largest):
 
 
 @triton.jit
-def shares_of(
-    lengths_ptr, B, max_length, window, units, BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr
+def plan_kernel(
+    lengths_ptr, plan_ptr, B, max_length, programs, window,
+    BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Lengths of the sequences [BP], how many units each has [BP], and how many tiles of T tokens a unit.
+    """Rows of a plan, see `decode_plan_triton`.
 
-    The least size of a unit that gives all sequences together at most `units`, of a few that are tried.
+    Every program gets `size` tiles, of the tiles of all sequences one after another. Where units of a size that is hardly larger
+    give no program tiles of two sequences, they are taken: then each sequence begins a unit.
     """
     b = tl.arange(0, BP)
     lengths = tl.minimum(tl.load(lengths_ptr + b, mask=b < B, other=0), max_length)
-    tiles = tl.cdiv(lengths, T)
-    if WINDOW:
-        tiles -= tl.maximum(lengths - window, 0) // T
-    size = tl.maximum(tl.cdiv(tl.sum(tiles, 0), units), 1)
-    if BP > 1:
-        step = tl.cdiv(size, CANDIDATES)
-        sizes = size + tl.arange(0, CANDIDATES) * step
-        counts = tl.maximum(tl.cdiv(tiles[None, :], sizes[:, None]), 1)
-        fits = tl.sum(tl.where(b[None, :] < B, counts, 0), 1) <= units
-        size = tl.min(tl.where(fits, sizes, size + (CANDIDATES - 1) * step), 0)
-    return lengths, tl.where(b < B, tl.maximum(tl.cdiv(tiles, size), 1), 0), size
+    firsts = tl.maximum(lengths - window, 0) // T if WINDOW else tl.zeros((BP,), tl.int32)
+    stops = tl.cdiv(lengths, T)
+    tiles = tl.where(b < B, tl.maximum(stops - firsts, 1), 0)  # what has no token has a row of y
+    even = tl.cdiv(tl.sum(tiles, 0), programs)
+    sizes = even + tl.arange(0, CANDIDATES)  # of units that are not shared
+    units = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]), 1)
+    apart = tl.min(tl.where(units <= programs, sizes, even + CANDIDATES), 0)
+    shared = apart == even + CANDIDATES
+    size = tl.where(shared, even, apart)
+    room = tl.where(shared, tiles, tl.cdiv(tiles, size) * size)
+    ends = tl.cumsum(room, 0)
+    starts = ends - room
 
-
-@triton.jit
-def plan_kernel(
-    lengths_ptr, plan_ptr, B, max_length, units, programs, window,
-    BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows of a plan, see `decode_plan_triton`."""
-    lengths, counts, size = shares_of(lengths_ptr, B, max_length, window, units, BP, T, WINDOW)
-    b = tl.arange(0, BP)
-    ends = tl.cumsum(counts, 0)
     unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sequence = tl.minimum(tl.sum((ends[None, :] <= unit[:, None]).to(tl.int32), 1), B - 1)
-    mine = b[None, :] == sequence[:, None]
-    length = tl.sum(tl.where(mine, lengths[None, :], 0), 1)
-    count = tl.sum(tl.where(mine, counts[None, :], 0), 1)
-    place = unit - tl.sum(tl.where(mine, (ends - counts)[None, :], 0), 1)
-    begin = place * size
-    if WINDOW:
-        begin += tl.maximum(length - window, 0) // T
-    end = tl.minimum(tl.cdiv(length, T), begin + size)
+    at = unit * size
+    past = tl.minimum(at + size, tl.sum(room, 0))
+    of_first = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
+    of_last = tl.sum((ends[None, :] < past[:, None]).to(tl.int32), 1)
+    mine = b[None, :] == of_first[:, None]
+    begin = at + tl.sum(tl.where(mine, (firsts - starts)[None, :], 0), 1)
     row = plan_ptr + unit * WIDTH
     inside = unit < programs
-    tl.store(row, sequence, mask=inside)
-    tl.store(row + 1, length, mask=inside)
-    tl.store(row + 2, begin, mask=inside)
-    tl.store(row + 3, end, mask=inside)
-    tl.store(row + 4, tl.where(place < count, count, 0), mask=inside)
+    tl.store(row, of_first, mask=inside)
+    tl.store(row + 1, begin, mask=inside)
+    tl.store(row + 2, past - at, mask=inside)
+    tl.store(row + 3, tl.where(past > at, of_last - of_first + 1, 0), mask=inside)
     if tl.program_id(0) == 0:
-        row_of_b = plan_ptr + (programs + b) * WIDTH
-        tl.store(row_of_b, ends - counts, mask=b < B)
-        tl.store(row_of_b + 1, counts, mask=b < B)
+        row = plan_ptr + (programs + b) * WIDTH
+        first_unit = starts // size
+        tl.store(row, lengths, mask=b < B)
+        tl.store(row + 1, firsts, mask=b < B)
+        tl.store(row + 2, firsts + tiles, mask=b < B)
+        tl.store(row + 3, first_unit, mask=b < B)
+        tl.store(row + 4, (starts + tiles - 1) // size - first_unit + 1, mask=b < B)
+        tl.store(row + 5, (starts != first_unit * size).to(tl.int32), mask=b < B)
 
 
 @triton.jit
@@ -275,11 +269,12 @@ def add_parts_kernel(
         gdc_launch_dependents()
     head, b = tl.program_id(0), tl.program_id(1)
     plan_ptr += (programs + b) * WIDTH_OF_PLAN
-    first = tl.load(plan_ptr)
-    count = tl.load(plan_ptr + 1)
+    first = tl.load(plan_ptr + 3)
+    count = tl.load(plan_ptr + 4)
+    late = tl.load(plan_ptr + 5)  # the first part is the second one of its program
     a = tl.arange(0, AT_ONCE)
     place = tl.arange(0, WIDTH)
-    rows = ((first + a) * KV_HEADS + head // GROUP) * GROUP + head % GROUP
+    slots = 2 * (first + a)
     top = NOTHING
     total = 0.0
     o = tl.zeros((WIDTH,), tl.float32)
@@ -289,7 +284,8 @@ def add_parts_kernel(
         return
     for n in range(0, count, AT_ONCE):
         there = n + a < count
-        row = rows + n * KV_HEADS * GROUP
+        slot = slots + 2 * n + tl.where(n + a == 0, late, 0)
+        row = (slot * KV_HEADS + head // GROUP) * GROUP + head % GROUP
         parts = tl.load(
             partial_ptr + (row * WIDTH)[:, None] + place[None, :],
             mask=there[:, None],
@@ -335,137 +331,147 @@ def decode_attention_kernel(
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
     UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
-    if PDL:  # in this order: the kernel that adds parts reads the plan before it waits
-        gdc_wait()
+    if PDL:
         gdc_launch_dependents()
     h = tl.program_id(1)
     unit = tl.program_id(0)
-    plan_ptr += unit * WIDTH_OF_PLAN
-    b = tl.load(plan_ptr)
-    length = tl.load(plan_ptr + 1)
-    begin = tl.load(plan_ptr + 2)
-    end = tl.load(plan_ptr + 3)
-    count = tl.load(plan_ptr + 4)
+    b = tl.load(plan_ptr + unit * WIDTH_OF_PLAN)
+    begin = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 1)
+    left = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 2)
+    sequences = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 3)
+    plan_ptr += (tl.num_programs(0) + b) * WIDTH_OF_PLAN  # of this sequence
     r = tl.arange(0, R)
-    row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
-    planes, factor = load_query(q_ptr + row_of_q * D, r, r < GROUP, KIND, D, PLANES, C, ASM)
-    if count == 0:
-        return
-    last = length - 1
-    first = tl.maximum(length - window, 0) if WINDOW else 0
-
+    inside = r < GROUP
     j = tl.arange(0, C)
     tokens = tl.arange(0, T)
     column = j % WORDS if C > WORDS else j
-    scaled = factor * scale  # to units of log2, or of the cap
-    acc, sum_of_q = (), ()
-    for _ in tl.static_range(PLANES):
-        acc = acc + (tl.zeros((C, R), tl.float32),)
-    if KIND == "int4":  # of each group, beside its middle
-        for i in tl.static_range(PLANES):
-            sum_of_q = sum_of_q + (sum_of_query(planes[i], i, ASM)[None, :],)
-        scaled *= UNIT  # scores are smaller by it until then
-    m = tl.full((R,), NOTHING, tl.float32)
-    total = tl.zeros((T, R), tl.float32)
-    middles = tl.zeros((T, R), tl.float32)
-    table_ptr += b.to(tl.int64) * max_pages
-    in_page = tokens * 0 if PAGE < T else 0  # one page a tile, or one a token
-    t0 = begin * T + (tokens if PAGE < T else 0)
-    page = pages_of(table_ptr, t0, first, last, PAGE, WINDOW, in_page < length)
     place = tokens & (PAGE - 1)  # in a page, less where the tile begins
     k_place = (place * WORDS)[:, None] + column[None, :]
     v_place = (place * WORDS)[None, :] + column[:, None]
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        t = tile * T + tokens
-        seen = (t <= last) & (t >= first) if WINDOW else t <= last
-        base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
-        if PAGE >= T:  # what differs from step to step is one number
-            base += tile * T & (PAGE - 1)
-            k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
+    in_page = tokens * 0 if PAGE < T else 0  # one page a tile, or one a token
+    for i_sequence in tl.range(0, sequences, num_stages=1):
+        length = tl.load(plan_ptr)
+        first_tile = tl.load(plan_ptr + 1)
+        stop = tl.load(plan_ptr + 2)
+        plan_ptr += WIDTH_OF_PLAN
+        if i_sequence > 0:
+            begin = first_tile
+        last = length - 1
+        first = tl.maximum(length - window, 0) if WINDOW else 0
+        pages_ptr = table_ptr + b.to(tl.int64) * max_pages
+        t0 = begin * T + (tokens if PAGE < T else 0)
+        page = pages_of(pages_ptr, t0, first, last, PAGE, WINDOW, in_page < length)
+        if PDL:  # what was read so far is older than the kernel before
+            if i_sequence == 0:
+                gdc_wait()
+        row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
+        planes, factor = load_query(q_ptr + row_of_q * D, r, inside, KIND, D, PLANES, C, ASM)
+        scaled = factor * scale  # to units of log2, or of the cap
+        acc, sum_of_q = (), ()
+        for _ in tl.static_range(PLANES):
+            acc = acc + (tl.zeros((C, R), tl.float32),)
+        if KIND == "int4":  # of each group, beside its middle
+            for i in tl.static_range(PLANES):
+                sum_of_q = sum_of_q + (sum_of_query(planes[i], i, ASM)[None, :],)
+            scaled *= UNIT  # scores are smaller by it until then
+        m = tl.full((R,), NOTHING, tl.float32)
+        total = tl.zeros((T, R), tl.float32)
+        middles = tl.zeros((T, R), tl.float32)
+        whole = (begin == first_tile) & (stop - begin <= left)
+        end = tl.minimum(begin + left, stop)
+        left -= end - begin
+        for tile in tl.range(begin, tl.minimum(end, tl.cdiv(length, T)), num_stages=STAGES):
+            t = tile * T + tokens
+            seen = (t <= last) & (t >= first) if WINDOW else t <= last
+            base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
+            if PAGE >= T:  # what differs from step to step is one number
+                base += tile * T & (PAGE - 1)
+                k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
+            else:
+                k_at = (keys_ptr + base * WORDS)[:, None] + k_place
+                v_at = (values_ptr + base * WORDS)[None, :] + v_place
+            k = tl.load(k_at)
+            v = tl.load(v_at, mask=seen[None, :], other=0)
+            ks = operands(k, KIND, ASM)
+            s = tl.dot(ks[0], planes[0])  # [T, R]
+            if KIND == "int4":
+                scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
+                step, middle = key_pair_of(tl.load(scales_at))
+                s = s * step[:, None] + middle[:, None] * sum_of_q[0]
+                for i in tl.static_range(1, PLANES):
+                    if i * GROUPS % PLANES == 0:  # the next group begins
+                        step, middle = key_pair_of(tl.load(scales_at + i * GROUPS // PLANES))
+                    s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
+                spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
+            elif KIND != "bf16":
+                step = tl.load(key_scales_ptr + base + place)
+                s = tl.dot(ks[1], planes[1], s) * step[:, None]
+                spread = tl.load(value_scales_ptr + base + place, mask=seen, other=1.0)
+            s *= scaled[None, :]
+            if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+            if KIND != "bf16":
+                s += log2_of(spread, ASM)[:, None]
+            s = tl.where(seen[:, None], s, float("-inf"))
+            m_next = tl.maximum(m, tl.max(s, 0))
+            alpha = tl.exp2(m - m_next)
+            m = m_next
+            p = tl.exp2(s - m[None, :])
+            weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
+            total = total * alpha[None, :] + weight
+            p = p.to(planes[0].dtype)
+            if KIND == "int4":
+                middles = (
+                    middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
+                )
+            vs = operands(v, KIND, ASM)
+            summed = ()
+            for i in tl.static_range(PLANES):
+                summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
+            acc = summed
+            page = pages_of(pages_ptr, tile * T + T + (tokens if PAGE < T else 0), first, last, PAGE, WINDOW)
+
+        sums = tl.sum(total, 0)  # [R]
+        o = ()
+        for i in tl.static_range(PLANES):
+            o = o + (sums_of_values(acc[i], tl.sum(middles, 0)[None, :], i, KIND, ASM),)
+        if whole:
+            finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
         else:
-            k_at = (keys_ptr + base * WORDS)[:, None] + k_place
-            v_at = (values_ptr + base * WORDS)[None, :] + v_place
-        k = tl.load(k_at)
-        v = tl.load(v_at, mask=seen[None, :], other=0)
-        ks = operands(k, KIND, ASM)
-        s = tl.dot(ks[0], planes[0])  # [T, R]
-        if KIND == "int4":
-            scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
-            step, middle = key_pair_of(tl.load(scales_at))
-            s = s * step[:, None] + middle[:, None] * sum_of_q[0]
-            for i in tl.static_range(1, PLANES):
-                if i * GROUPS % PLANES == 0:  # the next group begins
-                    step, middle = key_pair_of(tl.load(scales_at + i * GROUPS // PLANES))
-                s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
-            spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
-        elif KIND != "bf16":
-            step = tl.load(key_scales_ptr + base + place)
-            s = tl.dot(ks[1], planes[1], s) * step[:, None]
-            spread = tl.load(value_scales_ptr + base + place, mask=seen, other=1.0)
-        s *= scaled[None, :]
-        if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
-        if KIND != "bf16":
-            s += log2_of(spread, ASM)[:, None]
-        s = tl.where(seen[:, None], s, float("-inf"))
-        m_next = tl.maximum(m, tl.max(s, 0))
-        alpha = tl.exp2(m - m_next)
-        m = m_next
-        p = tl.exp2(s - m[None, :])
-        weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
-        total = total * alpha[None, :] + weight
-        p = p.to(planes[0].dtype)
-        if KIND == "int4":
-            middles = middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
-        vs = operands(v, KIND, ASM)
-        summed = ()
-        for i in tl.static_range(PLANES):
-            summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
-        acc = summed
-        page = pages_of(table_ptr, tile * T + T + (tokens if PAGE < T else 0), first, last, PAGE, WINDOW)
-
-    sums = tl.sum(total, 0)  # [R]
-    o = ()
-    for i in tl.static_range(PLANES):
-        o = o + (sums_of_values(acc[i], tl.sum(middles, 0)[None, :], i, KIND, ASM),)
-    inside = r < GROUP
-    if count == 1:
-        finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
-    else:
-        mine = (unit * KV_HEADS + h) * GROUP + r
-        for i in tl.static_range(PLANES):
-            at = partial_ptr + ((mine * (PLANES * C))[None, :] + (i * C + j)[:, None])
-            tl.store(at, o[i], mask=inside[None, :])
-        tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
+            slot = 2 * unit + tl.minimum(i_sequence, 1)
+            mine = (slot * KV_HEADS + h) * GROUP + r
+            for i in tl.static_range(PLANES):
+                at = partial_ptr + ((mine * (PLANES * C))[None, :] + (i * C + j)[:, None])
+                tl.store(at, o[i], mask=inside[None, :])
+            tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
+        b += 1
 
 
-def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int, int]:
-    """How work is cut: launch parameters, units of a kv head that are wanted (as many as fit on the GPU at a time, no more than
-    there are tiles), and those that there may be."""
-    B = len(q)
-    launch = config(pages.kind, pages.head_dim, B, max_length, target_of(q.device))
+def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int]:
+    """How work is cut: launch parameters, and programs of a kv head: as many as fit on the GPU at a time, no more than tiles."""
+    launch = config(pages.kind, pages.head_dim, len(q), max_length, target_of(q.device))
     sms = multiprocessors_of(q.device) if q.is_cuda else MULTIPROCESSORS
-    tiles = B * triton.cdiv(max_length, launch["tokens"])
-    units = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
-    return launch, units, min(units + B, tiles)
+    tiles = len(q) * triton.cdiv(max_length, launch["tokens"])
+    return launch, max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
 
 
 def plan_rows(q: Tensor, pages: KVPages, max_length: int) -> int:
-    return cut(q, pages, max_length)[2] + len(q)
+    return cut(q, pages, max_length)[1] + len(q)
 
 
 def decode_plan_triton(q: Tensor, pages: KVPages, lengths: Tensor, window: int, max_length: int) -> Tensor:
     """How `decode_attention_triton` cuts sequences of these lengths: the same in all layers of one window.
 
     Returns:
-        int32 [n + B, 8], of whose columns some are unused. A row of each program: its sequence, the length of that, first and
-        past the last tile, parts of the sequence (0: an idle program). A row of each sequence: its first program, parts.
+        int32 [n + B, 8], of whose columns some are unused. A row of each program: its first sequence, its first tile of that,
+        tiles in all, sequences (0: an idle program). A row of each sequence: its length, first and past the last tile, the
+        program that begins it, how many have tiles of it, and whether the first of these has tiles of others before.
     """
     B = len(lengths)
-    launch, units, programs = cut(q, pages, max_length)
+    launch, programs = cut(q, pages, max_length)
     plan = torch.empty(programs + B, PLAN_WIDTH, dtype=torch.int32, device=q.device)
     plan_kernel[(triton.cdiv(programs, PLAN_ROWS),)](
-        lengths, plan, B, max_length, units, programs, window,
+        lengths, plan, B, max_length, programs, window,
         BP=triton.next_power_of_2(B), T=launch["tokens"], WINDOW=window > 0, ROWS=PLAN_ROWS, WIDTH=PLAN_WIDTH, num_warps=4,
     )  # fmt: skip
     return plan
@@ -507,26 +513,29 @@ def decode_attention_triton(
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    launch, _, programs = cut(q, pages, max_length)
-    if plan is None or not len(plan):
+    launch, programs = cut(q, pages, max_length)
+    asm = ptx_level(q)
+    early = asm >= 90 and plan is not None  # a plan made here is read after all of its kernel
+    if plan is None:
         plan = decode_plan_triton(q, pages, lengths, window, max_length)
     group = H // kv_heads
     y = torch.empty_like(q)
     planes = COUNTS[pages.kind]
     C = max(16, D // planes)  # what pads a plane included
-    partial = q.new_empty(programs * H * planes * C, dtype=torch.float32)
-    stats = q.new_empty(programs * H, dtype=torch.int64)  # maximum and sum of a part
+    partial = q.new_empty(
+        2 * programs * H * planes * C, dtype=torch.float32
+    )  # of a program's first and last sequence
+    stats = q.new_empty(2 * programs * H, dtype=torch.int64)  # maximum and sum of a part
     factor, cap = score_scale(scale, soft_cap)
-    asm = ptx_level(q)
-    of_both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": PLAN_WIDTH, "ASM": asm, "PDL": asm >= 90}
-    options = {"launch_pdl": True} if asm >= 90 else {}
+    of_both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": PLAN_WIDTH, "ASM": asm, "PDL": early}
+    options = {"launch_pdl": True} if early else {}
     decode_attention_kernel[(programs, kv_heads)](
         q, *as_words(pages), page_table, plan, y, partial, stats,
         kv_heads, page_table.stride(0), window, factor, cap,
         KIND=pages.kind, PAGE=pages.page_size, WINDOW=window > 0, SOFT_CAP=soft_cap > 0, R=max(8, triton.next_power_of_2(group)),
         T=launch["tokens"], STAGES=launch["stages"], num_warps=launch["warps"], num_stages=1, **of_both, **options,
     )  # fmt: skip
-    if programs > B:
+    if max_length > launch["tokens"]:
         add_parts_kernel[(H, B)](
             partial, stats, plan, y, programs, kv_heads,
             PLANES=planes, C=C, ROTATE=pages.kind == "int4", AT_ONCE=PARTS, num_warps=4, num_stages=1, **of_both, **options,

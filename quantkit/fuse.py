@@ -150,11 +150,29 @@ class FusedDecoder(nn.Module):
         """Embeddings x [B, T, hidden] -> what the LM head takes, of the same shape."""
         cos, sin = (part.expand(*x.shape[:2], -1).flatten(0, 1) for part in rotary)
         y, h, before = x, None, None
+        if step.starts is None:
+            self.plan(x, step, layers)
         for block, pages in zip(self.layers, layers, strict=True):
             attention = partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages)
             y, h = block.run(y, h, attention, before)
             before = block.mlp.down_proj
         return normed(self.norm, y, h, before)[0]
+
+    def plan(self, x: torch.Tensor, step: Step, layers: Sequence[KVPages]) -> None:
+        """Plans of attention, once a step: their kernels have ended when the first layer's attention begins, which does not wait
+        for them."""
+        for block, pages in zip(self.layers, layers, strict=True):
+            window = window_of(block.self_attn)
+            if window not in step.plans:
+                heads = pages.kv_heads * block.self_attn.num_key_value_groups
+                q = x.new_empty(len(step.lengths), heads, pages.head_dim)
+                seen = (step.page_table, step.lengths)
+                step.plans[window] = torch.ops.quantkit.decode_plan(q, *pages, *seen, window, step.max_length)
+
+
+def window_of(attention: Any) -> int:
+    """Tokens that a query of a block's `self_attn` sees; 0: all."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or 0
 
 
 def attend(
@@ -172,11 +190,8 @@ def attend(
     if q_norm := getattr(attention, "q_norm", None):
         norms = (q_norm.weight, attention.k_norm.weight, q_norm.variance_epsilon)
     q = torch.ops.quantkit.rope_write(qkv.flatten(0, 1), cos, sin, step.slots, *pages, *norms)
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or 0
-    seen = (step.page_table, step.lengths)
+    window, seen = window_of(attention), (step.page_table, step.lengths)
     if step.starts is None:
-        if window not in step.plans:
-            step.plans[window] = torch.ops.quantkit.decode_plan(q, *pages, *seen, window, step.max_length)
         y = torch.ops.quantkit.decode_attention(
             q, *pages, *seen, attention.scaling, window, 0.0, step.max_length, step.plans[window]
         )

@@ -461,7 +461,7 @@ def attention_jobs(target: str):
         launch |= {"AT_ONCE": decode_attention.PARTS, "num_warps": 4} | both
         yield f"add_parts {name}", decode_attention.add_parts_kernel, tensors | sizes, launch
         types = {"lengths_ptr": "*i32", "plan_ptr": "*i32", "B": 1 if kind == "fp8" else "i32"}
-        types |= dict.fromkeys(("max_length", "units", "programs", "window"), "i32")
+        types |= dict.fromkeys(("max_length", "programs", "window"), "i32")
         launch = {"BP": 1 if kind == "fp8" else 64, "T": chosen["tokens"], "WINDOW": masked, "num_warps": 4}
         launch |= {"ROWS": decode_attention.PLAN_ROWS, "WIDTH": decode_attention.PLAN_WIDTH}
         yield f"decode_plan {name}", decode_attention.plan_kernel, types, launch

@@ -206,6 +206,17 @@ def test_decode_of_other_models(case, dtype):
     run_decode(case, dtype, GPU and dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_ends_one_sequence_and_begins_others(kind, page_size, monkeypatch):
+    """15 tiles for four programs, which get parts of a sequence, whole ones, and one without tokens."""
+    monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", 4)
+    monkeypatch.setattr(decode_attention, "multiprocessors_of", lambda device: 4)
+    lengths = (200, 70, 0, 130, 300)
+    run_decode(Case(kind, 64, 4, page_size, lengths), torch.bfloat16 if GPU else torch.float16, True)
+    run_decode(Case(kind, 64, 3, page_size, lengths, window=90), torch.float16, True)
+
+
 def run_prefill(case: Case, dtype: torch.dtype, with_triton: bool) -> None:
     pages, table, lengths = written(case, dtype)
     starts = [0, *torch.tensor(case.queries).cumsum(0).tolist()]
@@ -293,40 +304,53 @@ def test_a_sequence_in_parts_gives_the_same_bits_again():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "window", "units", "most"),
+    ("lengths", "window", "programs", "most", "shared"),
     [
-        ([4096], 0, 49, 2),  # tiles of a unit at most
-        ([4096] * 16, 0, 49, 24),
-        ([64, 0, 8000, 130], 0, 49, 3),  # short sequences take no part of the units
-        ([4096, 4096, 100], 128, 40, 1),
-        ([500] * 5, 0, 1, 100),
+        (
+            [4096],
+            0,
+            49,
+            2,
+            False,
+        ),  # tiles of a program at most, and whether one may have tiles of two sequences
+        ([4096] * 16, 0, 49, 22, False),
+        ([640] * 15 + [570], 0, 16, 10, False),
+        ([64, 0, 8000, 130], 0, 49, 3, True),
+        ([4096, 4096, 100], 128, 40, 1, False),
+        ([500] * 5, 0, 1, 40, True),
+        ([577] * 64, 0, 49, 14, True),
     ],
 )
-def test_units_cover_every_tile_once_in_about_equal_shares(lengths, window, units, most):
-    B, programs, T = len(lengths), units + len(lengths), 64
+def test_programs_cover_every_tile_once_in_equal_shares(lengths, window, programs, most, shared):
+    B, T = len(lengths), 64
     plan = torch.empty(programs + B, 8, dtype=torch.int32, device=DEVICE)
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     sizes = dict(BP=triton.next_power_of_2(B), T=T, WINDOW=window > 0, ROWS=32, WIDTH=8)
     decode_attention.plan_kernel[(triton.cdiv(programs, 32),)](
-        on_device, plan, B, 2**30, units, programs, window, **sizes
+        on_device, plan, B, 2**30, programs, window, **sizes
     )
     rows, of_sequences = plan[:programs].tolist(), plan[programs:].tolist()
-    at = 0
+    parts: dict[int, list[tuple[int, int, int]]] = {
+        b: [] for b in range(B)
+    }  # program, whether not its first, tiles
+    for unit, (b, begin, left, sequences, *_) in enumerate(rows):
+        assert left <= most
+        assert sequences <= 1 or shared
+        for i in range(sequences):
+            first, stop = of_sequences[b + i][1:3]
+            begin = first if i else begin
+            end = min(begin + left, stop)
+            parts[b + i].append((unit, i > 0, end - begin))
+            left -= end - begin
     for b, length in enumerate(lengths):
-        first, count = of_sequences[b][:2]
-        assert first == at
-        assert count >= 1
-        tile = max(length - window, 0) // T if window else 0
-        for row in rows[first : first + count]:
-            assert row[:3] == [b, length, tile]
-            assert row[4] == count
-            assert row[3] - row[2] <= most
-            tile = row[3]
-        assert tile == -(-length // T)
-        at += count
-    assert not any(row[4] for row in rows[at:])
-    if B < units:
-        assert at <= units
+        found, first, stop, unit, count, late = of_sequences[b][:6]
+        assert found == length
+        assert first == (max(length - window, 0) // T if window else 0)
+        assert stop == max(-(-length // T), first + 1)
+        assert sum(tiles for _, _, tiles in parts[b]) == stop - first
+        assert [(u, second) for u, second, _ in parts[b]] == [
+            (unit + i, i == 0 and late) for i in range(count)
+        ]
 
 
 def test_a_cpu_attends_as_transformers_does_to_the_bit():
