@@ -223,6 +223,8 @@ def rope_write_triton(
     rope_write_kernel[grid](
         qkv, cos, sin, slots, q_norm, k_norm, q, *codes, *scales,
         heads, kv_heads, qkv.stride(0), cos.stride(0), sin.stride(0), eps,
-        KIND=pages.kind, D=D, PAGE=pages.page_size, R=HEADS, ASM=ptx_level(qkv), num_warps=4, **flags,
+        KIND=pages.kind, D=D, PAGE=pages.page_size, R=HEADS, ASM=ptx_level(qkv), num_warps=4,
+        enable_fp_fusion=False,  # products are rounded before they are added, as transformers has it
+        **flags,
     )  # fmt: skip
     return q
