@@ -69,9 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kind: str, scale: floa
     return (rotate(y) if kind == "int4" else y).to(dtype)
 
 
-def decode_plan_torch(
-    q: Tensor, pages: KVPages, page_table: Tensor, lengths: Tensor, window: int, max_length: int
-) -> Tensor:
+def decode_plan_torch(q: Tensor, pages: KVPages, lengths: Tensor, window: int, max_length: int) -> Tensor:
     """None: here nothing is cut."""
     return torch.empty(0, 0, dtype=torch.int32, device=q.device)
 

@@ -271,7 +271,7 @@ def decode_plan(
     if q.numel() == 0 or max_length == 0:
         return q.new_empty((0, 0), dtype=torch.int32)
     kernel = _kernel("decode_plan", q, len(q), pages, max_length, q.shape[1] // pages.kv_heads)
-    return kernel.run(q, pages, page_table, lengths, window, max_length)
+    return kernel.run(q, pages, lengths, window, max_length)
 
 
 def _plan_size(q: Tensor, pages: KVPages, max_length: int) -> tuple[int, int]:
@@ -280,9 +280,9 @@ def _plan_size(q: Tensor, pages: KVPages, max_length: int) -> tuple[int, int]:
     kernel = _kernel("decode_plan", q, len(q), pages, max_length, q.shape[1] // pages.kv_heads)
     if kernel.name == "decode_plan_torch":
         return 0, 0
-    from quantkit.kernels.decode_attention import plan_size
+    from quantkit.kernels.decode_attention import PLAN_WIDTH, plan_rows
 
-    return plan_size(q, pages, max_length)
+    return plan_rows(q, pages, max_length), PLAN_WIDTH
 
 
 def _check_plan(q: Tensor, pages: KVPages, max_length: int, plan: Tensor | None) -> None:

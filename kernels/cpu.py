@@ -31,6 +31,11 @@ CHUNK = (
 )  # weights dequantized at a time: the allocator reuses the 4 MiB, and the product finds them in cache
 
 
+def quotient(x: Tensor, number: float) -> Tensor:
+    """x / number. PyTorch itself multiplies by the reciprocal on a GPU, which may give the float beside the quotient."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def quantize_activations(
     x: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None, group_size: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -56,9 +61,7 @@ def quantize_activations(
     else:
         group = group_size or K
         groups = F.pad(wide, (0, -K % group)).view(M, -1, group)
-        # on a GPU PyTorch multiplies by the reciprocal of a number, which may round to the float beside the quotient
-        divisor = torch.full((), top, dtype=torch.float32, device=x.device)
-        scales = (groups.abs().amax(-1) / divisor).clamp(min=SCALE_FLOOR)
+        scales = quotient(groups.abs().amax(-1), top).clamp(min=SCALE_FLOOR)
         scaled = (groups / scales.unsqueeze(-1)).flatten(1)[:, :K]
         scales = scales.T.contiguous().T
     scaled = scaled.clamp(-top, top)

@@ -67,10 +67,7 @@ LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 FEW_TOKENS, MANY_TOKENS, MANY_SEQUENCES = 8192, 32768, 32
 MANY_PARTS, FEW_PARTS = 32, 4  # that are added at a time, by four warps and one
-PLAN_ROWS = 128
-PAGES = tl.constexpr(4)  # column of a place of a plan from which on its pages stand
-# of a tile: its program begins or ends a sequence with it, has all of that sequence, has tiles of others before
-BEGINS, ENDS, WHOLE, SECOND = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+PLAN_ROWS, PLAN_WIDTH = 32, 8
 CANDIDATES = tl.constexpr(2)  # sizes of units that are tried before programs get tiles of two sequences
 
 
@@ -137,27 +134,20 @@ def power_of_two(largest):
 
 
 @triton.jit
-def of_sequence(values, mine):
-    """The value [ROWS] of the sequence that `mine` [ROWS, BP] has."""
-    return tl.sum(tl.where(mine, values[None, :], 0), 1)
-
-
-@triton.jit
 def plan_kernel(
-    lengths_ptr, table_ptr, plan_ptr, B, max_length, max_pages, programs, places, window,
-    BP: tl.constexpr, T: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    lengths_ptr, plan_ptr, B, max_length, programs, window,
+    BP: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of a plan, see `decode_plan_triton`.
 
-    Every program gets `size` places, of the tiles of all sequences one after another. Where units of a size that is hardly larger
+    Every program gets `size` tiles, of the tiles of all sequences one after another. Where units of a size that is hardly larger
     give no program tiles of two sequences, they are taken: then each sequence begins a unit.
     """
     b = tl.arange(0, BP)
     lengths = tl.minimum(tl.load(lengths_ptr + b, mask=b < B, other=0), max_length)
     firsts = tl.maximum(lengths - window, 0) // T if WINDOW else tl.zeros((BP,), tl.int32)
-    tiles = tl.where(
-        b < B, tl.maximum(tl.cdiv(lengths, T) - firsts, 1), 0
-    )  # what has no token has a row of y
+    stops = tl.cdiv(lengths, T)
+    tiles = tl.where(b < B, tl.maximum(stops - firsts, 1), 0)  # what has no token has a row of y
     even = tl.cdiv(tl.sum(tiles, 0), programs)
     sizes = even + tl.arange(0, CANDIDATES)  # of units that are not shared
     units = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]), 1)
@@ -167,44 +157,29 @@ def plan_kernel(
     room = tl.where(shared, tiles, tl.cdiv(tiles, size) * size)
     ends = tl.cumsum(room, 0)
     starts = ends - room
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
 
-    unit = n  # a row each: its places
-    begin = unit * size
-    mine = b[None, :] == tl.sum((ends[None, :] <= begin[:, None]).to(tl.int32), 1)[:, None]
-    stop = tl.where(shared, tl.sum(tiles, 0), of_sequence(starts + tiles, mine))
-    tl.store(plan_ptr + unit * WIDTH, begin, mask=unit < programs)
-    tl.store(plan_ptr + unit * WIDTH + 1, tl.minimum(begin + size, stop), mask=unit < programs)
-
+    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = unit * size
+    past = tl.minimum(at + size, tl.sum(room, 0))
+    of_first = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
+    of_last = tl.sum((ends[None, :] < past[:, None]).to(tl.int32), 1)
+    mine = b[None, :] == of_first[:, None]
+    begin = at + tl.sum(tl.where(mine, (firsts - starts)[None, :], 0), 1)
+    row = plan_ptr + unit * WIDTH
+    inside = unit < programs
+    tl.store(row, of_first, mask=inside)
+    tl.store(row + 1, begin, mask=inside)
+    tl.store(row + 2, past - at, mask=inside)
+    tl.store(row + 3, tl.where(past > at, of_last - of_first + 1, 0), mask=inside)
     if tl.program_id(0) == 0:
         of_b = plan_ptr + (programs + b) * WIDTH
         first_unit = starts // size
-        tl.store(of_b, first_unit, mask=b < B)
-        tl.store(of_b + 1, (starts + tiles - 1) // size - first_unit + 1, mask=b < B)
-        tl.store(of_b + 2, (starts != first_unit * size).to(tl.int32), mask=b < B)
-
-    sequence = tl.sum((ends[None, :] <= n[:, None]).to(tl.int32), 1)
-    mine = b[None, :] == sequence[:, None]
-    start = of_sequence(starts, mine)
-    stop = start + of_sequence(tiles, mine)
-    begin = n // size * size
-    flags = ((n == start) | (n == begin)).to(tl.int32) * BEGINS
-    flags += ((n == stop - 1) | (n == begin + size - 1)).to(tl.int32) * ENDS
-    flags += ((start >= begin) & (stop <= begin + size)).to(tl.int32) * WHOLE
-    flags += (start > begin).to(tl.int32) * SECOND
-    place = plan_ptr + (programs + B + n) * WIDTH
-    there = (n < places) & (n < stop)
-    tile = n - start + of_sequence(firsts, mine)
-    last = of_sequence(lengths, mine) - 1
-    tl.store(place, sequence, mask=there)
-    tl.store(place + 1, tile, mask=there)
-    tl.store(place + 2, last, mask=there)
-    tl.store(place + 3, flags, mask=there)
-    first = tl.maximum(last + 1 - window, 0) if WINDOW else 0
-    table_ptr += sequence.to(tl.int64) * max_pages
-    for i in tl.static_range((T + PAGE - 1) // PAGE):
-        page = pages_of(table_ptr, tile * T + i * PAGE, first, last, PAGE, WINDOW, there & (last >= 0))
-        tl.store(place + PAGES + i, page, mask=there)
+        tl.store(of_b, lengths, mask=b < B)
+        tl.store(of_b + 1, firsts, mask=b < B)
+        tl.store(of_b + 2, firsts + tiles, mask=b < B)
+        tl.store(of_b + 3, first_unit, mask=b < B)
+        tl.store(of_b + 4, (starts + tiles - 1) // size - first_unit + 1, mask=b < B)
+        tl.store(of_b + 5, (starts != first_unit * size).to(tl.int32), mask=b < B)
 
 
 @triton.jit
@@ -247,30 +222,6 @@ def load_query(
 
 
 @triton.jit
-def zeros(PLANES: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
-    planes = ()
-    for _ in tl.static_range(PLANES):
-        planes = planes + (tl.zeros((C, R), tl.float32),)
-    return planes
-
-
-@triton.jit
-def query(
-    ptr, r, inside, scale,
-    KIND: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """`load_query`, the factor of its scores to units of log2 or of the cap, and for int4 its sums, beside each group's middle."""
-    planes, factor = load_query(ptr, r, inside, KIND, D, PLANES, C, ASM)
-    scaled = factor * scale
-    sums = ()
-    if KIND == "int4":
-        for i in tl.static_range(PLANES):
-            sums = sums + (sum_of_query(planes[i], i, ASM)[None, :],)
-        scaled *= INT4_STEP if ASM else 1.0  # scores are smaller by it until then
-    return planes, scaled, sums
-
-
-@triton.jit
 def finish(
     o, total, y_ptr, r, inside, D: tl.constexpr, PLANES: tl.constexpr, ROTATE: tl.constexpr, ASM: tl.constexpr
 ):
@@ -305,28 +256,28 @@ def unpacked(pair):
 @triton.jit
 def add_parts_kernel(
     partial_ptr, stats_ptr, plan_ptr, y_ptr, programs, KV_HEADS,
-    GROUP: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, C: tl.constexpr, WIDTH_OF_PLAN: tl.constexpr,
     ROTATE: tl.constexpr, AT_ONCE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row of y from its parts, if it has more than one: brought to one maximum, added, divided, and rotated back.
 
     Before it waits for the parts it looks up how many there are: the kernel of the parts started it after it saw the plan.
     """
-    SIZE: tl.constexpr = PLANES * C
+    WIDTH: tl.constexpr = PLANES * C
     R: tl.constexpr = 2 if ROTATE else 1  # planes of two rows are the columns of a product, at least eight
     if PDL:
         gdc_launch_dependents()
     head, b = tl.program_id(0), tl.program_id(1)
-    plan_ptr += (programs + b) * WIDTH
-    first = tl.load(plan_ptr)
-    count = tl.load(plan_ptr + 1)
-    late = tl.load(plan_ptr + 2)  # the first part is the second one of its program
+    plan_ptr += (programs + b) * WIDTH_OF_PLAN
+    first = tl.load(plan_ptr + 3)
+    count = tl.load(plan_ptr + 4)
+    late = tl.load(plan_ptr + 5)  # the first part is the second one of its program
     a = tl.arange(0, AT_ONCE)
-    place = tl.arange(0, SIZE)
+    place = tl.arange(0, WIDTH)
     slots = 2 * (first + a)
     top = NOTHING
     total = 0.0
-    o = tl.zeros((SIZE,), tl.float32)
+    o = tl.zeros((WIDTH,), tl.float32)
     if PDL:
         gdc_wait()
     if count == 1:
@@ -336,7 +287,7 @@ def add_parts_kernel(
         slot = slots + 2 * n + tl.where(n + a == 0, late, 0)
         row = (slot * KV_HEADS + head // GROUP) * GROUP + head % GROUP
         parts = tl.load(
-            partial_ptr + (row * SIZE)[:, None] + place[None, :],
+            partial_ptr + (row * WIDTH)[:, None] + place[None, :],
             mask=there[:, None],
             other=0.0,
             cache_modifier=".cg",
@@ -351,7 +302,7 @@ def add_parts_kernel(
     o *= 1.0 / tl.where(total > 0.0, total, 1.0)  # an idle row has no token
     y_ptr += (tl.cast(b, tl.int64) * (KV_HEADS * GROUP) + head) * D
     if ROTATE:
-        planes = tl.broadcast_to(o[None, :], (R, SIZE)).reshape(R * PLANES, C).trans()
+        planes = tl.broadcast_to(o[None, :], (R, WIDTH)).reshape(R * PLANES, C).trans()
         planes = times_signs(signs(C, D // PLANES), planes, False, ASM)
         ac, bd = planes.reshape(C, R, 2, 2).split()
         first_plane, third = ac.split()
@@ -367,19 +318,11 @@ def add_parts_kernel(
 
 
 @triton.jit
-def tile_of(place_ptr, of_page, left):
-    """Number and last token of a tile of a plan, and its page, or those of its tokens; of none if none is left."""
-    tile = tl.load(place_ptr + 1, mask=left > 0, other=0)
-    last = tl.load(place_ptr + 2, mask=left > 0, other=-1)
-    return tile, last, tl.load(place_ptr + PAGES + of_page, mask=of_page * 0 < left, other=0)
-
-
-@triton.jit
 def decode_attention_kernel(
-    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, plan_ptr, y_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr, plan_ptr, y_ptr,
     partial_ptr, stats_ptr,
-    B, KV_HEADS, window, scale, soft_cap,
-    KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
+    KV_HEADS, max_pages, window, scale, soft_cap,
+    KIND: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, WIDTH_OF_PLAN: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -387,13 +330,16 @@ def decode_attention_kernel(
     WORDS: tl.constexpr = D // PLANES  # of a row of codes
     C: tl.constexpr = 16 if WORDS < 16 else WORDS
     GROUPS: tl.constexpr = 4 if D >= 128 else (2 if D == 64 else 1)  # kv_pages.groups_of
+    UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
     if PDL:
         gdc_launch_dependents()
     h = tl.program_id(1)
     unit = tl.program_id(0)
-    begin = tl.load(plan_ptr + unit * WIDTH)
-    stop = tl.load(plan_ptr + unit * WIDTH + 1)
-    plan_ptr += (tl.num_programs(0) + B) * WIDTH  # of the tiles
+    b = tl.load(plan_ptr + unit * WIDTH_OF_PLAN)
+    begin = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 1)
+    left = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 2)
+    sequences = tl.load(plan_ptr + unit * WIDTH_OF_PLAN + 3)
+    plan_ptr += (tl.num_programs(0) + b) * WIDTH_OF_PLAN  # of this sequence
     r = tl.arange(0, R)
     inside = r < GROUP
     j = tl.arange(0, C)
@@ -402,125 +348,131 @@ def decode_attention_kernel(
     place = tokens & (PAGE - 1)  # in a page, less where the tile begins
     k_place = (place * WORDS)[:, None] + column[None, :]
     v_place = (place * WORDS)[None, :] + column[:, None]
-    of_page = tokens // PAGE if PAGE < T else 0
-    b = tl.load(plan_ptr + begin * WIDTH, mask=begin < stop, other=0)
-    tile, last, page = tile_of(plan_ptr + begin * WIDTH, of_page, stop - begin)
-    if PDL:  # what was read so far is older than the kernel before
-        gdc_wait()
-    row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
-    planes, scaled, sum_of_q = query(q_ptr + row_of_q * D, r, inside, scale, KIND, D, PLANES, C, ASM)
-    m = tl.full((R,), NOTHING, tl.float32)
-    total = tl.zeros((T, R), tl.float32)
-    middles = tl.zeros((T, R), tl.float32)
-    acc = zeros(PLANES, C, R)
-    for n in tl.range(begin, stop, num_stages=STAGES):
-        t = tile * T + tokens
-        seen = t <= last
-        if WINDOW:
-            seen &= t > last - window
-        base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
-        if PAGE >= T:  # what differs from step to step is one number
-            base += tile * T & (PAGE - 1)
-            k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
-        else:
-            k_at = (keys_ptr + base * WORDS)[:, None] + k_place
-            v_at = (values_ptr + base * WORDS)[None, :] + v_place
-        k = tl.load(k_at)
-        v = tl.load(v_at, mask=seen[None, :], other=0)
-        ks = operands(k, KIND, ASM)
-        s = tl.dot(ks[0], planes[0])  # [T, R]
-        if KIND == "int4":
-            scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
-            step, middle = key_pair_of(tl.load(scales_at))
-            s = s * step[:, None] + middle[:, None] * sum_of_q[0]
-            for i in tl.static_range(1, PLANES):
-                if i * GROUPS % PLANES == 0:  # the next group begins
-                    step, middle = key_pair_of(tl.load(scales_at + i * GROUPS // PLANES))
-                s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
-            spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
-        elif KIND != "bf16":
-            step = tl.load(key_scales_ptr + base + place)
-            s = tl.dot(ks[1], planes[1], s) * step[:, None]
-            spread = tl.load(value_scales_ptr + base + place, mask=seen, other=1.0)
-        s *= scaled[None, :]
-        if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
-        if KIND != "bf16":
-            s += log2_of(spread, ASM)[:, None]
-        s = tl.where(seen[:, None], s, float("-inf"))
-        m_next = tl.maximum(m, tl.max(s, 0))
-        alpha = tl.exp2(m - m_next)
-        m = m_next
-        p = tl.exp2(s - m[None, :])
-        weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
-        total = total * alpha[None, :] + weight
-        p = p.to(planes[0].dtype)
-        if KIND == "int4":
-            middles = middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
-        vs = operands(v, KIND, ASM)
-        summed = ()
-        for i in tl.static_range(PLANES):
-            summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
-        acc = summed
-        done = tl.load(plan_ptr + n * WIDTH + 3)
-        tile, last, page = tile_of(plan_ptr + (n + 1) * WIDTH, of_page, stop - n - 1)
-        if done & ENDS:
-            sums = tl.sum(total, 0)  # [R]
-            o = ()
+    in_page = tokens * 0 if PAGE < T else 0  # one page a tile, or one a token
+    for i_sequence in tl.range(0, sequences, num_stages=1):
+        length = tl.load(plan_ptr)
+        first_tile = tl.load(plan_ptr + 1)
+        stop = tl.load(plan_ptr + 2)
+        plan_ptr += WIDTH_OF_PLAN
+        if i_sequence > 0:
+            begin = first_tile
+        last = length - 1
+        first = tl.maximum(length - window, 0) if WINDOW else 0
+        pages_ptr = table_ptr + b.to(tl.int64) * max_pages
+        t0 = begin * T + (tokens if PAGE < T else 0)
+        page = pages_of(pages_ptr, t0, first, last, PAGE, WINDOW, in_page < length)
+        if PDL:  # what was read so far is older than the kernel before
+            if i_sequence == 0:
+                gdc_wait()
+        row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r  # of [B, H]
+        planes, factor = load_query(q_ptr + row_of_q * D, r, inside, KIND, D, PLANES, C, ASM)
+        scaled = factor * scale  # to units of log2, or of the cap
+        acc, sum_of_q = (), ()
+        for _ in tl.static_range(PLANES):
+            acc = acc + (tl.zeros((C, R), tl.float32),)
+        if KIND == "int4":  # of each group, beside its middle
             for i in tl.static_range(PLANES):
-                o = o + (sums_of_values(acc[i], tl.sum(middles, 0)[None, :], i, KIND, ASM),)
-            if done & WHOLE:
-                finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
+                sum_of_q = sum_of_q + (sum_of_query(planes[i], i, ASM)[None, :],)
+            scaled *= UNIT  # scores are smaller by it until then
+        m = tl.full((R,), NOTHING, tl.float32)
+        total = tl.zeros((T, R), tl.float32)
+        middles = tl.zeros((T, R), tl.float32)
+        whole = (begin == first_tile) & (stop - begin <= left)
+        end = tl.minimum(begin + left, stop)
+        left -= end - begin
+        for tile in tl.range(begin, tl.minimum(end, tl.cdiv(length, T)), num_stages=STAGES):
+            t = tile * T + tokens
+            seen = (t <= last) & (t >= first) if WINDOW else t <= last
+            base = (page.to(tl.int64) * KV_HEADS + h) * PAGE
+            if PAGE >= T:  # what differs from step to step is one number
+                base += tile * T & (PAGE - 1)
+                k_at, v_at = keys_ptr + base * WORDS + k_place, values_ptr + base * WORDS + v_place
             else:
-                slot = 2 * unit + (done & SECOND) // SECOND
-                mine = (slot * KV_HEADS + h) * GROUP + r
-                for i in tl.static_range(PLANES):
-                    at = partial_ptr + ((mine * (PLANES * C))[None, :] + (i * C + j)[:, None])
-                    tl.store(at, o[i], mask=inside[None, :])
-                tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
-            b = tl.load(plan_ptr + (n + 1) * WIDTH, mask=n + 1 < stop, other=0)
-            row_of_q = (b.to(tl.int64) * KV_HEADS + h) * GROUP + r
-            planes, scaled, sum_of_q = query(q_ptr + row_of_q * D, r, inside, scale, KIND, D, PLANES, C, ASM)
-            m = tl.full((R,), NOTHING, tl.float32)
-            total = tl.zeros((T, R), tl.float32)
-            middles = tl.zeros((T, R), tl.float32)
-            acc = zeros(PLANES, C, R)
+                k_at = (keys_ptr + base * WORDS)[:, None] + k_place
+                v_at = (values_ptr + base * WORDS)[None, :] + v_place
+            k = tl.load(k_at)
+            v = tl.load(v_at, mask=seen[None, :], other=0)
+            ks = operands(k, KIND, ASM)
+            s = tl.dot(ks[0], planes[0])  # [T, R]
+            if KIND == "int4":
+                scales_at = key_scales_ptr + base * GROUPS + place * GROUPS
+                step, middle = key_pair_of(tl.load(scales_at))
+                s = s * step[:, None] + middle[:, None] * sum_of_q[0]
+                for i in tl.static_range(1, PLANES):
+                    if i * GROUPS % PLANES == 0:  # the next group begins
+                        step, middle = key_pair_of(tl.load(scales_at + i * GROUPS // PLANES))
+                    s = tl.dot(ks[i], planes[i]) * step[:, None] + (middle[:, None] * sum_of_q[i] + s)
+                spread, v_middle = pair_of(tl.load(value_scales_ptr + base + place, mask=seen, other=0x3F80))
+            elif KIND != "bf16":
+                step = tl.load(key_scales_ptr + base + place)
+                s = tl.dot(ks[1], planes[1], s) * step[:, None]
+                spread = tl.load(value_scales_ptr + base + place, mask=seen, other=1.0)
+            s *= scaled[None, :]
+            if SOFT_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                s = soft_cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+            if KIND != "bf16":
+                s += log2_of(spread, ASM)[:, None]
+            s = tl.where(seen[:, None], s, float("-inf"))
+            m_next = tl.maximum(m, tl.max(s, 0))
+            alpha = tl.exp2(m - m_next)
+            m = m_next
+            p = tl.exp2(s - m[None, :])
+            weight = p if KIND == "bf16" else p * reciprocal(spread, ASM)[:, None]
+            total = total * alpha[None, :] + weight
+            p = p.to(planes[0].dtype)
+            if KIND == "int4":
+                middles = (
+                    middles * alpha[None, :] + weight * v_middle[:, None] - INT4_MIDDLE * p.to(tl.float32)
+                )
+            vs = operands(v, KIND, ASM)
+            summed = ()
+            for i in tl.static_range(PLANES):
+                summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
+            acc = summed
+            page = pages_of(pages_ptr, tile * T + T + (tokens if PAGE < T else 0), first, last, PAGE, WINDOW)
+
+        sums = tl.sum(total, 0)  # [R]
+        o = ()
+        for i in tl.static_range(PLANES):
+            o = o + (sums_of_values(acc[i], tl.sum(middles, 0)[None, :], i, KIND, ASM),)
+        if whole:
+            finish(o, sums, y_ptr + row_of_q * D, r, inside, D, PLANES, KIND == "int4", ASM)
+        else:
+            slot = 2 * unit + tl.minimum(i_sequence, 1)
+            mine = (slot * KV_HEADS + h) * GROUP + r
+            for i in tl.static_range(PLANES):
+                at = partial_ptr + ((mine * (PLANES * C))[None, :] + (i * C + j)[:, None])
+                tl.store(at, o[i], mask=inside[None, :])
+            tl.store(stats_ptr + mine, packed(m, sums), mask=inside)
+        b += 1
 
 
-def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int, int]:
-    """How work is cut: launch parameters, programs of a kv head, as many as fit on the GPU at a time and no more than tiles, and
-    places of tiles in a plan."""
+def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int]:
+    """How work is cut: launch parameters, and programs of a kv head: as many as fit on the GPU at a time, no more than tiles."""
     launch = config(pages.kind, pages.head_dim, len(q), max_length, target_of(q.device))
     sms = multiprocessors_of(q.device) if q.is_cuda else MULTIPROCESSORS
     tiles = len(q) * triton.cdiv(max_length, launch["tokens"])
-    programs = max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
-    return launch, programs, tiles + CANDIDATES.value * programs
+    return launch, max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
 
 
-def plan_size(q: Tensor, pages: KVPages, max_length: int) -> tuple[int, int]:
-    """Rows and columns of a plan."""
-    launch, programs, places = cut(q, pages, max_length)
-    columns = PAGES.value + triton.cdiv(launch["tokens"], pages.page_size)
-    return programs + len(q) + places, triton.next_power_of_2(columns)
+def plan_rows(q: Tensor, pages: KVPages, max_length: int) -> int:
+    return cut(q, pages, max_length)[1] + len(q)
 
 
-def decode_plan_triton(
-    q: Tensor, pages: KVPages, page_table: Tensor, lengths: Tensor, window: int, max_length: int
-) -> Tensor:
+def decode_plan_triton(q: Tensor, pages: KVPages, lengths: Tensor, window: int, max_length: int) -> Tensor:
     """How `decode_attention_triton` cuts sequences of these lengths: the same in all layers of one window.
 
     Returns:
-        int32 `plan_size`, of which some are unused. A row of each program: its first place and the one after its last. A row of
-        each sequence: the program that begins it, how many have tiles of it, whether the first of these has tiles of others
-        before. A row of each place, a tile of tokens: its sequence, number in it, the last token of the sequence, flags, pages.
+        int32 [n + B, 8], of whose columns some are unused. A row of each program: its first sequence, its first tile of that,
+        tiles in all, sequences (0: an idle program). A row of each sequence: its length, first and past the last tile, the
+        program that begins it, how many have tiles of it, and whether the first of these has tiles of others before.
     """
-    B, size = len(lengths), plan_size(q, pages, max_length)
-    launch, programs, places = cut(q, pages, max_length)
-    plan = torch.empty(size, dtype=torch.int32, device=q.device)
-    plan_kernel[(triton.cdiv(max(programs, places), PLAN_ROWS),)](
-        lengths, page_table, plan, B, max_length, page_table.stride(0), programs, places, window,
-        BP=triton.next_power_of_2(B), T=launch["tokens"], PAGE=pages.page_size, WINDOW=window > 0, WIDTH=size[1],
-        ROWS=PLAN_ROWS, num_warps=4,
+    B = len(lengths)
+    launch, programs = cut(q, pages, max_length)
+    plan = torch.empty(programs + B, PLAN_WIDTH, dtype=torch.int32, device=q.device)
+    plan_kernel[(triton.cdiv(programs, PLAN_ROWS),)](
+        lengths, plan, B, max_length, programs, window,
+        BP=triton.next_power_of_2(B), T=launch["tokens"], WINDOW=window > 0, ROWS=PLAN_ROWS, WIDTH=PLAN_WIDTH, num_warps=4,
     )  # fmt: skip
     return plan
 
@@ -561,11 +513,11 @@ def decode_attention_triton(
     """
     B, H, D = q.shape
     kv_heads = pages.kv_heads
-    launch, programs, _ = cut(q, pages, max_length)
+    launch, programs = cut(q, pages, max_length)
     asm = ptx_level(q)
     early = asm >= 90 and plan is not None  # a plan made here is read after all of its kernel
     if plan is None:
-        plan = decode_plan_triton(q, pages, page_table, lengths, window, max_length)
+        plan = decode_plan_triton(q, pages, lengths, window, max_length)
     group = H // kv_heads
     y = torch.empty_like(q)
     planes = COUNTS[pages.kind]
@@ -575,15 +527,16 @@ def decode_attention_triton(
     )  # of a program's first and last sequence
     stats = q.new_empty(2 * programs * H, dtype=torch.int64)  # maximum and sum of a part
     factor, cap = score_scale(scale, soft_cap)
-    of_both = {"D": D, "GROUP": group, "WIDTH": plan.shape[1], "ASM": asm, "PDL": early}
+    of_both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": PLAN_WIDTH, "ASM": asm, "PDL": early}
     options = {"launch_pdl": True} if early else {}
     decode_attention_kernel[(programs, kv_heads)](
-        q, *as_words(pages), plan, y, partial, stats, B, kv_heads, window, factor, cap,
+        q, *as_words(pages), page_table, plan, y, partial, stats,
+        kv_heads, page_table.stride(0), window, factor, cap,
         KIND=pages.kind, PAGE=pages.page_size, WINDOW=window > 0, SOFT_CAP=soft_cap > 0, R=max(8, triton.next_power_of_2(group)),
         T=launch["tokens"], STAGES=launch["stages"], num_warps=launch["warps"], num_stages=1, **of_both, **options,
     )  # fmt: skip
     if max_length > launch["tokens"]:
-        few = programs <= FEW_PARTS * B  # on average; programs of more sequences find a place at a time
+        few = programs <= FEW_PARTS * B  # on average; then all sequences' programs find a place at a time
         add_parts_kernel[(H, B)](
             partial, stats, plan, y, programs, kv_heads,
             PLANES=planes, C=C, ROTATE=pages.kind == "int4", AT_ONCE=FEW_PARTS if few else MANY_PARTS,

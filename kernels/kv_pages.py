@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantKitError
-from quantkit.kernels.cpu import FP8, TOP
+from quantkit.kernels.cpu import FP8, TOP, quotient
 
 KINDS = ("bf16", "int8", "fp8", "int4")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,11 +102,11 @@ def quantize(x: Tensor, kind: str, groups: int = 1) -> tuple[Tensor, Tensor | No
         wide = x.float().unflatten(-1, (groups, -1))
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
         middle = ((low + high) * 0.5).bfloat16().float()
-        scale = (torch.maximum(high - middle, middle - low) / 15).clamp(min=FLOOR).bfloat16().float()
+        scale = quotient(torch.maximum(high - middle, middle - low), 15).clamp(min=FLOOR).bfloat16().float()
         codes = ((wide - middle) / scale * 0.5 + 7.5).round().clamp(0, 15)
         return pack_int4(codes.flatten(-2)), torch.cat([scale, middle], -1).bfloat16()
     dtype = torch.int8 if kind == "int8" else FP8
-    scale = (x.float().abs().amax(-1) / TOP[dtype]).clamp(min=FLOOR)
+    scale = quotient(x.float().abs().amax(-1), TOP[dtype]).clamp(min=FLOOR)
     scaled = (x.float() / scale.unsqueeze(-1)).clamp(-TOP[dtype], TOP[dtype])
     codes = scaled.round().to(dtype) if kind == "int8" else scaled.to(dtype).view(torch.uint8)
     return codes, scale

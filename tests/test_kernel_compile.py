@@ -447,17 +447,11 @@ def attention_jobs(target: str):
         chosen = decode_attention.config(kind, D, batch, tokens, target)
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}, {batch} x {tokens}"
         planes = COUNTS[kind]
-        both = {"D": D, "GROUP": group, "WIDTH": 8, "num_stages": 1} | flags
+        both = {"D": D, "GROUP": group, "WIDTH_OF_PLAN": decode_attention.PLAN_WIDTH, "num_stages": 1} | flags
         tensors = {"partial_ptr": "*fp32", "stats_ptr": "*i64", "plan_ptr": "*i32", "y_ptr": f"*{x}"}
         sizes = {"KV_HEADS": 1 if kind == "fp8" else "i32", "programs": "i32"}  # the launcher compiles a 1 in
         types = {"q_ptr": f"*{x}", "table_ptr": "*i32"} | tensors | sizes | pages(kind, x)
-        types |= {
-            "B": sizes["KV_HEADS"],
-            "max_pages": "i32",
-            "window": "i32",
-            "scale": "fp32",
-            "soft_cap": "fp32",
-        }
+        types |= {"max_pages": "i32", "window": "i32", "scale": "fp32", "soft_cap": "fp32"}
         launch = {"WINDOW": masked, "SOFT_CAP": masked, "R": max(8, group), "T": chosen["tokens"]}
         launch |= {"STAGES": chosen["stages"], "num_warps": chosen["warps"]} | both
         yield f"decode_attention {name}", decode_attention.decode_attention_kernel, types, launch
@@ -467,15 +461,10 @@ def attention_jobs(target: str):
         for at_once, warps in ((decode_attention.MANY_PARTS, 4), (decode_attention.FEW_PARTS, 1)):
             adding = launch | {"AT_ONCE": at_once, "num_warps": warps} | both
             yield f"add_parts {name}, {at_once}", decode_attention.add_parts_kernel, tensors | sizes, adding
-        types = {
-            "lengths_ptr": "*i32",
-            "table_ptr": "*i32",
-            "plan_ptr": "*i32",
-            "B": 1 if kind == "fp8" else "i32",
-        }
-        types |= dict.fromkeys(("max_length", "max_pages", "programs", "places", "window"), "i32")
+        types = {"lengths_ptr": "*i32", "plan_ptr": "*i32", "B": 1 if kind == "fp8" else "i32"}
+        types |= dict.fromkeys(("max_length", "programs", "window"), "i32")
         launch = {"BP": 1 if kind == "fp8" else 64, "T": chosen["tokens"], "WINDOW": masked, "num_warps": 4}
-        launch |= {"ROWS": decode_attention.PLAN_ROWS, "PAGE": 64, "WIDTH": 8}
+        launch |= {"ROWS": decode_attention.PLAN_ROWS, "WIDTH": decode_attention.PLAN_WIDTH}
         yield f"decode_plan {name}", decode_attention.plan_kernel, types, launch
     for kind, x, D, group, masked in prefilled:
         chosen = prefill_attention.config(kind, D, group, target)

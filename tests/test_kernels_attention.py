@@ -322,42 +322,35 @@ def test_a_sequence_in_parts_gives_the_same_bits_again():
     ],
 )
 def test_programs_cover_every_tile_once_in_equal_shares(lengths, window, programs, most, shared):
-    B, T, PAGE, rows = len(lengths), 64, 32, decode_attention.PLAN_ROWS
-    places = sum(max(1, -(-length // T)) for length in lengths) + 2 * programs
-    plan = torch.full((programs + B + places, 8), -1, dtype=torch.int32, device=DEVICE)
+    B, T = len(lengths), 64
+    plan = torch.empty(programs + B, 8, dtype=torch.int32, device=DEVICE)
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    most_pages = max(lengths) // PAGE + 1
-    table = torch.arange(1, B * most_pages + 1, dtype=torch.int32, device=DEVICE).view(B, most_pages)
-    sizes = dict(BP=triton.next_power_of_2(B), T=T, PAGE=PAGE, WINDOW=window > 0, WIDTH=8, ROWS=rows)
-    decode_attention.plan_kernel[(triton.cdiv(max(programs, places), rows),)](
-        on_device, table, plan, B, 2**30, most_pages, programs, places, window, **sizes
+    sizes = dict(BP=triton.next_power_of_2(B), T=T, WINDOW=window > 0, ROWS=32, WIDTH=8)
+    decode_attention.plan_kernel[(triton.cdiv(programs, 32),)](
+        on_device, plan, B, 2**30, programs, window, **sizes
     )
-    of_programs, of_sequences, of_places = (part.tolist() for part in plan.split([programs, B, places]))
-    seen: dict[int, list[int]] = {b: [] for b in range(B)}
-    parts: dict[int, list[tuple[int, bool]]] = {b: [] for b in range(B)}  # program, whether not its first
-    for unit, (begin, stop, *_) in enumerate(of_programs):
-        assert stop - begin <= most
-        mine = of_places[begin : max(begin, stop)]
-        assert len({b for b, *_ in mine}) <= 1 or shared
-        for i, (b, tile, last, flags, *pages) in enumerate(mine):
-            assert last == lengths[b] - 1
-            tokens = [
-                max(min(tile * T + at, last), last + 1 - window if window else 0, 0) for at in (0, PAGE)
-            ]
-            assert pages[:2] == ([1 + b * most_pages + t // PAGE for t in tokens] if last >= 0 else [0, 0])
-            first, final = i == 0 or mine[i - 1][0] != b, i + 1 == len(mine) or mine[i + 1][0] != b
-            assert (flags & 1 != 0, flags & 2 != 0) == (first, final)
-            assert (flags & 8 != 0) == (mine[0][0] != b)
-            if first:
-                parts[b].append((unit, flags & 8 != 0))
-            seen[b].append(tile)
-            tiles = -(-lengths[b] // T) - (max(lengths[b] - window, 0) // T if window else 0)
-            assert (flags & 4 != 0) == (sum(one[0] == b for one in mine) == max(tiles, 1))
+    rows, of_sequences = plan[:programs].tolist(), plan[programs:].tolist()
+    parts: dict[int, list[tuple[int, int, int]]] = {
+        b: [] for b in range(B)
+    }  # program, whether not its first, tiles
+    for unit, (b, begin, left, sequences, *_) in enumerate(rows):
+        assert left <= most
+        assert sequences <= 1 or shared
+        for i in range(sequences):
+            first, stop = of_sequences[b + i][1:3]
+            begin = first if i else begin
+            end = min(begin + left, stop)
+            parts[b + i].append((unit, i > 0, end - begin))
+            left -= end - begin
     for b, length in enumerate(lengths):
-        tile = max(length - window, 0) // T if window else 0
-        assert seen[b] == [*range(tile, max(-(-length // T), tile + 1))]
-        unit, count, late = of_sequences[b][:3]
-        assert parts[b] == [(unit + i, bool(i == 0 and late)) for i in range(count)]
+        found, first, stop, unit, count, late = of_sequences[b][:6]
+        assert found == length
+        assert first == (max(length - window, 0) // T if window else 0)
+        assert stop == max(-(-length // T), first + 1)
+        assert sum(tiles for _, _, tiles in parts[b]) == stop - first
+        assert [(u, second) for u, second, _ in parts[b]] == [
+            (unit + i, i == 0 and late) for i in range(count)
+        ]
 
 
 def test_a_cpu_attends_as_transformers_does_to_the_bit():
