@@ -85,11 +85,14 @@ def quality_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def linear_tables(records: Sequence[Record]) -> list[Table]:
-    """One table a shape and device: a row a scheme and below them a row a peer, a column an M."""
+    """One table a shape and device, those of the last measured device first: a row a scheme and below them a row a peer, a
+    column an M."""
     out = []
     kept = latest(in_series(records), "device", "shape", "N", "K", "series", "M")
+    newest = {device: max(r["date"] for r in group) for (device,), group in grouped(kept, "device").items()}
     kept.sort(key=is_peer)
-    for (_, shape, N, K), group in grouped(kept, "device", "shape", "N", "K").items():
+    kept.sort(key=lambda r: newest[r["device"]], reverse=True)
+    for (device, shape, N, K), group in grouped(kept, "device", "shape", "N", "K").items():
         Ms = sorted({r["M"] for r in group})
         by_series = grouped(group, "series")
         bf16 = {r["M"]: r["bf16_us"] for r in group}
@@ -98,9 +101,8 @@ def linear_tables(records: Sequence[Record]) -> list[Table]:
             cells = {r["M"]: linear_cell(r) for r in measured}
             rows.append((str(series), *(cells.get(M, "") for M in Ms)))
         caption = "us / multiple of the limit / speed-up over bfloat16. " + conditions(group, "library")
-        out.append(
-            Table(f"{shape} (N {N}, K {K})", ("scheme", *(f"M={M}" for M in Ms)), tuple(rows), caption)
-        )
+        title = f"{shape} (N {N}, K {K})" + (f", {device}" if len(newest) > 1 else "")
+        out.append(Table(title, ("scheme", *(f"M={M}" for M in Ms)), tuple(rows), caption))
     return out
 
 

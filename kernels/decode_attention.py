@@ -65,7 +65,8 @@ IDLE = tl.constexpr(0xF149F2CA)  # `packed` NOTHING and 0
 MULTIPROCESSORS = 132
 LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
-FEW_TOKENS, MANY_TOKENS, MANY_SEQUENCES = 8192, 32768, 32
+FEW_TOKENS, MANY_TOKENS = 8192, 32768
+FEW_SEQUENCES, MANY_SEQUENCES = 8, 32  # fewer than, at least
 MANY_PARTS, FEW_PARTS = 32, 4  # that are added at a time, by four warps and one
 PLAN_ROWS, PLAN_WIDTH = 32, 8
 CANDIDATES = tl.constexpr(2)  # sizes of units that are tried before programs get tiles of two sequences
@@ -74,8 +75,8 @@ CANDIDATES = tl.constexpr(2)  # sizes of units that are tried before programs ge
 def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -> dict[str, int]:
     """Launch parameters: tokens of a step, warps, stages of loads, programs a multiprocessor.
 
-    Few tokens are a matter of latency, many of loads in flight, many sequences of one program's end beside another's start; int4
-    of instructions, and of warps to hide theirs. Chosen on an H200, see README.md.
+    Programs are as many as fit at a time by registers and shared memory: one more is a second wave, and where one fewer is asked
+    for some multiprocessors get two while others, which the kernel before still has, get none. Chosen on an H200, see README.md.
     """
     bytes_of_row = {"bf16": 2 * head_dim, "int4": head_dim // 2}.get(kind, head_dim)
     launch = {"tokens": 64, "warps": 4, "stages": 3}
@@ -84,18 +85,18 @@ def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -
     small = target in ("sm_89", "sm_120")  # less shared memory
     if bytes_of_row >= 512:
         return launch | {"tokens": 32, "warps": 2 if small else 4, "stages": 2, "per_sm": 1}
+    few, many = batch < FEW_SEQUENCES, batch >= MANY_SEQUENCES
     if kind == "int4":
-        return launch | {"warps": 2, "per_sm": 5}
+        if few and max_length <= FEW_TOKENS:
+            return launch | {"tokens": 128, "stages": 2, "per_sm": 3}
+        return launch | {"warps": 2, "per_sm": 4}
     if small:
         return launch | {"stages": 2, "per_sm": 2}
-    if batch * max_length <= FEW_TOKENS:
-        return launch | {"per_sm": 2}
-    if batch >= MANY_SEQUENCES or (kind != "bf16" and batch * max_length >= MANY_TOKENS):
-        return launch | {"per_sm": 3 if kind == "bf16" else 4}
-    if kind != "bf16":
-        return launch | {"per_sm": 1}
-    many = batch * max_length >= MANY_TOKENS
-    return launch | {"tokens": 128 if many else 64, "stages": 3 if many else 4, "per_sm": 1}
+    if batch * max_length >= MANY_TOKENS and not many:
+        return launch | {"tokens": 128, "per_sm": 1 if kind == "bf16" else 2}
+    if kind == "bf16":
+        return launch | ({"stages": 4, "per_sm": 1} if few else {"per_sm": 3})
+    return launch | ({"per_sm": 4} if many else {"stages": 4, "per_sm": 3})
 
 
 @triton.jit

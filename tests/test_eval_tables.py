@@ -59,6 +59,15 @@ def test_linears_are_a_row_a_scheme_and_a_column_an_m():
     )
 
 
+def test_each_device_has_tables_of_its_own_the_last_measured_first():
+    early = linear(us=30.0) | dict(device="NVIDIA H100", date="2026-11-21T08:00:00+00:00")
+    first, second = tables([early, linear("fp8"), linear()])
+    assert first.title == "gate_up (N 28672, K 4096), NVIDIA H200"
+    assert [row[0] for row in first.rows] == ["bfloat16", "fp8", "w4a16-g128"]
+    assert second.title == "gate_up (N 28672, K 4096), NVIDIA H100"
+    assert second.rows[-1] == ("w4a16-g128", "30.0 / 2.13 / 1.93")
+
+
 def test_a_kernel_with_a_wrong_result_shows_no_time():
     (table,) = tables([linear(us=None, refused="rel_error 0.3 exceeds 0.01")])
     assert table.rows[-1] == ("w4a16-g128", "wrong result")
