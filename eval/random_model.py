@@ -11,7 +11,7 @@ from torch import nn
 from quantkit.errors import QuantKitError
 from quantkit.eval.random_weights import STD, random_quantized
 from quantkit.linear import QuantLinear, replace_module
-from quantkit.rank_linear import GatheredPlain, RowLinear
+from quantkit.rank_linear import GatheredPlain, RankEmbedding, RowLinear
 from quantkit.scheme import Scheme
 from quantkit.sharding import Shape, faults, refusal, shared, working_ranks
 from quantkit.tensor_parallel import ALONG, style_of
@@ -53,7 +53,7 @@ def random_model(
 
     Args:
         config: a name in `CONFIGS`, or a config.
-        scheme: of the decoder linears; None leaves them in `dtype`. Embeddings and head always stay in `dtype`.
+        scheme: of the decoder linears; None leaves them in `dtype`. Embedding and head always stay in `dtype`.
         layers: number of decoder blocks instead of the config's.
         group: of the processes that it is cut over as transformers' plan says, each of which makes its own part alone.
 
@@ -78,7 +78,7 @@ def random_model(
         model = LlamaForCausalLM(config)
     if group is not None:
         check_cut(model, scheme, dist.get_world_size(group))
-        cut_head(model, group)
+        cut_ends(model, group)
     if scheme is not None:
         for name, module in list(model.model.layers.named_modules()):
             if isinstance(module, nn.Linear):
@@ -131,12 +131,14 @@ def random_linear(
     return packed
 
 
-def cut_head(model: Any, group: Any) -> None:
-    """Leaves of the LM head, which has no numbers yet, this process's outputs."""
+def cut_ends(model: Any, group: Any) -> None:
+    """Leaves of the embedding and the LM head, which have no numbers yet, this process's rows and outputs."""
     ranks, (V, H) = dist.get_world_size(group), model.lm_head.weight.shape
     if not model.config.tie_word_embeddings and V % ranks == 0:
         model.lm_head = GatheredPlain(H, V // ranks, bias=False, device="meta")
         model.lm_head.group = group
+        model.model.embed_tokens = embedding = RankEmbedding(V // ranks, H, device="meta")
+        embedding.group, embedding.first_row = group, dist.get_rank(group) * (V // ranks)
 
 
 def materialize(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:

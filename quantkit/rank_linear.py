@@ -1,8 +1,9 @@
-"""Linears of one rank of tensor parallelism, and the collectives between the ranks.
+"""Linears and the embedding of one rank of tensor parallelism, and the collectives between the ranks.
 
     colwise     y_r = x w_r^T                      a plain `QuantLinear` of N / ranks rows
     gathered    y = [y_0 | y_1 | ...]              `GatheredLinear`
     rowwise     y = sum over ranks of x_r w_r^T    `RowLinear`
+    embedding   x = sum over ranks of its rows     `RankEmbedding`
 
 A scheme that rounds each row of x by its largest |x| gets that of the whole row, from all ranks: the same codes of x as on
 one device, hence the same sums up to the order of their additions. Rounded by a rank's own largest |x| they would be no worse,
@@ -41,6 +42,24 @@ class GatheredPlain(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return gathered(super().forward(x), self.group)
+
+
+class RankEmbedding(nn.Embedding):
+    """An embedding cut by its rows: each rank looks up those that it has, and the sum over the ranks has all.
+
+    Attributes:
+        first_row: of the rank's rows.
+    """
+
+    group: Any
+    first_row: int
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        row = ids - self.first_row
+        mine = (row >= 0) & (row < len(self.weight))
+        x = super().forward(row.masked_fill(~mine, 0)).masked_fill(~mine.unsqueeze(-1), 0)
+        dist.all_reduce(x, group=self.group)
+        return x
 
 
 class RowLinear(QuantLinear):

@@ -23,7 +23,7 @@ from quantkit.experts import UnfusedExperts
 from quantkit.linear import QuantLinear
 from quantkit.packing import PARTS
 from quantkit.processes import agree
-from quantkit.rank_linear import GatheredLinear, RowLinear, Shared, Summed
+from quantkit.rank_linear import GatheredLinear, RankEmbedding, RowLinear, Shared, Summed
 from quantkit.sharding import Along, Shape, cut_dimensions, faults, local_part, refusal, working_ranks
 
 OURS = "quantkit:"  # before the name of transformers' style, which other linears of the same place get
@@ -40,6 +40,7 @@ ALONG: dict[str, Along] = {
 WHOLE_INPUT = ("rowwise_split_input", "rowwise_rep")
 WHOLE_OUTPUT = ("colwise_gather_output", "colwise_rep")
 EXPERTS = "experts"
+EMBEDDING = "embedding_rowwise"
 OF_EXPERTS = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": PARTIAL}
 
 
@@ -83,15 +84,18 @@ class Place:
 
 
 def plan_model(model: PreTrainedModel, headers: str) -> Planned:
-    """Puts packed linears, and experts that are linears, into the model's tensor parallel plan.
+    """Puts packed linears, experts that are linears, and an embedding of its own into the model's tensor parallel plan.
 
     Args:
         headers: what must be the same on all ranks.
     """
     planned = Planned(model.config, headers)
     plan = model._tp_plan if isinstance(model._tp_plan, dict) else {}
+    tied = model.config.get_text_config().tie_word_embeddings
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
+        if module is model.get_input_embeddings() and type(module) is nn.Embedding and not tied:
+            plan[key] = OURS + EMBEDDING
         if isinstance(module, UnfusedExperts) and key in plan:
             for stacked in ("gate_up_proj", "down_proj"):
                 plan.pop(f"{key}.{stacked}", None)
@@ -175,13 +179,26 @@ class ExpertsStyle(TensorParallelLayer):  # type: ignore[misc]
         return Summed.apply(output, mesh.get_group())
 
 
+class EmbeddingStyle(TensorParallelLayer):  # type: ignore[misc]
+    """An embedding that no head shares, cut by its rows; transformers' own style would leave it a DTensor."""
+
+    def shard_param(self, module: Any, param: str, mesh: Any) -> None:
+        cut = distribute_tensor(module._parameters[param], mesh, [Shard(0)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(cut, requires_grad=False)
+
+    def install_forward(self, module: Any, mesh: Any) -> Any:
+        module.mesh = mesh
+        return module
+
+
 ALL_PARALLEL_STYLES[OURS + EXPERTS] = ExpertsStyle()
+ALL_PARALLEL_STYLES[OURS + EMBEDDING] = EmbeddingStyle()
 for _style in ALONG:
     ALL_PARALLEL_STYLES[OURS + _style] = PackedStyle(_style)
 
 
 def localize(model: nn.Module) -> bool:
-    """Makes each packed linear that was cut while loading one of the rank's own shape; whether there were any.
+    """Makes each packed linear, and the embedding, that were cut while loading one of the rank's own shape; whether any was.
 
     Raises:
         QuantKitError: a packed linear was cut by something else than the plan of `plan_model`.
@@ -190,6 +207,9 @@ def localize(model: nn.Module) -> bool:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.place is not None and module.place.mesh is not None:
             localize_linear(module)
+            found = True
+        elif isinstance(module, nn.Embedding) and getattr(module, "mesh", None) is not None:
+            localize_embedding(module)
             found = True
         elif isinstance(module, QuantLinear) and any(isinstance(p, DTensor) for p in module.parameters()):
             raise QuantKitError(
@@ -219,6 +239,15 @@ def localize_linear(module: Any) -> None:
         module.bias = None
         module.adds = place.style != PARTIAL
         module.first_column = rank * module.in_features if place.style in WHOLE_INPUT else None
+
+
+def localize_embedding(module: Any) -> None:
+    mesh, rows = module.mesh, module.num_embeddings
+    module.weight = nn.Parameter(module.weight.to_local(), requires_grad=False)
+    module.__class__ = RankEmbedding
+    module.group, module.first_row = mesh.get_group(), min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    module.num_embeddings, module.padding_idx = len(module.weight), None  # which is of gradients alone
+    del module.mesh
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:

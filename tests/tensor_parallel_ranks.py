@@ -70,6 +70,7 @@ def look(folder: str, extras: list[str], dtype: torch.dtype) -> dict[str, Any]:
     if (model := note.pop("model", None)) is None:
         return note
     note |= {"read": sum(read), "held": linear_bytes(model), "all": all_bytes(model)}
+    note["rows"] = len(model.get_input_embeddings().weight)
     note |= answers(model)
     note["repacked"] = any(m.repacked_for for m in model.modules() if isinstance(m, QuantLinear))
     if "compile" in extras:

@@ -53,7 +53,7 @@ CASES = {
     "w3a16": Case("w3a16-g32", "qwen2"),
     "w2a16": Case("w2a16-channel", "mistral"),
     "fp8": Case("fp8", "qwen3"),
-    "fp8-static": Case("fp8-static"),
+    "fp8-static": Case("fp8-static", changes={**SMALL, "vocab_size": 131}),
     "fp8-block, tiles cut": Case("fp8-block", changes=WIDE, extras=("optimize",)),
     "fp8-w8a16": Case("fp8-w8a16", "phi3"),
     "groups cut": Case("w4a16-g128-asym", changes={**WIDE, "intermediate_size": 384}),
@@ -149,6 +149,11 @@ def test_each_process_reads_and_holds_half(name, folders, found):
         # scales of rows are held whole where a linear is cut by its inputs
         assert whole / 2 <= two[name]["held"] <= whole * 0.52
         assert two[name]["read"] <= all_bytes(model) * 0.52
+
+
+@pytest.mark.parametrize(("name", "rows"), [("w8a16", (64, 64)), ("fp8-static", (66, 65))])
+def test_an_embedding_that_no_head_shares_is_cut(name, rows, found):
+    assert tuple(two[name]["rows"] for two in found) == rows
 
 
 @pytest.mark.parametrize(
