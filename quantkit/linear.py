@@ -403,9 +403,8 @@ def set_fp8_accumulation(model: nn.Module, mode: str) -> None:
         QuantKitError: it is another mode.
     """
     if mode not in FP8_ACCUMULATION:
-        raise QuantKitError(
-            f"fp8 accumulation: found {mode!r}, expected {', '.join(map(repr, FP8_ACCUMULATION))}"
-        )
+        *others, last = map(repr, FP8_ACCUMULATION)
+        raise QuantKitError(f"fp8 accumulation: found {mode!r}, expected {', '.join(others)} or {last}")
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.fp8_accumulation = mode

@@ -91,7 +91,8 @@ def plan_model(model: PreTrainedModel, headers: str) -> Planned:
     """
     planned = Planned(model.config, headers)
     plan = model._tp_plan if isinstance(model._tp_plan, dict) else {}
-    tied = model.config.get_text_config().tie_word_embeddings
+    configs = (model.config, model.config.get_text_config())
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
         if module is model.get_input_embeddings() and type(module) is nn.Embedding and not tied:
@@ -245,7 +246,10 @@ def localize_embedding(module: Any) -> None:
     mesh, rows = module.mesh, module.num_embeddings
     module.weight = nn.Parameter(module.weight.to_local(), requires_grad=False)
     module.__class__ = RankEmbedding
-    module.group, module.first_row = mesh.get_group(), min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    module.group, module.first_row = (
+        mesh.get_group(),
+        min(mesh.get_local_rank() * -(-rows // mesh.size()), rows),
+    )
     module.num_embeddings, module.padding_idx = len(module.weight), None  # which is of gradients alone
     del module.mesh
 

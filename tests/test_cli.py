@@ -861,4 +861,4 @@ def test_a_broken_table_is_named(refused, packed, tables):
 def test_a_mode_of_accumulation_that_there_is_not_is_refused_before_the_work(run, verb):
     code, _, err = run(*verb, "--fp8-accumulation", "quick")
     assert code == 2
-    assert "fp8 accumulation: found 'quick', expected 'accurate' or 'fast'" in err
+    assert "fp8 accumulation: found 'quick', expected 'auto', 'accurate' or 'fast'" in err
