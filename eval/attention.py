@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quantkit.eval.linears import WORKING_SET, copies, two_sizes, withhold
+from quantkit.eval.linears import WORKING_SET, a_device, copies, two_sizes, withhold
 from quantkit.eval.records import Record, environment, version, write_records
 from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
@@ -334,7 +334,7 @@ def main() -> None:
         "--problem", action="append", type=two_sizes, help="SEQUENCESxTOKENS, such as 16x4096"
     )
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=a_device, default="cuda")
     arguments = parser.parse_args()
 
     def keep(record: Record) -> None:

@@ -4,6 +4,7 @@ Weights and inputs are random. A time is reported only with the error of the ver
 withheld when that error is not of rounding's size.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -54,6 +55,13 @@ def two_sizes(text: str) -> tuple[int, int]:
     """The numbers of an argument such as 16x4096; argparse says it where there are none."""
     first, second = text.split("x")
     return int(first), int(second)
+
+
+def a_device(text: str) -> str:
+    """A device that is there; argparse says it where none is."""
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentTypeError("PyTorch sees no GPU here; give --device cpu")
+    return text
 
 
 def bench_linears(

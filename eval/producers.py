@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from quantkit.eval.linears import WORKING_SET, copies, withhold
+from quantkit.eval.linears import WORKING_SET, a_device, copies, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.roofline import roof
 from quantkit.eval.timing import Timing, time_launches
@@ -145,7 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=Path, help="append to RECORDS/producers.jsonl")
     parser.add_argument("--m", action="append", type=int, help="rows of x; 1, 64 and 4096")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=a_device, default="cuda")
     arguments = parser.parse_args()
 
     def keep(record: Record) -> None:

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from quantkit.eval import producers
+from quantkit.eval import attention, producers
 from quantkit.eval.producers import PRODUCERS, ROUNDINGS, bench_producers
 from quantkit.eval.records import read_records, write_records
 
@@ -43,3 +44,13 @@ def test_a_wrong_result_has_no_time(monkeypatch):
     PRODUCERS_K = producers.PRODUCERS
     records = bench_producers([2], "cpu", replays=1, working_set=0)
     assert all(r["us"] is None and "exceeds" in r["refused"] for r in records)
+
+
+@pytest.mark.parametrize("module", [attention, producers])
+def test_a_device_that_is_not_there_is_refused_in_a_line(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["it"])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert "PyTorch sees no GPU here; give --device cpu" in capsys.readouterr().err
