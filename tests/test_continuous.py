@@ -8,7 +8,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import quantkit
 from quantkit.continuous import AVAILABLE, BlockRows, PageAllocator
 from quantkit.errors import QuantKitError
-from quantkit.eval.soak import alone, greedy_config, soak, soak_record
+from quantkit.eval import soak as soaking
+from quantkit.eval.soak import alone, greedy_config, judge, soak, soak_record
 
 KV = ("bf16", "int8", "fp8", "int4")
 needs_pages = pytest.mark.skipif(
@@ -156,6 +157,25 @@ def test_a_soak_counts_what_is_equal(kv, monkeypatch):
     monkeypatch.setattr(PageAllocator, "get_write_indices", lambda self, *a: [16] * a[2])  # all to one place
     found = soak(model, requests=4, longest=40, new_tokens=12, rounds=3, **sizes)
     assert found.wrong > 0
+
+
+@pytest.mark.parametrize(("kv", "verdict"), [("int8", "tied"), ("bf16", "wrong")])
+def test_rounded_keys_may_lead_where_the_text_in_two_pieces_leads(kv, verdict, monkeypatch):
+    model = quantkit.optimize(tiny("llama", None, torch.float32), kv=kv)
+    prompt = [5, 6, 7, 8, 9, 10]
+    found = alone(model, prompt, 3)
+    assert judge(model, prompt, 3, found) == "equal"
+    found[-1] = (found[-1] + 1) % 64
+    assert judge(model, prompt, 3, found) == "wrong"
+    whole = soaking.last_logits
+
+    def otherwise(model, text, cut=0):
+        logits = whole(model, text, cut)
+        logits[found[-1]] += 100 if cut == 4 else 0
+        return logits
+
+    monkeypatch.setattr(soaking, "last_logits", otherwise)
+    assert judge(model, prompt, 3, found) == verdict
 
 
 def test_a_soak_that_cannot_be_is_refused():
