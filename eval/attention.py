@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quantkit.eval.linears import WORKING_SET, a_device, copies, two_sizes, withhold
+from quantkit.eval.linears import WORKING_SET, a_device, copies, time_text, two_sizes, withhold
 from quantkit.eval.records import Record, environment, version, write_records
 from quantkit.eval.roofline import Roof, roof
 from quantkit.eval.timing import Timing, time_launches
@@ -338,11 +338,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def keep(record: Record) -> None:
-        us = "withheld" if record["us"] is None else f"{record['us']:.1f} us"
-        limit = "" if record["limit_us"] is None else f", limit {record['limit_us']:.1f}"
         print(
-            f"{record['op']} {record['batch']} x {record['length']} {record['kv']} {record['kernel']}: {us}{limit}, "
-            f"error {record['rel_error']:.1e}",
+            f"{record['op']} {record['batch']} x {record['length']} {record['kv']} {record['kernel']}: "
+            f"{time_text(record)}, error {record['rel_error']:.1e}",
             flush=True,
         )
         if arguments.records:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quantkit.eval.linears import two_sizes, withhold
+from quantkit.eval.linears import time_text, two_sizes, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.timing import Timing, time_launches
 from quantkit.exchange import Exchange, open_exchange
@@ -151,11 +151,10 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device())
 
     def keep(record: Record) -> None:
-        us = "withheld" if record["us"] is None else f"{record['us']:.1f} us"
         size = f"{record['M']} x {record['K']} ({record['bytes'] / 1024:.0f} KiB)"
         why_not = f" ({record['why_not']})" if "why_not" in record else ""
         print(
-            f"{size} {record['rounding']}, {record['way']}: {us}, error {record['rel_error']:.1e}{why_not}",
+            f"{size} {record['rounding']}, {record['way']}: {time_text(record)}, error {record['rel_error']:.1e}{why_not}",
             flush=True,
         )
         if arguments.records:

@@ -158,6 +158,14 @@ def withhold(record: Record, bound: float) -> Record:
     return {**record, **times, "rel_error": finite, "refused": f"rel_error {error:.3g} exceeds {bound}"}
 
 
+def time_text(record: Record, digits: int = 1) -> str:
+    """A record's time for a line of output, and the limit if it has one."""
+    if record["us"] is None:
+        return "withheld"
+    limit = record.get("limit_us")
+    return f"{record['us']:.{digits}f} us" + ("" if limit is None else f", limit {limit:.{digits}f}")
+
+
 def random_copies(
     scheme: Scheme, N: int, K: int, generator: torch.Generator, working_set: int
 ) -> list[QuantizedTensor]:

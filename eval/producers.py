@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from quantkit.eval.linears import WORKING_SET, a_device, copies, withhold
+from quantkit.eval.linears import WORKING_SET, a_device, copies, time_text, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.roofline import roof
 from quantkit.eval.timing import Timing, time_launches
@@ -149,12 +149,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def keep(record: Record) -> None:
-        us = "withheld" if record["us"] is None else f"{record['us']:.2f} us"
-        limit = "" if record["limit_us"] is None else f", limit {record['limit_us']:.2f}"
         what = " ".join(
             str(record[key]) for key in ("producer", "rounding", "M", "K") if record[key] is not None
         )
-        print(f"{what}: {us}{limit}", flush=True)
+        print(f"{what}: {time_text(record, 2)}", flush=True)
         if arguments.records:
             write_records(arguments.records / "producers.jsonl", [record])
 

@@ -10,7 +10,7 @@ import torch
 
 WARMUP = 3  # replays before the clock starts, so that the GPU has left its idle clocks
 LAUNCHES = 32  # in a graph: its own start-up takes several microseconds, ...
-SAMPLE = 2e-3  # ... so fewer that take so many seconds do; long runs of large products bring a card to its power limit
+SAMPLE = 2e-3  # ... so fewer that take so many seconds do; long runs of large products slow a card down
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ def graph_seconds(
 
     def graph_of(rounds: int) -> torch.cuda.CUDAGraph:
         def run() -> None:
-            for launch in [
-                *launches
-            ] * rounds:  # nothing keeps the outputs: all launches write to the same memory
+            # nothing keeps the outputs: all launches write to the same memory
+            for launch in [*launches] * rounds:
                 launch()
 
         return capture(run)

@@ -54,7 +54,7 @@ from quantkit.kernels.kv_operands import (
     times_signs,
 )
 from quantkit.kernels.kv_pages import KVPages
-from quantkit.kernels.w4a16 import ptx_level
+from quantkit.kernels.w4a16 import TRITON, ptx_level
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -70,7 +70,7 @@ FEW_SEQUENCES, MANY_SEQUENCES = 8, 32  # fewer than, at least
 MANY_PARTS, FEW_PARTS = 32, 4  # that are added at a time, by four warps and one
 PLAN_ROWS, PLAN_WIDTH = 32, 8
 # Newer Triton (seen in 3.9) leaves Hopper's products of 16 bits running, and the loads of a stage one more buffer.
-BUFFER_MORE = int(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+BUFFER_MORE = int(TRITON > (3, 6))
 CANDIDATES = tl.constexpr(2)  # sizes of units that are tried before programs get tiles of two sequences
 
 

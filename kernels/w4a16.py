@@ -73,9 +73,10 @@ MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Triton lays lanes along dimensions that are not contiguous: up to 3.6 the first of them first, in 3.9 the last.
 # Where the lanes of a load are not c and g, every operand passes through shared memory.
-LAST_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+LAST_FIRST = tl.constexpr(TRITON > (3, 6))
 
 
 @triton.jit

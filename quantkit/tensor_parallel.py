@@ -93,9 +93,10 @@ def plan_model(model: PreTrainedModel, headers: str) -> Planned:
     plan = model._tp_plan if isinstance(model._tp_plan, dict) else {}
     configs = (model.config, model.config.get_text_config())
     tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    embedding = None if tied else model.get_input_embeddings()
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if module is model.get_input_embeddings() and type(module) is nn.Embedding and not tied:
+        if module is embedding and type(module) is nn.Embedding:
             plan[key] = OURS + EMBEDDING
         if isinstance(module, UnfusedExperts) and key in plan:
             for stacked in ("gate_up_proj", "down_proj"):
@@ -122,6 +123,12 @@ def style_of(model: PreTrainedModel, name: str) -> str:
     return plan.get(key) or plan.get(key.rpartition(".")[0], "")
 
 
+def cut_parameter(module: Any, param: str, mesh: Any, dimension: int) -> None:
+    """Puts a DTensor, of which each rank has a piece along the dimension, in the place of a parameter without numbers."""
+    cut = distribute_tensor(module._parameters[param], mesh, [Shard(dimension)], src_data_rank=None)
+    module._parameters[param] = nn.Parameter(cut, requires_grad=False)
+
+
 class PackedStyle(TensorParallelLayer):  # type: ignore[misc]
     """A style of transformers for other linears; packed ones are cut as `sharding.py` says, and their forward is kept."""
 
@@ -146,10 +153,8 @@ class PackedStyle(TensorParallelLayer):  # type: ignore[misc]
             return
         place = module.place
         dimension = cut_dimensions(place.shape, ALONG[place.style], mesh.size()).get(param)
-        empty = module._parameters[param]
-        if dimension is not None and empty is not None:
-            cut = distribute_tensor(empty, mesh, [Shard(dimension)], src_data_rank=None)
-            module._parameters[param] = nn.Parameter(cut, requires_grad=False)
+        if dimension is not None and module._parameters[param] is not None:
+            cut_parameter(module, param, mesh, dimension)
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         if isinstance(module, QuantLinear):
@@ -165,8 +170,7 @@ class PartialStyle(TensorParallelLayer):  # type: ignore[misc]
         return True
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
-        cut = distribute_tensor(module._parameters[param], mesh, [Shard(-1)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(cut, requires_grad=False)
+        cut_parameter(module, param, mesh, -1)
 
 
 class ExpertsStyle(TensorParallelLayer):  # type: ignore[misc]
@@ -184,8 +188,7 @@ class EmbeddingStyle(TensorParallelLayer):  # type: ignore[misc]
     """An embedding that no head shares, cut by its rows; transformers' own style would leave it a DTensor."""
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
-        cut = distribute_tensor(module._parameters[param], mesh, [Shard(0)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(cut, requires_grad=False)
+        cut_parameter(module, param, mesh, 0)
 
     def install_forward(self, module: Any, mesh: Any) -> Any:
         module.mesh = mesh
@@ -243,13 +246,11 @@ def localize_linear(module: Any) -> None:
 
 
 def localize_embedding(module: Any) -> None:
-    mesh, rows = module.mesh, module.num_embeddings
+    mesh = module.mesh
+    of_a_rank = -(-module.num_embeddings // mesh.size())
     module.weight = nn.Parameter(module.weight.to_local(), requires_grad=False)
     module.__class__ = RankEmbedding
-    module.group, module.first_row = (
-        mesh.get_group(),
-        min(mesh.get_local_rank() * -(-rows // mesh.size()), rows),
-    )
+    module.group, module.first_row = mesh.get_group(), mesh.get_local_rank() * of_a_rank
     module.num_embeddings, module.padding_idx = len(module.weight), None  # which is of gradients alone
     del module.mesh
 
