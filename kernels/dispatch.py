@@ -31,7 +31,7 @@ ATTENTION_MAX_COLUMNS_AMD = 128  # of a head
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
-HOPPER_LAUNCH = ("block_m", "rows", "warps", "stages", "programs")
+HOPPER_LAUNCH = ("block_m", "block_n", "stages", "programs")
 TILES_LAUNCH = ("block_m", "block_n", "stages", "programs")  # of w8_hopper and w4a8_hopper
 
 

@@ -91,8 +91,10 @@ def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]
     return found
 
 
-def consumer_registers(two: bool) -> int:
-    """Registers of a thread of the second of two partitions that multiply: what is left of a multiprocessor's, or of half."""
+def consumer_registers(two: bool, partitions: int = 2) -> int:
+    """Registers of a thread of a partition that multiplies, of two or four: its share of a multiprocessor's, or of half."""
+    if partitions > 2:
+        return 112
     return 104 if two else 240
 
 
@@ -109,17 +111,6 @@ def wait_for_kernel_before():
 @gluon.jit
 def let_next_kernel_start():
     ptx("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
-
-
-@gluon.jit
-def next_step(step, m, n, steps, tiles_m):
-    """What comes after a step: its place along K, its block of x, its block of w."""
-    step += 1
-    over = step == steps
-    step = gl.where(over, 0, step)
-    m += over.to(gl.int32)
-    over = m == tiles_m
-    return step, gl.where(over, 0, m), n + over.to(gl.int32)
 
 
 @gluon.jit

@@ -108,21 +108,21 @@ def hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w4a16_hopper
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS, consumer_registers, tiles_of
     from quantkit.kernels.int4tiles import STRIP
+    from quantkit.kernels.w4a16_hopper import GROUP_ROWS
 
     seen = []
     for x, group_size, beside, products in HOPPER:
         following, swiglu = "all" in beside, "swiglu" in beside
         for M, (N, K) in products:
             chosen = w4a16_hopper.config(M, N, K, group_size)
-            block_m, strips = chosen["block_m"], chosen["rows"] * chosen["warps"]
+            block_m, block_n = chosen["block_m"], chosen["block_n"]
+            strips = block_n // STRIP
             of_group = [strips, 8 * w4a16_hopper.groups_of_step(group_size)]
-            y_block = [
-                min(block_m, w4a16_hopper.STAGED_ROWS),
-                strips * STRIP // (2 if swiglu else 1),
-            ]
-            y_layout = gl.NVMMASharedLayout(min(128, 2 * y_block[1]), element_bitwidth=16, rank=2)
-            tiles = w4a16_hopper.blocks(chosen, M, N)
+            y_block = [min(block_m, STAGED_ROWS), GROUP_ROWS // (2 if swiglu else 1)]
+            y_layout = gl.NVMMASharedLayout(2 * y_block[1], element_bitwidth=16, rank=2)
+            tiles = tiles_of(chosen, M, N)
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
             types = {
@@ -143,11 +143,13 @@ def hopper_jobs():
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
                 **{"G": group_size, "SWIGLU": swiglu, "STREAM": stream},
                 "AFTER": w4a16_hopper.after(block_m, group_size),
-                **{"R": chosen["rows"], "STAGES": chosen["stages"]},
+                "STAGES": chosen["stages"],
             }
-            options = {"num_warps": chosen["warps"]}
-            if programs > 132 and w4a16_hopper.two_fit(chosen, group_size):
-                options["maxnreg"] = w4a16_hopper.REGISTERS_OF_TWO
+            two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
+            types["REGISTERS"] = consumer_registers(two, block_n // GROUP_ROWS)
+            options = {"num_warps": 4}
+            if two:
+                options["maxnreg"] = REGISTERS_OF_TWO
             if (types, options) not in seen:
                 seen.append((types, options))
                 name = f"w4a16_hopper {x} g{group_size} M={M} N={N} {beside}".rstrip()

@@ -226,24 +226,25 @@ WIDE_LAUNCHES = [
 ]
 
 
-def hopper_launch(block_m: int, rows: int, warps: int, stages: int, programs: int = 0) -> w4a16_hopper.Config:
-    return dict(block_m=block_m, rows=rows, warps=warps, stages=stages, programs=programs)
+def hopper_launch(block_m: int, block_n: int, stages: int, programs: int = 0) -> w4a16_hopper.Config:
+    return dict(block_m=block_m, block_n=block_n, stages=stages, programs=programs)
 
 
 # For M = 70, N = 136 and K = 2100: 17 steps of 128 columns, more than a ring has slots, and a last one that is not full.
 HOPPER_LAUNCHES = [
-    hopper_launch(8, 1, 8, 4),
-    hopper_launch(16, 2, 8, 3),
-    hopper_launch(32, 1, 4, 6),
-    hopper_launch(64, 2, 8, 5),
-    hopper_launch(128, 1, 4, 5),
-    hopper_launch(128, 2, 8, 3),
-    hopper_launch(256, 1, 4, 3),
-    hopper_launch(32, 1, 4, 6, programs=3),  # equal shares of whole tiles
-    hopper_launch(64, 1, 8, 4, programs=8),  # each tile cut in two
-    hopper_launch(16, 1, 4, 4, programs=7),  # cut at odd places, several tiles a program
-    hopper_launch(128, 1, 4, 3, programs=29),  # ten programs a tile
-    hopper_launch(64, 2, 8, 3, programs=1000),  # one a step
+    hopper_launch(8, 128, 4),
+    hopper_launch(16, 256, 3),
+    hopper_launch(32, 64, 6),
+    hopper_launch(64, 256, 5),
+    hopper_launch(128, 64, 5),
+    hopper_launch(128, 128, 3),
+    hopper_launch(256, 64, 3),
+    hopper_launch(256, 128, 3),
+    hopper_launch(32, 64, 6, programs=3),  # equal shares of whole tiles
+    hopper_launch(64, 128, 4, programs=8),  # each tile cut in two
+    hopper_launch(16, 64, 4, programs=7),  # cut at odd places, several tiles a program
+    hopper_launch(128, 64, 3, programs=29),  # ten programs a tile
+    hopper_launch(64, 256, 3, programs=1000),  # one a step
 ]
 
 
@@ -303,7 +304,7 @@ def test_hopper_without_a_counter_a_tile_gives_every_program_one_tile(random: Ra
     monkeypatch.setattr(w4a16_hopper, "COUNTERS", 1)
     product = Product.of(random, 40, 136, 600, 128, False, BF16)
     product.check(
-        w4a16_hopper.w4a16_hopper(*product.arguments, hopper_launch(16, 1, 4, 4, programs=7)), roundings=1
+        w4a16_hopper.w4a16_hopper(*product.arguments, hopper_launch(16, 64, 4, programs=7)), roundings=1
     )
 
 
@@ -320,7 +321,7 @@ def test_launches_of_hoppers_kernel_fit_its_gpu(size, group_size):
     launches = w4a16_hopper.candidates(*size, group_size)
     assert launches[0] == w4a16_hopper.config(*size, group_size)
     for launch in launches:
-        assert launch["rows"] * launch["block_m"] // 2 <= w4a16_hopper.MAX_SUMS
+        assert launch["block_n"] <= 128 or launch["block_m"] <= w4a16_hopper.WIDE_ROWS
         assert w4a16_hopper.shared_bytes(launch, group_size) <= w4a16_hopper.SHARED
         assert launch["stages"] >= 3
     assert len({tuple(launch.items()) for launch in launches}) == len(launches)
@@ -345,10 +346,10 @@ KERNELS = {  # kernel, M, launch, roundings before y
     "hopper few": (
         w4a16_hopper.w4a16_hopper,
         16,
-        hopper_launch(16, 1, 8, 4),
+        hopper_launch(16, 128, 4),
         0,
     ),  # the scale after the product
-    "hopper stream": (w4a16_hopper.w4a16_hopper, 130, hopper_launch(128, 1, 4, 3, programs=5), 1),
+    "hopper stream": (w4a16_hopper.w4a16_hopper, 130, hopper_launch(128, 64, 3, programs=5), 1),
     # w, the product, the bias, silu, silu(gate) * up
     "vendor": (lambda *a: dequantize.w4a16_tiles_vendor(*a[:-1]), 4, None, 5),
 }
