@@ -171,13 +171,15 @@ def store_transposed(y, n0, m0, y_desc, staging, bias_ptr, residual_ptr, M, N, S
 
 @gluon.jit
 def add_parts(
-    sums, tile, from_start, steps, total, partial_ptr, counter_ptr, GROUP: gl.constexpr, GROUPS: gl.constexpr
-):
+    sums, tile, from_start, steps, total, partial_ptr, counter_ptr,
+    REGISTERS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
     """Leaves this program's part of a shared tile in the workspace (`stream_k.py`).
 
     Args:
         from_start: whether the part begins where the tile does.
         steps, total: of a tile, and of all.
+        REGISTERS: of a thread; those past its sums and addresses hold parts that are on their way.
         GROUP, GROUPS: the partition that these sums are of, and how many there are.
 
     Returns:
@@ -187,7 +189,7 @@ def add_parts(
     LAYOUT: gl.constexpr = sums.type.layout
     ROWS: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = sums.shape[1]
-    FLIGHT: gl.constexpr = max(1, min(8, 1024 * gl.num_warps() // (ROWS * COLUMNS)))
+    FLIGHT: gl.constexpr = max(1, min(8, (REGISTERS - 112) * 32 * gl.num_warps() // (ROWS * COLUMNS)))
     programs = gl.num_programs(0)
     first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
     last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total

@@ -297,21 +297,120 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
+def _fetch(
+    ring, slot, PARTS: gl.constexpr, PART: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, P: gl.constexpr
+):
+    """A partition's words, scale pairs and zero pairs in a slot, each of the slot's first and second tile, and x^T."""
+    W: gl.constexpr = gl.num_warps()
+    words = _words(ring[1].index(slot).slice(W * PART, W, dim=0), W)
+    pairs, zeros = (0, 0), (0, 0)
+    if G > 0:
+        pairs = _pairs(ring[2].index(slot).slice(W * PART, W, dim=0), P, W)
+    if ZEROS:
+        of_slot = ring[3].index(slot * _zeros_apart(W * PARTS, P))
+        zeros = _pairs(of_slot.slice(W * PART, W, dim=0), P, W)
+    return words, pairs, zeros, ring[0].index(slot).permute((1, 0))
+
+
+@gluon.jit
+def _alone(
+    acc, ring, slot, phase, steps,
+    G: gl.constexpr, ZEROS: gl.constexpr, AFTER: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sums with some steps' products, by the only partition: an operand is made while the product before it runs."""
+    full, empty = ring[4], ring[5]
+    DTYPE: gl.constexpr = ring[0].dtype
+    W: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = acc.type.layout
+    P_OF_TILE: gl.constexpr = max(1, P // 2)
+    # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
+    free = gl.where(slot == 0, STAGES - 1, slot - 1)
+    product = gl.zeros_like(acc)  # where the scale comes after it
+    scale = gl.zeros((acc.shape[0], 1), gl.float32, MMA)
+    other = gl.zeros((acc.shape[0], 64), DTYPE, gl.DotOperandLayout(0, MMA, 2))
+    for step in range(0, steps):
+        mbarrier.wait(full.index(slot), phase)
+        words, pairs, zeros, x = _fetch(ring, slot, 1, 0, G, ZEROS, P)
+        for half in gl.static_range(2):
+            operand = _dequantize(
+                words[half], pairs[half], zeros[half], G > 0 and not AFTER, ZEROS, DTYPE, P_OF_TILE, W, MMA
+            )
+            of_x = x.slice(64 * half, 64, dim=0)
+            if AFTER and half == 0:
+                product, other = warpgroup_mma_wait(0, deps=(product, other))
+                acc += product * scale
+                scale = _row_scales(pairs[0], DTYPE, W, MMA)
+                product = warpgroup_mma(operand, of_x, product, use_acc=False, is_async=True)
+                product, other = warpgroup_mma_wait(1, deps=(product, other))
+            elif AFTER:
+                product = warpgroup_mma(operand, of_x, product, is_async=True)
+                product, other = warpgroup_mma_wait(1, deps=(product, other))
+            else:
+                acc = warpgroup_mma(operand, of_x, acc, is_async=True)
+                # ends the product before this one: its registers are free, after a first half its slot too
+                acc, other = warpgroup_mma_wait(1, deps=(acc, other))
+            other = operand
+            if half == 0:
+                mbarrier.arrive(empty.index(free), pred=step > 0)
+        free = slot
+        slot, phase = next_slot(slot, phase, STAGES)
+    if AFTER:
+        product, other = warpgroup_mma_wait(0, deps=(product, other))
+        acc += product * scale
+    else:
+        acc, other = warpgroup_mma_wait(0, deps=(acc, other))
+    mbarrier.arrive(empty.index(free))
+    return acc, slot, phase
+
+
+@gluon.jit
+def _among(
+    acc, ring, slot, phase, steps,
+    PARTS: gl.constexpr, PART: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, AFTER: gl.constexpr,
+    P: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sums with some steps' products, by one of several partitions: others multiply while it makes its operands.
+
+    Each product is waited for in the step that began it: ptxas follows several partitions no further.
+    """
+    full, empty = ring[4], ring[5]
+    DTYPE: gl.constexpr = ring[0].dtype
+    W: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = acc.type.layout
+    P_OF_TILE: gl.constexpr = max(1, P // 2)
+    SCALED: gl.constexpr = G > 0 and not AFTER
+    for _ in range(steps):
+        mbarrier.wait(full.index(slot), phase)
+        words, pairs, zeros, x = _fetch(ring, slot, PARTS, PART, G, ZEROS, P)
+        sums = acc
+        first = _dequantize(words[0], pairs[0], zeros[0], SCALED, ZEROS, DTYPE, P_OF_TILE, W, MMA)
+        sums = warpgroup_mma(first, x.slice(0, 64, dim=0), sums, use_acc=not AFTER, is_async=True)
+        second = _dequantize(words[1], pairs[1], zeros[1], SCALED, ZEROS, DTYPE, P_OF_TILE, W, MMA)
+        sums = warpgroup_mma(second, x.slice(64, 64, dim=0), sums, is_async=True)
+        # until then the operands' registers are in use, and the slot
+        sums, first, second = warpgroup_mma_wait(0, deps=(sums, first, second))
+        mbarrier.arrive(empty.index(slot))
+        if AFTER:
+            acc += sums * _row_scales(pairs[0], DTYPE, W, MMA)
+        else:
+            acc = sums
+        slot, phase = next_slot(slot, phase, STAGES)
+    return acc, slot, phase
+
+
+@gluon.jit
 def _consume(
     ring, work, rest,
     G: gl.constexpr, ZEROS: gl.constexpr, SWIGLU: gl.constexpr, AFTER: gl.constexpr, STREAM: gl.constexpr,
-    DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, PART: gl.constexpr,
+    P: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its 64 rows of what is in the ring, and what follows them."""
-    x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
     begin, stop, steps, tiles_m, stride = work
     total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = W * 16
+    BLOCK_M: gl.constexpr = ring[0].shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
-    P_OF_TILE: gl.constexpr = max(1, P // 2)
-    IN_OPERAND: gl.constexpr = G > 0 and not AFTER  # the scales
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     slot, phase = 0, 0
     for i in range(0, (stop - 1) // steps + 1 - begin // steps):
@@ -320,42 +419,22 @@ def _consume(
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
         m0 = tile % tiles_m * BLOCK_M
         n0 = (tile // tiles_m * PARTS + PART) * ROWS
-        acc = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
-        for _ in range(s0, s1):
-            mbarrier.wait(full.index(slot), phase)
-            words = _words(tiles_ring.index(slot).slice(W * PART, W, dim=0), W)
-            pairs, zeros = (0, 0), (0, 0)
-            if G > 0:
-                pairs = _pairs(scales_ring.index(slot).slice(W * PART, W, dim=0), P, W)
-            if ZEROS:
-                of_slot = zeros_ring.index(slot * _zeros_apart(W * PARTS, P))
-                zeros = _pairs(of_slot.slice(W * PART, W, dim=0), P, W)
-            x = x_ring.index(slot).permute((1, 0))
-            sums = acc
-            first = _dequantize(words[0], pairs[0], zeros[0], IN_OPERAND, ZEROS, DTYPE, P_OF_TILE, W, MMA)
-            sums = warpgroup_mma(first, x.slice(0, 64, dim=0), sums, use_acc=not AFTER, is_async=True)
-            second = _dequantize(words[1], pairs[1], zeros[1], IN_OPERAND, ZEROS, DTYPE, P_OF_TILE, W, MMA)
-            sums = warpgroup_mma(second, x.slice(64, 64, dim=0), sums, is_async=True)
-            # an operand's registers, and the slot, are in use until its product has been waited for
-            sums, first, second = warpgroup_mma_wait(0, deps=(sums, first, second))
-            mbarrier.arrive(empty.index(slot))
-            if AFTER:
-                acc += sums * _row_scales(pairs[0], DTYPE, W, MMA)
-            else:
-                acc = sums
-            slot, phase = next_slot(slot, phase, STAGES)
-        if G > 0:
-            y = acc
-        else:  # one scale a row: [strip, g, h]
+        y = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
+        if PARTS == 1:
+            y, slot, phase = _alone(y, ring, slot, phase, s1 - s0, G, ZEROS, AFTER, P, STAGES)
+        else:
+            y, slot, phase = _among(y, ring, slot, phase, s1 - s0, PARTS, PART, G, ZEROS, AFTER, P, STAGES)
+        if G == 0:  # one scale a row: [strip, g, h]
             row = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
             scale_at = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
-            y = acc * gl.expand_dims(
-                gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32), 1
-            )
+            of_row = gl.load(scales_ptr + scale_at, mask=row < N, other=0.0).to(gl.float32)
+            y *= gl.expand_dims(of_row, 1)
         whole = True
         if STREAM:
             if s1 - s0 < steps:
-                y, whole = add_parts(y, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, PART, PARTS)
+                y, whole = add_parts(
+                    y, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, REGISTERS, PART, PARTS
+                )
         if whole:
             store_transposed(y, n0, m0, y_desc, staging.index(PART), bias_ptr, residual_ptr, M, N, SWIGLU)
     tma.store_wait(0)
@@ -412,7 +491,7 @@ def w4a16_hopper_kernel(
     if PARTS == 1:
         gl.warp_specialize(
             [
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 1, 0)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 1, 0)),
                 (_produce, producer),
             ],
             [1],
@@ -421,8 +500,8 @@ def w4a16_hopper_kernel(
     elif PARTS == 2:
         gl.warp_specialize(
             [
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 2, 0)),
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 2, 1)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 2, 0)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 2, 1)),
                 (_produce, producer),
             ],
             [4, 1],
@@ -431,10 +510,10 @@ def w4a16_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 4, 0)),
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 4, 1)),
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 4, 2)),
-                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, DTYPE, BLOCK_M, P, STAGES, 4, 3)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 0)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 1)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 2)),
+                (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 3)),
                 (_produce, producer),
             ],
             [4, 4, 4, 1],

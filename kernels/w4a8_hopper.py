@@ -290,7 +290,7 @@ def _added(acc, product, scale, G: gl.constexpr):
 def _consume(
     ring, work, rest,
     G: gl.constexpr, ZEROS: gl.constexpr, STREAM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, PART: gl.constexpr,
+    REGISTERS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its rows of what is in the ring, and what follows them."""
     x_ring, weights, full, empty = ring
@@ -336,7 +336,7 @@ def _consume(
         if STREAM:
             if s1 - s0 < steps:
                 sums, whole = add_parts(
-                    sums, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, PART, PARTS
+                    sums, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, REGISTERS, PART, PARTS
                 )
         if whole:
             y = _scaled(sums, n0, m0, scales_ptr, x_scales_ptr, stride_sm, M, N, G, ZEROS)
@@ -417,8 +417,8 @@ def w4a8_hopper_kernel(
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, 2, 0)),
-                (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, 2, 1)),
+                (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 2, 0)),
+                (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 2, 1)),
                 (_produce, producer),
             ],
             [4, 1],
@@ -426,7 +426,10 @@ def w4a8_hopper_kernel(
         )
     else:
         gl.warp_specialize(
-            [(_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, 1, 0)), (_produce, producer)],
+            [
+                (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 1, 0)),
+                (_produce, producer),
+            ],
             [1],
             [PRODUCER_REGISTERS],
         )

@@ -319,6 +319,7 @@ def _consume(
     ring, work, others,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, X_LEFT: gl.constexpr, INT8: gl.constexpr, FLOATS: gl.constexpr,
     BLOCKS: gl.constexpr, FAST: gl.constexpr, STREAM: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A partition of the warps: products of its rows of the left operand in the ring, and what follows them."""
     left_ring, right_ring, full, empty = ring
@@ -433,7 +434,7 @@ def _consume(
         if STREAM:
             if s1 - s0 < steps:
                 sums, whole = add_parts(
-                    sums, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, GROUP, GROUPS
+                    sums, tile, s0 == 0, steps, total, partial_ptr, counter_ptr, REGISTERS, GROUP, GROUPS
                 )
         if whole:
             if X_LEFT:
@@ -536,31 +537,22 @@ def w8_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (sides, work, rest, 0, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
-                ),
-                (
-                    _consume,
-                    (sides, work, rest, 1, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
-                ),
+                (_consume, (sides, work, rest, 0, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES, REGISTERS)),
+                (_consume, (sides, work, rest, 1, 2, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES, REGISTERS)),
                 (_produce, ((x_desc, w_desc), ring, work, STAGES)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (sides, work, rest, 0, 1, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES),
-                ),
+                (_consume, (sides, work, rest, 0, 1, X_LEFT, INT8, FLOATS, BLOCKS, FAST, STREAM, COLUMNS, STAGES, REGISTERS)),
                 (_produce, ((x_desc, w_desc), ring, work, STAGES)),
             ],
             [1],
             [PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 def aligned(t: Tensor) -> Tensor:
