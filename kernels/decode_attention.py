@@ -95,7 +95,11 @@ def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -
     if small:
         return launch | {"stages": 2, "per_sm": 2}
     if kind == "bf16":
-        if batch * max_length >= MANY_TOKENS and not many:
+        if (
+            many
+        ):  # four programs a multiprocessor are one for each of 64 sequences' heads, with no parts to add
+            launch |= {"tokens": 32, "per_sm": 4}
+        elif batch * max_length >= MANY_TOKENS:
             launch |= {"tokens": 128, "per_sm": 1}
         else:
             launch |= {"stages": 4, "per_sm": 1} if few else {"per_sm": 3}

@@ -21,7 +21,11 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 BLOCKS_M = (8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
-REGISTERS_OF_TWO = 80  # a thread, at launch: the ring's warp then gives some of its own to the others
+ALL_REGISTERS = 65536  # of a multiprocessor
+REGISTERS_OF_TWO = 80  # a thread, at launch
+FEW_ROWS = (
+    64  # of x, of a tile: where a launch takes so little time that the one after should be there already
+)
 SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a multiprocessor
 SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 RESERVED = 1024  # bytes of it that every program has besides, and its barriers
@@ -91,11 +95,25 @@ def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]
     return found
 
 
-def consumer_registers(two: bool, partitions: int = 2) -> int:
-    """Registers of a thread of a partition that multiplies, of two or four: its share of a multiprocessor's, or of half."""
-    if partitions > 2:
-        return 112
-    return 104 if two else 240
+def registers(warps: int, rows: int, two: bool) -> tuple[int, int]:
+    """Registers of a thread at launch, and then, when the ring's warp has given up its own, of one that multiplies.
+
+    Args:
+        warps: that multiply; the ring's warp takes the place of four.
+        rows: of x, of a tile. Few leave room for programs of the kernel after, which so are there when this one ends.
+        two: whether a multiprocessor runs two programs at once.
+    """
+    threads = 32 * (warps + 4)
+    most = ALL_REGISTERS // threads // 8 * 8
+    launch = (
+        REGISTERS_OF_TWO
+        if two
+        else min(most, 88 if warps > 8 else 128)
+        if rows <= FEW_ROWS
+        else min(most, 255)
+    )
+    left = launch * threads - PRODUCER_REGISTERS.value * 128
+    return launch, min(240, left // (32 * warps) // 8 * 8)
 
 
 @gluon.jit
@@ -114,11 +132,14 @@ def let_next_kernel_start():
 
 
 @gluon.jit
-def step_after(step, tile, steps, stride):
-    """The step that comes after one along K, and its tile."""
+def step_after(step, tile, m, n, steps, stride, tiles_m):
+    """The step that comes after one along K, its tile, and the tile's block of x and of the weight."""
     step += 1
     over = step == steps
-    return gl.where(over, 0, step), gl.where(over, tile + stride, tile)
+    if over:  # a division takes the ring's warp longer than asking for a slot
+        tile += stride
+        m, n = tile % tiles_m, tile // tiles_m
+    return gl.where(over, 0, step), tile, m, n
 
 
 @gluon.jit
@@ -179,7 +200,7 @@ def add_parts(
     Args:
         from_start: whether the part begins where the tile does.
         steps, total: of a tile, and of all.
-        REGISTERS: of a thread; those past its sums and addresses hold parts that are on their way.
+        REGISTERS: of a thread, some of which hold parts on their way.
         GROUP, GROUPS: the partition that these sums are of, and how many there are.
 
     Returns:
@@ -189,7 +210,8 @@ def add_parts(
     LAYOUT: gl.constexpr = sums.type.layout
     ROWS: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = sums.shape[1]
-    FLIGHT: gl.constexpr = max(1, min(8, (REGISTERS - 112) * 32 * gl.num_warps() // (ROWS * COLUMNS)))
+    FLOATS: gl.constexpr = 64 if REGISTERS > 112 else 32  # a thread
+    FLIGHT: gl.constexpr = max(1, min(8, FLOATS * 32 * gl.num_warps() // (ROWS * COLUMNS)))
     programs = gl.num_programs(0)
     first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)
     last_sharer = (((tile + 1) * steps).to(gl.int64) * programs - 1) // total

@@ -36,19 +36,18 @@ from quantkit.kernels import w4a16
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
-    REGISTERS_OF_TWO,
     RESERVED,
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
-    consumer_registers,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
     parts,
+    registers,
     rows_of_block,
     shares,
     step_after,
@@ -268,12 +267,12 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     )
     count = stop - begin
     tile = begin // steps
-    step, x_step, x_tile = begin - tile * steps, begin - tile * steps, tile
+    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        m, n = tile % tiles_m, tile // tiles_m
         load_tile(tiles_desc, [n * STRIPS, step * 8, 0], full.index(slot), tiles_ring.index(slot))
         group = (step * P) // (G * P // 128) if G > 0 else 0
         if scales_desc is not None:
@@ -287,13 +286,13 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
             )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile = step_after(step, tile, steps, stride)
+        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
-                load_tile(x_desc, [x_tile % tiles_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile = step_after(x_step, x_tile, steps, stride)
+                load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
+                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps, stride, tiles_m)
 
 
 @gluon.jit
@@ -559,6 +558,7 @@ def w4a16_hopper(
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=torch.float32)
         counters = next_counters(x.device)
     two = programs > multiprocessors and two_fit(chosen, group_size)
+    at_launch, of_consumer = registers(4 * partitions, block_m, two)
     w4a16_hopper_kernel[(programs,)](
         describe(x, [block_m, STEP], X_LAYOUT),
         describe(tiles.view(*by_strip, 32), [strips, 8, 32], TILES_LAYOUT),
@@ -567,7 +567,7 @@ def w4a16_hopper(
         describe(y, y_block, y_layout),
         None if group_size else scales, bias, residual, partial, counters, M, N, K,
         G=group_size, SWIGLU=swiglu, AFTER=after(block_m, group_size), STREAM=stream, STAGES=chosen["stages"],
-        REGISTERS=consumer_registers(two, partitions),
-        num_warps=4, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+        REGISTERS=of_consumer,
+        num_warps=4, launch_pdl=True, maxnreg=at_launch,
     )  # fmt: skip
     return y

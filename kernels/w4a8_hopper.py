@@ -32,19 +32,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
-    REGISTERS_OF_TWO,
     RESERVED,
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
-    consumer_registers,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
     parts,
+    registers,
     rows_of_block,
     shares,
     step_after,
@@ -243,12 +242,12 @@ def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
     )
     count = stop - begin
     tile = begin // steps
-    step, x_step, x_tile = begin - tile * steps, begin - tile * steps, tile
+    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        m, n = tile % tiles_m, tile // tiles_m
         load_tile(w_desc, [n * BLOCK_N, step * 64], full.index(slot), w_ring.index(slot))
         group = step // (G // 128) if G > 0 else 0
         if scales_desc is not None:
@@ -258,13 +257,13 @@ def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
             load_tile(zeros_desc, [group, n * BLOCK_N], full.index(slot), zeros_ring.index(at))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile = step_after(step, tile, steps, stride)
+        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
-                load_tile(x_desc, [x_tile % tiles_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile = step_after(x_step, x_tile, steps, stride)
+                load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
+                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps, stride, tiles_m)
 
 
 @gluon.jit
@@ -480,6 +479,7 @@ def w4a8_hopper(
         partial = x_codes.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x_codes.device)
     two = programs > multiprocessors and two_fit(chosen)
+    at_launch, of_consumer = registers(4 * partitions, block_m, two)
     w4a8_hopper_kernel[(programs,)](
         describe(x_codes, [block_m, STEP], X_LAYOUT),
         describe(codes, [block_n, STEP // 2], CODES_LAYOUT),
@@ -487,7 +487,7 @@ def w4a8_hopper(
         zeros_desc,
         describe(y, [min(block_m, STAGED_ROWS), GROUP_ROWS], Y_LAYOUT),
         x_scales, None if group_size else scales, bias, partial, counters, M, N, K, x_scales.stride(0),
-        G=group_size, STREAM=stream, STAGES=chosen["stages"], PARTS=partitions, REGISTERS=consumer_registers(two),
-        num_warps=4, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+        G=group_size, STREAM=stream, STAGES=chosen["stages"], PARTS=partitions, REGISTERS=of_consumer,
+        num_warps=4, launch_pdl=True, maxnreg=at_launch,
     )  # fmt: skip
     return y

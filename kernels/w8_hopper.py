@@ -39,20 +39,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
     PRODUCER_REGISTERS,
-    REGISTERS_OF_TWO,
     RESERVED,
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
     barrier,
-    consumer_registers,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
     parts,
+    registers,
     rows_of_block,
     shares,
     step_after,
@@ -248,24 +247,24 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
     count = (stop - begin) * SLOTS
     tile = begin // steps
-    step = (begin - tile * steps) * SLOTS
-    x_step, x_tile = step, tile
+    step, m, n = (begin - tile * steps) * SLOTS, tile % tiles_m, tile // tiles_m
+    x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        m, n = tile % tiles_m, tile // tiles_m
         load_tile(w_desc, [n * BLOCK_N, step * W_COLUMNS], full.index(slot), w_ring.index(slot))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * X_COLUMNS], full.index(slot), x_ring.index(slot))
-        step, tile = step_after(step, tile, steps * SLOTS, stride)
+        step, tile, m, n = step_after(step, tile, m, n, steps * SLOTS, stride, tiles_m)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
-                at = [x_tile % tiles_m * BLOCK_M, x_step * X_COLUMNS]
-                load_tile(x_desc, at, full.index(j), x_ring.index(j))
-                x_step, x_tile = step_after(x_step, x_tile, steps * SLOTS, stride)
+                load_tile(x_desc, [x_m * BLOCK_M, x_step * X_COLUMNS], full.index(j), x_ring.index(j))
+                x_step, x_tile, x_m, x_n = step_after(
+                    x_step, x_tile, x_m, x_n, steps * SLOTS, stride, tiles_m
+                )
 
 
 @gluon.jit
@@ -607,6 +606,7 @@ def product(
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x.device)
     two = programs > multiprocessors and two_fit(chosen, x_bytes, x_left)
+    at_launch, of_consumer = registers((block_m if x_left else block_n) // 16, block_m, two)
     w8_hopper_kernel[(programs,)](
         describe(x, [block_m, columns], X_LAYOUT if floats else CODES_LAYOUT),
         describe(w, [block_n, w_columns], WORDS_LAYOUT if floats else CODES_LAYOUT),
@@ -614,8 +614,8 @@ def product(
         x_scales, scales, bias, partial, counters, M, N, K,
         *strides,
         X_LEFT=x_left, INT8=int8, BLOCKS=blocks, FAST=fast, STREAM=stream, STAGES=chosen["stages"],
-        REGISTERS=consumer_registers(two),
-        num_warps=group // 16, launch_pdl=True, **(dict(maxnreg=REGISTERS_OF_TWO) if two else {}),
+        REGISTERS=of_consumer,
+        num_warps=group // 16, launch_pdl=True, maxnreg=at_launch,
     )  # fmt: skip
     return y
 

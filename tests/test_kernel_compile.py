@@ -108,7 +108,7 @@ def hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w4a16_hopper
-    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS, consumer_registers, tiles_of
+    from quantkit.kernels.hopper import STAGED_ROWS, registers, tiles_of
     from quantkit.kernels.int4tiles import STRIP
     from quantkit.kernels.w4a16_hopper import GROUP_ROWS
 
@@ -146,10 +146,8 @@ def hopper_jobs():
                 "STAGES": chosen["stages"],
             }
             two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
-            types["REGISTERS"] = consumer_registers(two, block_n // GROUP_ROWS)
-            options = {"num_warps": 4}
-            if two:
-                options["maxnreg"] = REGISTERS_OF_TWO
+            at_launch, types["REGISTERS"] = registers(block_n // 16, block_m, two)
+            options = {"num_warps": 4, "maxnreg": at_launch}
             if (types, options) not in seen:
                 seen.append((types, options))
                 name = f"w4a16_hopper {x} g{group_size} M={M} N={N} {beside}".rstrip()
@@ -172,7 +170,7 @@ def eight_bit_hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w8_hopper
-    from quantkit.kernels.hopper import REGISTERS_OF_TWO, consumer_registers
+    from quantkit.kernels.hopper import registers
 
     for x, w, blocks, products in EIGHT_BIT:
         floats = x != w
@@ -190,6 +188,8 @@ def eight_bit_hopper_jobs():
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
             two = programs > 132 and w8_hopper.two_fit(chosen, x_bytes, x_left)
+            warps = (block_m if x_left else block_n) // 16
+            at_launch, of_consumer = registers(warps, block_m, two)
             y, sums = "fp16" if x == "fp16" else "bf16", "i32" if x == "i8" else "fp32"
             types = {
                 "x_desc": f"tensordesc<{x}[{block_m}, {columns}],{x_layout!r}>",
@@ -205,11 +205,9 @@ def eight_bit_hopper_jobs():
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
                 **{"stride_sm": 0 if floats else 1, "stride_sk": "i32" if blocks else 1 - floats},
                 **{"X_LEFT": x_left, "INT8": w == "i8", "BLOCKS": blocks, "FAST": False, "STREAM": stream},
-                **{"STAGES": chosen["stages"], "REGISTERS": consumer_registers(two)},
+                **{"STAGES": chosen["stages"], "REGISTERS": of_consumer},
             }
-            options = {"num_warps": group // 16}
-            if two:
-                options["maxnreg"] = REGISTERS_OF_TWO
+            options = {"num_warps": group // 16, "maxnreg": at_launch}
             name = f"w8_hopper {x} {w}{' blocks' * blocks} M={M} N={N}"
             yield name, w8_hopper.w8_hopper_kernel, types, options
 
@@ -228,7 +226,7 @@ def w4a8_hopper_jobs():
     from torch import bfloat16, int8
 
     from quantkit.kernels import w4a8_hopper
-    from quantkit.kernels.hopper import REGISTERS_OF_TWO, STAGED_ROWS, consumer_registers
+    from quantkit.kernels.hopper import STAGED_ROWS, registers
 
     for group_size, zeros, products in W4A8:
         for M, (N, K) in products:
@@ -239,6 +237,7 @@ def w4a8_hopper_jobs():
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
             two = programs > 132 and w4a8_hopper.two_fit(chosen)
+            at_launch, of_consumer = registers(rows // 16, block_m, two)
             of_scales, of_zeros = w4a8_hopper.rows_layout(bfloat16), w4a8_hopper.rows_layout(int8)
             y_block = [min(block_m, STAGED_ROWS), rows // partitions]
             types = {
@@ -254,9 +253,9 @@ def w4a8_hopper_jobs():
                 "counter_ptr": "*i32" if stream else None,
                 **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32", "stride_sm": 1},
                 **{"G": group_size, "STREAM": stream, "STAGES": chosen["stages"], "PARTS": partitions},
-                "REGISTERS": consumer_registers(two),
+                "REGISTERS": of_consumer,
             }
-            options = {"num_warps": 4} | ({"maxnreg": REGISTERS_OF_TWO} if two else {})
+            options = {"num_warps": 4, "maxnreg": at_launch}
             name = f"w4a8_hopper g{group_size}{' zeros' * zeros} M={M} N={N}"
             yield name, w4a8_hopper.w4a8_hopper_kernel, types, options
 
