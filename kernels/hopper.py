@@ -23,6 +23,7 @@ BLOCKS_M = (8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
 ALL_REGISTERS = 65536  # of a multiprocessor
 REGISTERS_OF_TWO = 80  # a thread, at launch
+GROUP_M = gl.constexpr(int(__import__("os").environ.get("QK_G", "4")))  # blocks of x
 FEW_ROWS = (
     64  # of x, of a tile: where a launch takes so little time that the one after should be there already
 )
@@ -132,13 +133,28 @@ def let_next_kernel_start():
 
 
 @gluon.jit
-def step_after(step, tile, m, n, steps, stride, tiles_m):
-    """The step that comes after one along K, its tile, and the tile's block of x and of the weight."""
+def place(tile, tiles_m, tiles_n):
+    """A tile's block of x and of the weight: some blocks of x go through all of the weight before the next ones do.
+
+    They stay in L2, and programs that run at one time ask it for few lines.
+    """
+    m, n = tile * 0, tile
+    if tiles_m > 1:  # a launch of one block of x does not wait for divisions
+        first = tile // (GROUP_M * tiles_n) * GROUP_M
+        left = tile - first * tiles_n
+        blocks = gl.minimum(tiles_m - first, GROUP_M)
+        m, n = first + left % blocks, left // blocks
+    return m, n
+
+
+@gluon.jit
+def step_after(step, tile, m, n, steps, stride, tiles_m, tiles_n):
+    """The step that comes after one along K, its tile, and the tile's place."""
     step += 1
     over = step == steps
-    if over:  # a division takes the ring's warp longer than asking for a slot
+    if over:
         tile += stride
-        m, n = tile % tiles_m, tile // tiles_m
+        m, n = place(tile, tiles_m, tiles_n)
     return gl.where(over, 0, step), tile, m, n
 
 

@@ -47,6 +47,7 @@ from quantkit.kernels.hopper import (
     load_tile,
     next_slot,
     parts,
+    place,
     registers,
     rows_of_block,
     shares,
@@ -117,7 +118,7 @@ def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) 
     for size, block_n, rate in LARGE:
         one = deepest(dict(block_m=size, block_n=block_n, stages=0, programs=0), shared, 6)
         score = rate * worth(tiles_of(one, M, N), multiprocessors)
-        if size <= block_m and score > best:
+        if size <= block_m and one["stages"] >= 3 and score > best:
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -125,24 +126,17 @@ def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) 
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
-    """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit."""
+    """Launches worth timing, `config`'s first: one program a multiprocessor or two, with rings as deep as fit, or less deep."""
     found, largest = [config(M, N, K, group_size, multiprocessors)], rows_of_block(M)
-    shared = partial(shared_bytes, group_size=group_size)
+    shared, steps = partial(shared_bytes, group_size=group_size), triton.cdiv(K, STEP)
     for block_m in (largest, max(8, largest // 2)):
-        for block_n in (64, 128, 256):
-            for two in (False, True):
-                one = deepest(
-                    dict(block_m=block_m, block_n=block_n, stages=0, programs=0), shared, 6 if two else 8, two
-                )
-                wide = block_n > 2 * GROUP_ROWS
-                if (
-                    one["stages"] < 3
-                    or (two and not two_fit(one, group_size))
-                    or (wide and block_m > WIDE_ROWS)
-                ):
-                    continue
-                tiles, steps = tiles_of(one, M, N), triton.cdiv(K, STEP)
-                found += [one | dict(programs=share) for share in shares(tiles, steps, multiprocessors, two)]
+        for block_n in (64, 128) if block_m > WIDE_ROWS else (64, 128, 256):
+            for two, depths in ((False, (8, 6)), (True, (6, 4))):
+                one = dict(block_m=block_m, block_n=block_n, stages=0, programs=0)
+                rings = [deepest(one, shared, most, two) for most in depths]
+                if rings[0]["stages"] >= 3 and (not two or two_fit(rings[0], group_size)):
+                    of_one = shares(tiles_of(one, M, N), steps, multiprocessors, two)
+                    found += [ring | dict(programs=share) for ring in rings for share in of_one]
     return [launch for i, launch in enumerate(found) if launch not in found[:i]]
 
 
@@ -256,7 +250,7 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
-    begin, stop, steps, tiles_m, stride = work
+    begin, stop, steps, tiles_m, tiles_n, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
@@ -267,7 +261,8 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     )
     count = stop - begin
     tile = begin // steps
-    step, m, n = begin - tile * steps, tile % tiles_m, tile // tiles_m
+    step = begin - tile * steps
+    m, n = place(tile, tiles_m, tiles_n)
     x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
@@ -286,13 +281,15 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
             )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m)
+        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m, tiles_n)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps, stride, tiles_m)
+                x_step, x_tile, x_m, x_n = step_after(
+                    x_step, x_tile, x_m, x_n, steps, stride, tiles_m, tiles_n
+                )
 
 
 @gluon.jit
@@ -404,7 +401,7 @@ def _consume(
     P: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its 64 rows of what is in the ring, and what follows them."""
-    begin, stop, steps, tiles_m, stride = work
+    begin, stop, steps, tiles_m, tiles_n, stride = work
     total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = W * 16
@@ -416,8 +413,8 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m0 = tile % tiles_m * BLOCK_M
-        n0 = (tile // tiles_m * PARTS + PART) * ROWS
+        m, n = place(tile, tiles_m, tiles_n)
+        m0, n0 = m * BLOCK_M, (n * PARTS + PART) * ROWS
         y = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
         if PARTS == 1:
             y, slot, phase = _alone(y, ring, slot, phase, s1 - s0, G, ZEROS, AFTER, P, STAGES)
@@ -457,7 +454,8 @@ def w4a16_hopper_kernel(
     programs = gl.num_programs(0)
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
-    tiles = gl.cdiv(N, STRIPS * 16) * tiles_m
+    tiles_n = gl.cdiv(N, STRIPS * 16)
+    tiles = tiles_m * tiles_n
     total = tiles.to(gl.int64) * steps
     if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
         begin = (gl.program_id(0) * total // programs).to(gl.int32)
@@ -484,7 +482,7 @@ def w4a16_hopper_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
-    work = (begin, stop, steps, tiles_m, stride)
+    work = (begin, stop, steps, tiles_m, tiles_n, stride)
     rest = (total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
     producer = (descs, ring, work, G, P, STAGES)
     if PARTS == 1:

@@ -51,6 +51,7 @@ from quantkit.kernels.hopper import (
     load_tile,
     next_slot,
     parts,
+    place,
     registers,
     rows_of_block,
     shares,
@@ -238,7 +239,7 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
     x_ring, w_ring, full, empty = ring
-    begin, stop, steps, tiles_m, stride = work
+    begin, stop, steps, tiles_m, tiles_n, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     X_COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
@@ -247,7 +248,8 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
     count = (stop - begin) * SLOTS
     tile = begin // steps
-    step, m, n = (begin - tile * steps) * SLOTS, tile % tiles_m, tile // tiles_m
+    step = (begin - tile * steps) * SLOTS
+    m, n = place(tile, tiles_m, tiles_n)
     x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
@@ -256,14 +258,14 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
         load_tile(w_desc, [n * BLOCK_N, step * W_COLUMNS], full.index(slot), w_ring.index(slot))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * X_COLUMNS], full.index(slot), x_ring.index(slot))
-        step, tile, m, n = step_after(step, tile, m, n, steps * SLOTS, stride, tiles_m)
+        step, tile, m, n = step_after(step, tile, m, n, steps * SLOTS, stride, tiles_m, tiles_n)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * X_COLUMNS], full.index(j), x_ring.index(j))
                 x_step, x_tile, x_m, x_n = step_after(
-                    x_step, x_tile, x_m, x_n, steps * SLOTS, stride, tiles_m
+                    x_step, x_tile, x_m, x_n, steps * SLOTS, stride, tiles_m, tiles_n
                 )
 
 
@@ -322,7 +324,7 @@ def _consume(
 ):  # fmt: skip
     """A partition of the warps: products of its rows of the left operand in the ring, and what follows them."""
     left_ring, right_ring, full, empty = ring
-    begin, stop, steps, tiles_m, stride = work
+    begin, stop, steps, tiles_m, tiles_n, stride = work
     (
         total,
         x_scales_ptr,
@@ -353,7 +355,7 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = tile % tiles_m, tile // tiles_m
+        m, n = place(tile, tiles_m, tiles_n)
         if X_LEFT:
             m0, n0 = (m * GROUPS + GROUP) * ROWS, n * COLUMNS
         else:
@@ -492,7 +494,8 @@ def w8_hopper_kernel(
     programs = gl.num_programs(0)
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
-    tiles = gl.cdiv(N, BLOCK_N) * tiles_m
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
     total = tiles.to(gl.int64) * steps
     if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
         begin = (gl.program_id(0) * total // programs).to(gl.int32)
@@ -518,7 +521,7 @@ def w8_hopper_kernel(
     sides = (w_ring, x_ring, full, empty)
     if X_LEFT:
         sides = ring
-    work = (begin, stop, steps, tiles_m, stride)
+    work = (begin, stop, steps, tiles_m, tiles_n, stride)
     rest = (
         total,
         x_scales_ptr,
