@@ -290,7 +290,9 @@ def add_parts_kernel(
     total = 0.0
     o = tl.zeros((WIDTH,), tl.float32)
     if PDL:
-        if (count != 1) | (head + b == 0):  # one that waits is enough for the kernel after to begin no earlier
+        if (count != 1) | (
+            head + b == 0
+        ):  # one that waits is enough for the kernel after to begin no earlier
             gdc_wait()
     if count == 1:
         return

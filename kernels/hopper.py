@@ -23,10 +23,7 @@ BLOCKS_M = (8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
 ALL_REGISTERS = 65536  # of a multiprocessor
 REGISTERS_OF_TWO = 80  # a thread, at launch
-GROUP_M = gl.constexpr(int(__import__("os").environ.get("QK_G", "4")))  # blocks of x
-FEW_ROWS = (
-    64  # of x, of a tile: where a launch takes so little time that the one after should be there already
-)
+FEW_ROWS = 64  # of x, of a tile: so few take so little time that the launch after should be there already
 SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a multiprocessor
 SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 RESERVED = 1024  # bytes of it that every program has besides, and its barriers
@@ -133,28 +130,29 @@ def let_next_kernel_start():
 
 
 @gluon.jit
-def place(tile, tiles_m, tiles_n):
-    """A tile's block of x and of the weight: some blocks of x go through all of the weight before the next ones do.
+def place(tile, grid):
+    """A tile's block of x and of the weight, of `grid` blocks of each, some of x going through all of the weight together.
 
-    They stay in L2, and programs that run at one time ask it for few lines.
+    Those stay in L2 meanwhile, and programs that run at one time ask it for few lines.
     """
+    blocks_m, blocks_n, together = grid
     m, n = tile * 0, tile
-    if tiles_m > 1:  # a launch of one block of x does not wait for divisions
-        first = tile // (GROUP_M * tiles_n) * GROUP_M
-        left = tile - first * tiles_n
-        blocks = gl.minimum(tiles_m - first, GROUP_M)
+    if blocks_m > 1:  # a launch of one block of x does not wait for divisions
+        first = tile // (together * blocks_n) * together
+        left = tile - first * blocks_n
+        blocks = gl.minimum(blocks_m - first, together)
         m, n = first + left % blocks, left // blocks
     return m, n
 
 
 @gluon.jit
-def step_after(step, tile, m, n, steps, stride, tiles_m, tiles_n):
+def step_after(step, tile, m, n, steps, stride, grid):
     """The step that comes after one along K, its tile, and the tile's place."""
     step += 1
     over = step == steps
     if over:
         tile += stride
-        m, n = place(tile, tiles_m, tiles_n)
+        m, n = place(tile, grid)
     return gl.where(over, 0, step), tile, m, n
 
 

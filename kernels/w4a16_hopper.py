@@ -71,6 +71,7 @@ MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 STEP = PAD_K  # columns of a slot
 GROUP_ROWS = 64  # of the weight, of a partition
 WIDE_ROWS = 64  # rows of x up to which a program may have four partitions: their threads have registers for so many sums
+TOGETHER = gl.constexpr(4)  # blocks of x that go through the weight together
 MOST_AFTER = 32  # rows of x up to which the scale comes after the product
 
 TILES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
@@ -250,7 +251,7 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, tiles_desc, scales_desc, zeros_desc = descs
     x_ring, tiles_ring, scales_ring, zeros_ring, full, empty = ring
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     STRIPS: gl.constexpr = tiles_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
@@ -262,7 +263,7 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
     count = stop - begin
     tile = begin // steps
     step = begin - tile * steps
-    m, n = place(tile, tiles_m, tiles_n)
+    m, n = place(tile, grid)
     x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
@@ -281,15 +282,13 @@ def _produce(descs, ring, work, G: gl.constexpr, P: gl.constexpr, STAGES: gl.con
             )
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m, tiles_n)
+        step, tile, m, n = step_after(step, tile, m, n, steps, stride, grid)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile, x_m, x_n = step_after(
-                    x_step, x_tile, x_m, x_n, steps, stride, tiles_m, tiles_n
-                )
+                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps, stride, grid)
 
 
 @gluon.jit
@@ -401,7 +400,7 @@ def _consume(
     P: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its 64 rows of what is in the ring, and what follows them."""
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = W * 16
@@ -413,7 +412,7 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, tiles_m, tiles_n)
+        m, n = place(tile, grid)
         m0, n0 = m * BLOCK_M, (n * PARTS + PART) * ROWS
         y = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
         if PARTS == 1:
@@ -455,6 +454,7 @@ def w4a16_hopper_kernel(
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
     tiles_n = gl.cdiv(N, STRIPS * 16)
+    grid = (tiles_m, tiles_n, TOGETHER)
     tiles = tiles_m * tiles_n
     total = tiles.to(gl.int64) * steps
     if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
@@ -482,7 +482,7 @@ def w4a16_hopper_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
-    work = (begin, stop, steps, tiles_m, tiles_n, stride)
+    work = (begin, stop, steps, grid, stride)
     rest = (total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
     producer = (descs, ring, work, G, P, STAGES)
     if PARTS == 1:

@@ -58,6 +58,7 @@ from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w8_hopper import aligned
 
 GROUP_ROWS = 64  # of the weight, of a partition
+TOGETHER = gl.constexpr(16)  # blocks of x that go through the weight together
 WIDEST_PRODUCT = gl.constexpr(128)  # rows of x of the widest int8 product that Triton has
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 Y_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -232,7 +233,7 @@ def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
     x_desc, w_desc, scales_desc, zeros_desc = descs
     x_ring, weights, full, empty = ring
     w_ring, scales_ring, zeros_ring = weights
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
@@ -244,7 +245,7 @@ def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
     count = stop - begin
     tile = begin // steps
     step = begin - tile * steps
-    m, n = place(tile, tiles_m, tiles_n)
+    m, n = place(tile, grid)
     x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
@@ -259,15 +260,13 @@ def _produce(descs, ring, work, G: gl.constexpr, STAGES: gl.constexpr):
             load_tile(zeros_desc, [group, n * BLOCK_N], full.index(slot), zeros_ring.index(at))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * 128], full.index(slot), x_ring.index(slot))
-        step, tile, m, n = step_after(step, tile, m, n, steps, stride, tiles_m, tiles_n)
+        step, tile, m, n = step_after(step, tile, m, n, steps, stride, grid)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * 128], full.index(j), x_ring.index(j))
-                x_step, x_tile, x_m, x_n = step_after(
-                    x_step, x_tile, x_m, x_n, steps, stride, tiles_m, tiles_n
-                )
+                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps, stride, grid)
 
 
 @gluon.jit
@@ -297,7 +296,7 @@ def _consume(
 ):  # fmt: skip
     """One of PARTS partitions: products of its rows of what is in the ring, and what follows them."""
     x_ring, weights, full, empty = ring
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     total, x_scales_ptr, scales_ptr, bias_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N, stride_sm = (
         rest
     )
@@ -313,7 +312,7 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, tiles_m, tiles_n)
+        m, n = place(tile, grid)
         m0, n0 = m * BLOCK_M, (n * PARTS + PART) * BLOCK_N
         acc = gl.zeros((BLOCK_N, ROWS), SUM, MMA)
         other = gl.zeros((BLOCK_N, ROWS), SUM, MMA)
@@ -374,6 +373,7 @@ def w4a8_hopper_kernel(
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
     tiles_n = gl.cdiv(N, BLOCK_N)
+    grid = (tiles_m, tiles_n, TOGETHER)
     tiles = tiles_m * tiles_n
     total = tiles.to(gl.int64) * steps
     if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
@@ -403,7 +403,7 @@ def w4a8_hopper_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, w_desc, scales_desc, zeros_desc)
     ring = (x_ring, (w_ring, scales_ring, zeros_ring), full, empty)
-    work = (begin, stop, steps, tiles_m, tiles_n, stride)
+    work = (begin, stop, steps, grid, stride)
     rest = (
         total,
         x_scales_ptr,

@@ -68,6 +68,10 @@ from quantkit.kernels.stream_k import COUNTERS, next_counters
 GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
 # columns: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
 WIDEST_PRODUCT = gl.constexpr(128)
+TOGETHER, FLOATS_TOGETHER = (
+    gl.constexpr(16),
+    gl.constexpr(4),
+)  # blocks of x that go through the weight together
 WHOLE_SLOT_ROWS = 128  # a slot of 16-bit x of more rows has 64 columns: five of them fit then
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
@@ -239,7 +243,7 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     """One warp: asks for the weights of the first slots, waits for the kernel before, then keeps the ring full."""
     x_desc, w_desc = descs
     x_ring, w_ring, full, empty = ring
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     X_COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
@@ -249,7 +253,7 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
     count = (stop - begin) * SLOTS
     tile = begin // steps
     step = (begin - tile * steps) * SLOTS
-    m, n = place(tile, tiles_m, tiles_n)
+    m, n = place(tile, grid)
     x_step, x_tile, x_m, x_n = step, tile, m, n
     slot, phase = 0, 1
     for i in range(0, count):
@@ -258,15 +262,13 @@ def _produce(descs, ring, work, STAGES: gl.constexpr):
         load_tile(w_desc, [n * BLOCK_N, step * W_COLUMNS], full.index(slot), w_ring.index(slot))
         if i >= STAGES:
             load_tile(x_desc, [m * BLOCK_M, step * X_COLUMNS], full.index(slot), x_ring.index(slot))
-        step, tile, m, n = step_after(step, tile, m, n, steps * SLOTS, stride, tiles_m, tiles_n)
+        step, tile, m, n = step_after(step, tile, m, n, steps * SLOTS, stride, grid)
         slot, phase = next_slot(slot, phase, STAGES)
         if (i == STAGES - 1) | ((i == count - 1) & (i < STAGES)):
             wait_for_kernel_before()
             for j in range(0, i + 1):
                 load_tile(x_desc, [x_m * BLOCK_M, x_step * X_COLUMNS], full.index(j), x_ring.index(j))
-                x_step, x_tile, x_m, x_n = step_after(
-                    x_step, x_tile, x_m, x_n, steps * SLOTS, stride, tiles_m, tiles_n
-                )
+                x_step, x_tile, x_m, x_n = step_after(x_step, x_tile, x_m, x_n, steps * SLOTS, stride, grid)
 
 
 @gluon.jit
@@ -324,7 +326,7 @@ def _consume(
 ):  # fmt: skip
     """A partition of the warps: products of its rows of the left operand in the ring, and what follows them."""
     left_ring, right_ring, full, empty = ring
-    begin, stop, steps, tiles_m, tiles_n, stride = work
+    begin, stop, steps, grid, stride = work
     (
         total,
         x_scales_ptr,
@@ -355,7 +357,7 @@ def _consume(
         tile = begin // steps + i * stride
         s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
         s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, tiles_m, tiles_n)
+        m, n = place(tile, grid)
         if X_LEFT:
             m0, n0 = (m * GROUPS + GROUP) * ROWS, n * COLUMNS
         else:
@@ -495,6 +497,7 @@ def w8_hopper_kernel(
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(K, 128)
     tiles_n = gl.cdiv(N, BLOCK_N)
+    grid = (tiles_m, tiles_n, FLOATS_TOGETHER if FLOATS else TOGETHER)
     tiles = tiles_m * tiles_n
     total = tiles.to(gl.int64) * steps
     if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
@@ -521,7 +524,7 @@ def w8_hopper_kernel(
     sides = (w_ring, x_ring, full, empty)
     if X_LEFT:
         sides = ring
-    work = (begin, stop, steps, tiles_m, tiles_n, stride)
+    work = (begin, stop, steps, grid, stride)
     rest = (
         total,
         x_scales_ptr,
