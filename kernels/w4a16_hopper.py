@@ -484,12 +484,11 @@ def w4a16_hopper_kernel(
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
     work = (begin, stop, steps, grid, stride)
     rest = (total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
-    producer = (descs, ring, work, G, P, STAGES)
     if PARTS == 1:
         gl.warp_specialize(
             [
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 1, 0)),
-                (_produce, producer),
+                (_produce, (descs, ring, work, G, P, STAGES)),
             ],
             [1],
             [PRODUCER_REGISTERS],
@@ -499,7 +498,7 @@ def w4a16_hopper_kernel(
             [
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 2, 0)),
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 2, 1)),
-                (_produce, producer),
+                (_produce, (descs, ring, work, G, P, STAGES)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -511,7 +510,7 @@ def w4a16_hopper_kernel(
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 1)),
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 2)),
                 (_consume, (ring, work, rest, G, ZEROS, SWIGLU, AFTER, STREAM, P, STAGES, REGISTERS, 4, 3)),
-                (_produce, producer),
+                (_produce, (descs, ring, work, G, P, STAGES)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, PRODUCER_REGISTERS],

@@ -417,13 +417,12 @@ def w4a8_hopper_kernel(
         N,
         stride_sm,
     )
-    producer = (descs, ring, work, G, STAGES)
     if PARTS == 2:
         gl.warp_specialize(
             [
                 (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 2, 0)),
                 (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 2, 1)),
-                (_produce, producer),
+                (_produce, (descs, ring, work, G, STAGES)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -432,7 +431,7 @@ def w4a8_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ring, work, rest, G, ZEROS, STREAM, BLOCK_M, STAGES, REGISTERS, 1, 0)),
-                (_produce, producer),
+                (_produce, (descs, ring, work, G, STAGES)),
             ],
             [1],
             [PRODUCER_REGISTERS],
