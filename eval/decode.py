@@ -190,8 +190,8 @@ def generate(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) ->
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
+        eos_token_id=model.config.get_text_config().vocab_size,  # no token, but looked for as any other
         pad_token_id=0,
     )
     return ids[:, prompt.shape[1] :]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, MaxLengthCriteria, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from quantkit.cache import PagedCache, on_the_left
@@ -19,8 +19,6 @@ from quantkit.fuse import CACHE_NAME, hooked_part
 from quantkit.kernels.kv_pages import PAGE_SIZES
 
 ROOM = 256  # tokens; caches are made in multiples of so many, to fit the next call too
-FEW_ROWS = 128  # of scores: as many as a large GPU has multiprocessors, or fewer
-PIECE = 256  # scores of a row that are compared first
 
 
 @dataclass
@@ -114,24 +112,12 @@ def what_runs(model: torch.nn.Module) -> tuple[Any, ...]:
 
 
 def greedy(scores: Tensor) -> Tensor:
-    """scores.argmax(-1): of [batch, vocabulary] the place of each row's first largest score, or first NaN, int64 [batch].
+    """scores.argmax(-1): of [batch, vocabulary] the place of each row's first largest score, or first NaN, int64 [batch]."""
+    if not scores.is_cuda:
+        return scores.argmax(-1)
+    from quantkit.kernels.argmax import argmax_triton  # Triton is not on all platforms
 
-    PyTorch's kernel gives a row to one multiprocessor: 36 us for 128256 scores on an H200.
-    """
-    few = scores.is_cuda and len(scores) <= FEW_ROWS and scores.shape[1] >= 2 * PIECE
-    return argmax_of_pieces(scores) if few else scores.argmax(-1)
-
-
-def argmax_of_pieces(scores: Tensor) -> Tensor:
-    """The same by the largest of each piece of a row of `PIECE` scores or more.
-
-    Pieces begin `PIECE` apart, and where that does not divide the vocabulary reach into the next one, the last to the end of
-    the row. The first piece with the largest score still has the first place of it: a place in two pieces is in the first.
-    """
-    pieces = scores.unfold(1, PIECE + scores.shape[1] % PIECE, PIECE)
-    largest, places = pieces.max(-1)
-    first = largest.argmax(-1, keepdim=True)
-    return torch.add(places.gather(1, first), first, alpha=PIECE).squeeze(1)
+    return argmax_triton(scores)
 
 
 class StopCheck:
@@ -265,7 +251,9 @@ class Generating:
         """The loop of transformers' `_sample`, for what `pages_serve` allows."""
         device = input_ids.device
         stop = StopCheck(torch.device("cpu") if streamer is not None else device)  # it gets no token too many
-        may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        lengths = [one.max_length for one in stopping_criteria if type(one) is MaxLengthCriteria]
+        early = [one for one in stopping_criteria if type(one) is not MaxLengthCriteria]
+        may_end = any(hasattr(criterion, "eos_token_id") for criterion in early)
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
         as_they_are = (
@@ -284,11 +272,12 @@ class Generating:
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            ended = ended | stopping_criteria(input_ids, None)
-            if stop(ended):
+            for criterion in early:
+                ended = ended | criterion(input_ids, None)
+            if early and stop(ended):
                 input_ids = input_ids[:, : -1 if stop.late else None]
                 break
-            if input_ids.shape[1] == stopping_criteria.max_length:
+            if any(input_ids.shape[1] >= most for most in lengths):
                 break
             logits = decoder.step(tokens)
         if streamer is not None:

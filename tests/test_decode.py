@@ -409,49 +409,6 @@ def test_bytes_of_a_cache(kv):
     assert cache.nbytes == of_token * 3 * 2 * PAGE_SIZE
 
 
-def hard_scores(rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
-    """With ties within and across pieces, a largest one at either end, rows of one value and rows with NaNs."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(rows, vocabulary, generator=generator).to(dtype)
-    hard = scores[: min(rows, 8)]
-    for row, change in zip(hard, range(8), strict=False):
-        if change == 0:
-            row.clamp_(max=1.5)
-        elif change < 4:
-            row.fill_((0, -torch.inf, torch.inf)[change - 1])
-        elif change < 6:
-            row[-1 if change == 4 else 0] = 99
-        else:
-            row[vocabulary // 2 :: 7] = torch.nan
-            row[-1] = torch.inf
-    return scores
-
-
-VOCABULARIES = [512, 513, 767, 1000, 32000, 50257, 128256, 151936]  # 151936 = 593.5 pieces
-SCORES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-
-
-@SCORES
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_the_largest_of_pieces_is_the_first_of_the_largest(vocabulary, dtype):
-    scores = hard_scores(9, vocabulary, dtype)
-    assert torch.equal(decode.argmax_of_pieces(scores), scores.argmax(-1))
-
-
-@pytest.mark.gpu
-@SCORES
-@pytest.mark.parametrize("vocabulary", [96, *VOCABULARIES])
-@pytest.mark.parametrize("rows", [0, 1, 8, decode.FEW_ROWS, decode.FEW_ROWS + 1])
-def test_the_greedy_choice_on_a_gpu_is_argmax(rows, vocabulary, dtype):
-    scores = hard_scores(rows, vocabulary, dtype)
-    in_a_row = scores.cuda()
-    apart = torch.stack([in_a_row, in_a_row], 1)[:, 1]  # as logits[:, -1] are
-    for given in (in_a_row, apart):
-        found = decode.greedy(given)
-        assert found.dtype == torch.int64
-        assert torch.equal(found.cpu(), scores.argmax(-1))
-
-
 def test_scores_that_nothing_changes_are_not_copied():
     class Same(transformers.LogitsProcessor):
         def __call__(self, ids, scores):

@@ -420,6 +420,17 @@ PREFILLED = (("bf16", "bf16", 128, 4, False), ("int4", "bf16", 128, 4, True), ("
 ROPED = ("fp8", "int4", "bf16", "int8")
 
 
+def argmax_jobs():
+    """The greedy choice among the scores of a vocabulary."""
+    from quantkit.kernels import argmax
+
+    types = {"x_ptr": "*bf16", "largest_ptr": "*i64", "N": "i32", "stride_xm": "i32", "pieces": "i32"}
+    launch = {"PIECE": argmax.PIECE, "num_warps": 4}
+    yield "argmax pieces", argmax.largest_of_pieces_kernel, types, launch
+    types = {"largest_ptr": "*i64", "y_ptr": "*i64", "pieces": "i32"}
+    yield "argmax place", argmax.place_of_largest_kernel, types, {"BLOCK": 32, "num_warps": 1}
+
+
 def attention_jobs(target: str):
     """What the wrappers of attention over pages launch, and of what writes them: as `jobs`."""
     from quantkit.kernels import decode_attention, prefill_attention, rope_write
@@ -500,6 +511,7 @@ def jobs(target: str):
     yield from w4a16_jobs(target)
     yield from low_bits_jobs(target)
     yield from producer_jobs(target)
+    yield from argmax_jobs()
     yield from attention_jobs(target)
     if target == "sm_90":
         yield from hopper_jobs()

@@ -239,7 +239,7 @@ HOPPER_LAUNCHES = [
     hopper_launch(128, 64, 5),
     hopper_launch(128, 128, 3),
     hopper_launch(256, 64, 3),
-    hopper_launch(256, 128, 3),
+    hopper_launch(256, 128, 2),
     hopper_launch(32, 64, 6, programs=3),  # equal shares of whole tiles
     hopper_launch(64, 128, 4, programs=8),  # each tile cut in two
     hopper_launch(16, 64, 4, programs=7),  # cut at odd places, several tiles a program
