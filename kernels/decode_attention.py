@@ -440,8 +440,13 @@ def decode_attention_kernel(
                 )
             vs = operands(v, KIND, ASM)
             summed = ()
-            for i in tl.static_range(PLANES):
-                summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)  # [C, R]
+            for i in tl.static_range(PLANES):  # [C, R]
+                if KIND == "int4":
+                    summed = summed + (
+                        tl.fma(acc[i], alpha[None, :], tl.dot(vs[i], p)),
+                    )  # see `sums_of_values`
+                else:
+                    summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)
             acc = summed
             page = pages_of(pages_ptr, tile * T + T + (tokens if PAGE < T else 0), first, last, PAGE, WINDOW)
 

@@ -139,7 +139,12 @@ def sum_of_query(plane, i: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def sums_of_values(plane, middles, i: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """What plane i of the sums of p v stands for; middles: of int4, added to every column."""
+    """What plane i of the sums of p v stands for; middles: of int4, added to every column.
+
+    int4's operands are not centred: over L tokens that p weighs alike their sum is some sqrt(L) times what is left with the middles.
+    The tensor cores cut off what does not fit where they add to a sum, which over 32768 tokens came to 4 % of y. So a step's
+    product is added outside of them, with a rounding that has no direction.
+    """
     UNIT: tl.constexpr = INT4_STEP if ASM else 1.0
     if KIND == "fp8" and ASM < NATIVE_FP8:
         plane *= E4M3_STEP

@@ -168,8 +168,11 @@ def prefill_attention_kernel(
             middles = middles * alpha + tl.sum(weight * v_middle[None, :] - INT4_MIDDLE * p.to(tl.float32), 1)
         vs = operands(v, KIND, ASM)
         summed = ()
-        for i in tl.static_range(PLANES):
-            summed = summed + (tl.dot(p, vs[i], acc[i] * alpha[:, None]),)  # [M, C]
+        for i in tl.static_range(PLANES):  # [M, C]
+            if KIND == "int4":
+                summed = summed + (tl.fma(acc[i], alpha[:, None], tl.dot(p, vs[i])),)  # see `sums_of_values`
+            else:
+                summed = summed + (tl.dot(p, vs[i], acc[i] * alpha[:, None]),)
         acc = summed
         page = pages_of(table_ptr, t + T, first, last, PAGE, WINDOW)
     o = ()

@@ -14,6 +14,14 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from quantkit.errors import QuantKitError  # noqa: E402
+from quantkit.eval.attention import (  # noqa: E402
+    ERROR_BOUND,
+    Heads,
+    exact,
+    full_cache,
+    queries,
+    relative_error,
+)
 from quantkit.kernels import attention_cpu, attention_ops, decode_attention, prefill_attention  # noqa: E402
 from quantkit.kernels.dispatch import Problem, select  # noqa: E402
 from quantkit.kernels.kv_pages import KINDS, KVPages, dequantize, rotate  # noqa: E402
@@ -461,3 +469,20 @@ def test_pages_of_one_kind_take_no_scales_of_another():
     with pytest.raises(QuantKitError, match="value_scales is a tensor, expected None for bf16"):
         torch.ops.quantkit.decode_attention(**named | dict(value_scales=torch.ones(1)))
     assert not triton_runs(torch.bfloat16) or GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_sums_of_many_tokens(kind):
+    """Tokens that weigh about alike leave a small sum of large parts: the tensor cores must not cut off what decides it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape, length, chunk = Heads("few heads", 4, 2, 128), 32768, 16
+    cache = full_cache(shape, 1, length, kind, torch.bfloat16, 64, generator)
+    q = queries(chunk, shape, torch.bfloat16, generator)
+    starts = torch.tensor([0, chunk], dtype=torch.int32, device="cuda")
+    given = (*cache.pages, cache.table, cache.lengths)
+    scale = shape.head_dim**-0.5
+    y = torch.ops.quantkit.prefill_attention(q, *given, starts, scale)
+    assert relative_error(y, exact(q, cache, chunk, scale)) < ERROR_BOUND
+    y = torch.ops.quantkit.decode_attention(q[:1], *given, scale)
+    assert relative_error(y, exact(q[:1], cache, 1, scale)) < ERROR_BOUND
