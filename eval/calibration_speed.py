@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from quantkit.eval.random_model import CONFIGS
 from quantkit.eval.random_weights import STD
 from quantkit.eval.records import Record, environment
+from quantkit.peers import Peers
 from quantkit.quantize import Progress
 from quantkit.recipe import Recipe
 from quantkit.streaming import quantize_checkpoint
@@ -71,15 +72,20 @@ def time_calibration(
     device: torch.device,
     layers: int | None = None,
     commit: str | None = None,
+    peers: Peers | None = None,
 ) -> Iterator[Record]:
     """Quantizes a random model by each recipe, whose `calibration` says how many tokens.
 
+    Args:
+        scratch: for files, the same folder for all processes.
+        peers: the processes that do it together, each with this call.
+
     Yields:
         records: `seconds` of the whole run, files included; `device_peak_bytes`, the largest that was allocated
-        at once; `process_peak_bytes`, resident, over all runs so far.
+        at once; `process_peak_bytes`, resident, over all runs so far: of this process. `ranks`, if they are several.
     """
-    source = scratch / "source"
-    size = write_random_model(name, source, device, layers)
+    source, out, first = scratch / "source", scratch / "out", peers is None or peers.first
+    size = write_random_model(name, source, device, layers) if first else 0
     generator = torch.Generator().manual_seed(SEED)
     for recipe in recipes:
         spec = recipe.calibration
@@ -91,13 +97,17 @@ def time_calibration(
             if device.type == "cuda":
                 peaks.append(torch.cuda.max_memory_allocated(device))
 
-        out = scratch / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        if first:
+            shutil.rmtree(out, ignore_errors=True)
+        if peers is not None:
+            peers.gather(None, "files of the benchmark")
         begun = time.monotonic()
-        summary = quantize_checkpoint(source, out, recipe, device, tokens, Progress(module=note, step=note))
+        progress = Progress(module=note, step=note)
+        summary = quantize_checkpoint(source, out, recipe, device, tokens, progress, peers=peers)
         note()
         yield {
             "kind": "calibration",
+            **({} if peers is None else {"ranks": peers.count}),
             "model": name,
             "layers": layers or CONFIGS[name]["num_hidden_layers"],
             "scheme": recipe.scheme,

@@ -228,11 +228,11 @@ def spread(values: Sequence[float], spec: str) -> str:
 def calibration_tables(records: Sequence[Record]) -> list[Table]:
     """One table a model and device: seconds and memory of quantizing it, a row a scheme and method."""
     out = []
-    keys = ("device", "model", "layers", "scheme", "method", "samples", "seq_len")
+    keys = ("device", "model", "layers", "scheme", "method", "samples", "seq_len", "ranks")
     for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
         rows = [
             (
-                r["scheme"],
+                r["scheme"] + (f", {r['ranks']} processes" if r.get("ranks") else ""),
                 r["method"],
                 f"{r['samples']} x {r['seq_len']}",
                 str(r["layers"]),

@@ -102,14 +102,11 @@ def registers(warps: int, rows: int, two: bool) -> tuple[int, int]:
         two: whether a multiprocessor runs two programs at once.
     """
     threads = 32 * (warps + 4)
-    most = ALL_REGISTERS // threads // 8 * 8
-    launch = (
-        REGISTERS_OF_TWO
-        if two
-        else min(most, 88 if warps > 8 else 128)
-        if rows <= FEW_ROWS
-        else min(most, 255)
-    )
+    launch = min(255, ALL_REGISTERS // threads // 8 * 8)
+    if rows <= FEW_ROWS:
+        launch = min(launch, 88 if warps > 8 else 128)
+    if two:
+        launch = REGISTERS_OF_TWO
     left = launch * threads - PRODUCER_REGISTERS.value * 128
     return launch, min(240, left // (32 * warps) // 8 * 8)
 

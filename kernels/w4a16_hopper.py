@@ -3,18 +3,20 @@
 The product of `w4a16.py` from its tiles, for any M. One warp of a program keeps a ring of `stages` slots full: the tiles
 of 128 columns of some strips, their scales and zeros, and the same columns of x. How many bytes are under way depends
 on no registers, and the first slots' weights are asked for before the wait for the kernel before (programmatic dependent
-launch). The other warps take the tiles out as they are, dequantize 64 columns while the tensor cores multiply by
-the 64 before, which are in other registers, and let y leave through shared memory and TMA.
+launch). Partitions of four warps, one for each 64 rows of the weight, take the tiles out as they are and dequantize them: of
+several, one does so while others multiply; one alone does so while the tensor cores multiply by the 64 columns before. y leaves
+through shared memory and TMA.
 
 Up to 32 rows of x, and with groups of 128 columns or more, the scale comes after the product of 128 columns, in float32;
 elsewhere it is multiplied into the weight, which is rounded once to x.dtype, as in `w4a16_wide.py`. One scale a row
 comes last in either case.
 
-The work, (tiles of y) x (steps of 128 columns), is cut into `programs` equal ranges (`stream_k.py`): one tile each, a few
-parts of a tile where tiles are fewer than multiprocessors, or several whole tiles.
+The work, (tiles of y) x (steps of 128 columns), is cut into `programs` equal ranges (`stream_k.py`): a few parts of a tile where
+tiles are fewer than multiprocessors; or dealt out by whole tiles, one each or several.
 
 Budget: 1.4 instructions a weight to decode it, 0.5 to scale it before the product, 40 a step and warp. Out of L2 come
-BLOCK_M / (BLOCK_N / 4) bytes of x for every byte of the weight. 2 M N K operations at 989 TFLOP/s from M of about 64 on.
+BLOCK_M / (BLOCK_N / 4) bytes of x for every byte of the weight. 2 M N K operations at 989 TFLOP/s from M of about 64 on, and
+13 cycles more for each product of 64 x BLOCK_M x 16, whose left operand comes out of registers.
 """
 
 from functools import lru_cache, partial

@@ -68,10 +68,8 @@ from quantkit.kernels.stream_k import COUNTERS, next_counters
 GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
 # columns: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
 WIDEST_PRODUCT = gl.constexpr(128)
-TOGETHER, FLOATS_TOGETHER = (
-    gl.constexpr(16),
-    gl.constexpr(4),
-)  # blocks of x that go through the weight together
+TOGETHER = gl.constexpr(16)  # blocks of x that go through the weight together
+FLOATS_TOGETHER = gl.constexpr(4)  # the same of 16-bit x
 WHOLE_SLOT_ROWS = 128  # a slot of 16-bit x of more rows has 64 columns: five of them fit then
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)

@@ -1,4 +1,4 @@
-"""Times `quantkit quantize` on a random model of a real one's shape, and notes its memory."""
+"""Times `quantkit quantize` on a random model of a real one's shape, and notes its memory; under torchrun by all processes."""
 
 import tempfile
 from pathlib import Path
@@ -10,6 +10,8 @@ import typer
 from quantkit.eval.calibration_speed import time_calibration
 from quantkit.eval.random_model import CONFIGS
 from quantkit.eval.records import write_records
+from quantkit.peers import join
+from quantkit.processes import launched
 from quantkit.recipe import CalibrationSpec, Recipe
 
 
@@ -31,16 +33,24 @@ def main(
     recipes = recipes or [
         Recipe(scheme, calibration=spec, quality=level) for level in ("fast", "balanced", "best")
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        for record in time_calibration(model, recipes, Path(scratch), torch.device(device), layers):
+    where = torch.device(device)
+    peers = join(where) if launched() > 1 else None
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made if peers is None else peers.from_first(lambda: made, "the benchmark's folder"))
+        for record in time_calibration(model, recipes, folder, where, layers, peers=peers):
+            if peers is not None and not peers.first:
+                continue
+            processes = f"{record['ranks']} processes: " if "ranks" in record else ""
             print(
-                f"{record['model']} {record['layers']} blocks, {record['scheme']} {record['method']}, "
+                f"{processes}{record['model']} {record['layers']} blocks, {record['scheme']} {record['method']}, "
                 f"{samples} x {seq_len} tokens: {record['seconds']:.1f} s, device {record['device_peak_bytes'] / 1e9:.2f} GB, "
                 f"process {record['process_peak_bytes'] / 1e9:.1f} GB, source {record['source_bytes'] / 1e9:.1f} GB",
                 flush=True,
             )
             if records is not None:
                 write_records(records, [record])
+        if peers is not None:
+            peers.gather(None, "the end of the benchmark")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ from transformers import LlamaConfig
 
 from all_reduce_ranks import empty_files, in_a_file
 from quantkit import QuantKitError, QuantLinear, optimize, processes
+from quantkit.eval.calibration_speed import time_calibration
 from quantkit.eval.collectives import bench_collectives
 from quantkit.eval.decode import bench_decode, generate
-from quantkit.eval.random_model import random_model
+from quantkit.eval.random_model import CONFIGS, random_model
 from quantkit.exchange import Exchange
+from quantkit.peers import join
 from quantkit.rank_linear import GatheredLinear, GatheredPlain, RowLinear
+from quantkit.recipe import CalibrationSpec, Recipe
 from quantkit.scheme import parse_scheme
 
-TINY = LlamaConfig(
+SIZES = dict(
     hidden_size=256,
     intermediate_size=768,  # 384 columns a process: three groups of 128
     num_hidden_layers=2,
@@ -27,6 +30,7 @@ TINY = LlamaConfig(
     max_position_embeddings=64,
     tie_word_embeddings=False,
 )
+TINY = LlamaConfig(**SIZES)
 
 
 def of_a_model(label: str, head: str | None) -> dict[str, Any]:
@@ -98,4 +102,8 @@ def main(rank: int, out: str) -> None:
         on_record=kept.append,
     )
     assert kept == (sums if rank == 0 else [])
-    torch.save(found | {"sums": sums}, Path(out) / f"{rank}.pt")
+    CONFIGS["tiny"] = SIZES
+    recipe = Recipe("w4a16-g32", "gptq", calibration=CalibrationSpec(samples=4, seq_len=16))
+    scratch, cpu = Path(out) / "calibration", torch.device("cpu")
+    timed = list(time_calibration("tiny", [recipe], scratch, cpu, peers=join(cpu)))
+    torch.save(found | {"sums": sums, "calibration": timed}, Path(out) / f"{rank}.pt")

@@ -68,3 +68,12 @@ def test_sums_have_records_with_their_error_and_a_table(found):
     assert table.title == "all-reduce, residual and norm over 2 processes"
     assert [row[0] for row in table.rows] == ["1 x 256", "1 x 256", "3 x 64", "3 x 64"]
     assert {row[-1] for row in table.rows} == {"2.00"}
+
+
+def test_calibration_by_several_processes_has_a_record_that_says_so(found):
+    for two in found:
+        (record,) = two["calibration"]
+        assert record["ranks"] == 2
+        assert record["seconds"] > 0
+    (table,) = tables(found[0]["calibration"])
+    assert table.rows[0][:2] == ("w4a16-g32, 2 processes", "gptq")

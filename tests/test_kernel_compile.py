@@ -742,7 +742,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 97, "sm_89": 38, "sm_90": 185, "sm_100": 38, "sm_120": 38, "gfx942": 95, "gfx950": 38}
+KERNELS = {"sm_80": 99, "sm_89": 40, "sm_90": 187, "sm_100": 40, "sm_120": 40, "gfx942": 97, "gfx950": 40}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
