@@ -42,7 +42,7 @@ def argmax_triton(x: Tensor) -> Tensor:
     """Equation (1).
 
     Args:
-        x: floats [M, N], N from 1 to 2^31 - 4096.
+        x: floats of 16 or 32 bits [M, N], N from 1 to 65535 * `PIECE`.
 
     Returns:
         int64 [M].

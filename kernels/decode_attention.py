@@ -95,9 +95,8 @@ def config(kind: str, head_dim: int, batch: int, max_length: int, target: str) -
     if small:
         return launch | {"stages": 2, "per_sm": 2}
     if kind == "bf16":
-        if (
-            many
-        ):  # four programs a multiprocessor are one for each of 64 sequences' heads, with no parts to add
+        # four programs a multiprocessor are one for each of 64 sequences' heads, with no parts to add
+        if many:
             launch |= {"tokens": 32, "per_sm": 4}
         elif batch * max_length >= MANY_TOKENS:
             launch |= {"tokens": 128, "per_sm": 1}
@@ -290,9 +289,8 @@ def add_parts_kernel(
     total = 0.0
     o = tl.zeros((WIDTH,), tl.float32)
     if PDL:
-        if (count != 1) | (
-            head + b == 0
-        ):  # one that waits is enough for the kernel after to begin no earlier
+        # one that waits is enough for the kernel after to begin no earlier
+        if (count != 1) | (head + b == 0):
             gdc_wait()
     if count == 1:
         return
@@ -441,10 +439,8 @@ def decode_attention_kernel(
             vs = operands(v, KIND, ASM)
             summed = ()
             for i in tl.static_range(PLANES):  # [C, R]
-                if KIND == "int4":
-                    summed = summed + (
-                        tl.fma(acc[i], alpha[None, :], tl.dot(vs[i], p)),
-                    )  # see `sums_of_values`
+                if KIND == "int4":  # see `sums_of_values`
+                    summed = summed + (tl.fma(acc[i], alpha[None, :], tl.dot(vs[i], p)),)
                 else:
                     summed = summed + (tl.dot(vs[i], p, acc[i] * alpha[None, :]),)
             acc = summed

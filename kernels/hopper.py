@@ -1,8 +1,8 @@
 """What the Gluon kernels for Hopper share: a program's range of steps, its ring's warp, and how steps are dealt out.
 
-Such a kernel cuts (tiles of y) x (steps along K) into equal ranges, one a program (`stream_k.py`). One warp keeps a ring of
-slots in shared memory full by TMA, the others multiply what is in it. The first slots' weights are asked for before the
-wait for the kernel before (programmatic dependent launch), its x after it.
+Such a kernel cuts (tiles of y) x (steps along K) into equal ranges, one a program (`stream_k.py`), or deals whole tiles out
+side by side. One warp keeps a ring of slots in shared memory full by TMA, the others multiply what is in it. The first
+slots' weights are asked for before the wait for the kernel before (programmatic dependent launch), its x after it.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ BLOCKS_M = (8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
 ALL_REGISTERS = 65536  # of a multiprocessor
 REGISTERS_OF_TWO = 80  # a thread, at launch
-FEW_ROWS = 64  # of x, of a tile: so few take so little time that the launch after should be there already
+REGISTERS_OF_FEW = 128  # at most, of a tile of so few rows of x: a norm's program, which takes 16384, fits beside two partitions
+FEW_ROWS = 64
 SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a multiprocessor
 SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 RESERVED = 1024  # bytes of it that every program has besides, and its barriers
@@ -79,7 +80,7 @@ def deepest(
     return launch | dict(stages=max(fits, default=0))
 
 
-def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]:
+def shares(tiles: int, steps: int, multiprocessors: int, two: bool, partitions: int = 2) -> list[int]:
     """Numbers of programs worth timing for tiles of so many steps, 0 for one a tile; two: a multiprocessor runs two."""
     at_once = multiprocessors * (2 if two else 1)
     found = []
@@ -87,7 +88,7 @@ def shares(tiles: int, steps: int, multiprocessors: int, two: bool) -> list[int]
         programs = share or tiles
         alone = two and programs <= multiprocessors
         idle = programs > tiles * steps
-        uncounted = tiles % programs != 0 and 2 * tiles > COUNTERS
+        uncounted = tiles % programs != 0 and partitions * tiles > COUNTERS
         if not (alone or idle or uncounted):
             found.append(0 if programs == tiles else programs)
     return found
@@ -104,7 +105,7 @@ def registers(warps: int, rows: int, two: bool) -> tuple[int, int]:
     threads = 32 * (warps + 4)
     launch = min(255, ALL_REGISTERS // threads // 8 * 8)
     if rows <= FEW_ROWS:
-        launch = min(launch, 88 if warps > 8 else 128)
+        launch = min(launch, REGISTERS_OF_FEW)
     if two:
         launch = REGISTERS_OF_TWO
     left = launch * threads - PRODUCER_REGISTERS.value * 128
@@ -128,16 +129,17 @@ def let_next_kernel_start():
 
 @gluon.jit
 def place(tile, grid):
-    """A tile's block of x and of the weight, of `grid` blocks of each, some of x going through all of the weight together.
+    """A tile's block of x and of the weight.
 
-    Those stay in L2 meanwhile, and programs that run at one time ask it for few lines.
+    grid: blocks of x, blocks of the weight, and how many of x go through all of the weight together: those stay in L2 meanwhile,
+    and programs that run at one time ask it for few lines.
     """
     blocks_m, blocks_n, together = grid
     m, n = tile * 0, tile
     if blocks_m > 1:  # a launch of one block of x does not wait for divisions
         first = tile // (together * blocks_n) * together
         left = tile - first * blocks_n
-        blocks = gl.minimum(blocks_m - first, together)
+        blocks = gl.maximum(gl.minimum(blocks_m - first, together), 1)  # past the last tile too
         m, n = first + left % blocks, left // blocks
     return m, n
 
@@ -221,7 +223,7 @@ def add_parts(
     LAYOUT: gl.constexpr = sums.type.layout
     ROWS: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = sums.shape[1]
-    FLOATS: gl.constexpr = 64 if REGISTERS > 112 else 32  # a thread
+    FLOATS: gl.constexpr = 64 if REGISTERS > 128 else 32  # a thread, beside its sums
     FLIGHT: gl.constexpr = max(1, min(8, FLOATS * 32 * gl.num_warps() // (ROWS * COLUMNS)))
     programs = gl.num_programs(0)
     first_sharer = (((tile * steps + 1).to(gl.int64) * programs - 1) // total).to(gl.int32)

@@ -169,8 +169,8 @@ def prefill_attention_kernel(
         vs = operands(v, KIND, ASM)
         summed = ()
         for i in tl.static_range(PLANES):  # [M, C]
-            if KIND == "int4":
-                summed = summed + (tl.fma(acc[i], alpha[:, None], tl.dot(p, vs[i])),)  # see `sums_of_values`
+            if KIND == "int4":  # see `sums_of_values`
+                summed = summed + (tl.fma(acc[i], alpha[:, None], tl.dot(p, vs[i])),)
             else:
                 summed = summed + (tl.dot(p, vs[i], acc[i] * alpha[:, None]),)
         acc = summed

@@ -74,6 +74,7 @@ STEP = PAD_K  # columns of a slot
 GROUP_ROWS = 64  # of the weight, of a partition
 WIDE_ROWS = 64  # rows of x up to which a program may have four partitions: their threads have registers for so many sums
 TOGETHER = gl.constexpr(4)  # blocks of x that go through the weight together
+MOST_CUT = 128  # rows of x of a tile in parts: sums of more leave no registers for those of other programs
 MOST_AFTER = 32  # rows of x up to which the scale comes after the product
 
 TILES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
@@ -120,8 +121,10 @@ def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) 
     best = 0.0
     for size, block_n, rate in LARGE:
         one = deepest(dict(block_m=size, block_n=block_n, stages=0, programs=0), shared, 6)
-        score = rate * worth(tiles_of(one, M, N), multiprocessors)
-        if size <= block_m and one["stages"] >= 3 and score > best:
+        tiles = tiles_of(one, M, N)
+        score = rate * worth(tiles, multiprocessors)
+        cut = parts(tiles, multiprocessors) > tiles and size > MOST_CUT
+        if size <= block_m and one["stages"] >= 3 and not cut and score > best:
             best, chosen = score, one
     tiles = tiles_of(chosen, M, N)
     share = parts(tiles, multiprocessors) if tiles < multiprocessors else even_share(tiles, multiprocessors)
@@ -138,7 +141,10 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
                 one = dict(block_m=block_m, block_n=block_n, stages=0, programs=0)
                 rings = [deepest(one, shared, most, two) for most in depths]
                 if rings[0]["stages"] >= 3 and (not two or two_fit(rings[0], group_size)):
-                    of_one = shares(tiles_of(one, M, N), steps, multiprocessors, two)
+                    tiles = tiles_of(one, M, N)
+                    of_one = shares(tiles, steps, multiprocessors, two, block_n // GROUP_ROWS)
+                    if block_m > MOST_CUT:
+                        of_one = [share for share in of_one if tiles % (share or tiles) == 0]
                     found += [ring | dict(programs=share) for ring in rings for share in of_one]
     return [launch for i, launch in enumerate(found) if launch not in found[:i]]
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 import transformers
 from test_optimize import KINDS, TINY, tiny
-from transformers import TextStreamer
+from transformers import (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 import quantkit
 from quantkit import decode
@@ -86,6 +92,40 @@ def test_sequences_end_each_at_its_own_step(check, spare, monkeypatch):
     plain, model = pair()
     expected = plain.generate(**prompts(), **options)
     assert expected.shape[1] == 11 + max(steps) + 1
+    monkeypatch.setattr(decode, "StopCheck", check)
+    assert torch.equal(model.generate(**prompts(), **options), expected)
+
+
+class After(StoppingCriteria):
+    """Ends each text at a length of its own."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        return self.lengths <= ids.shape[1]
+
+
+@pytest.mark.parametrize("check", [decode.StopCheck, Late])
+@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize(
+    "criteria",
+    [
+        [],
+        [After([13, 15, 14])],
+        [After([13, 15, 99]), After([99, 99, 16])],
+        [MaxLengthCriteria(14)],
+        [MaxLengthCriteria(12), After([13, 15, 14])],
+        [MaxTimeCriteria(1000.0)],
+    ],
+    ids=["none", "one", "two", "a length", "a length and one", "a time"],
+)
+def test_the_criteria_of_the_caller_end_what_they_end_in_transformers(criteria, eos, check, monkeypatch):
+    end, _ = endings()
+    options = dict(max_new_tokens=8, pad_token_id=0, eos_token_id=end if eos else None, do_sample=False)
+    options["stopping_criteria"] = StoppingCriteriaList(criteria)
+    plain, model = pair()
+    expected = plain.generate(**prompts(), **options)
     monkeypatch.setattr(decode, "StopCheck", check)
     assert torch.equal(model.generate(**prompts(), **options), expected)
 

@@ -104,54 +104,64 @@ HOPPER = (
 
 
 def hopper_jobs():
-    """What the wrapper of the Gluon kernel launches."""
+    """What the wrapper of the Gluon kernel launches, by `config` and by the shipped table: of that, tiles of each size, cut and whole."""
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w4a16_hopper
     from quantkit.kernels.hopper import STAGED_ROWS, registers, tiles_of
     from quantkit.kernels.int4tiles import STRIP
+    from quantkit.kernels.tuned import SHIPPED
     from quantkit.kernels.w4a16_hopper import GROUP_ROWS
 
+    launches = [
+        (x, group_size, beside, M, N, w4a16_hopper.config(M, N, K, group_size))
+        for x, group_size, beside, products in HOPPER
+        for M, (N, K) in products
+    ]
+    tuned = {}
+    for entry in json.loads((SHIPPED / "sm_90.json").read_text())["entries"]:
+        if entry["kernel"] == "w4a16_hopper":
+            M, N, launch = entry["M"], entry["N"], entry["launch"]
+            tiles = tiles_of(launch, M, N)
+            cut = tiles % (launch["programs"] or tiles) != 0
+            of_size = launch["block_m"], launch["block_n"], cut
+            tuned[of_size] = ("bf16", entry["group_size"], "tuned", M, N, launch)
     seen = []
-    for x, group_size, beside, products in HOPPER:
+    for x, group_size, beside, M, N, chosen in [*launches, *tuned.values()]:
         following, swiglu = "all" in beside, "swiglu" in beside
-        for M, (N, K) in products:
-            chosen = w4a16_hopper.config(M, N, K, group_size)
-            block_m, block_n = chosen["block_m"], chosen["block_n"]
-            strips = block_n // STRIP
-            of_group = [strips, 8 * w4a16_hopper.groups_of_step(group_size)]
-            y_block = [min(block_m, STAGED_ROWS), GROUP_ROWS // (2 if swiglu else 1)]
-            y_layout = gl.NVMMASharedLayout(2 * y_block[1], element_bitwidth=16, rank=2)
-            tiles = tiles_of(chosen, M, N)
-            programs = chosen["programs"] or tiles
-            stream = tiles % programs != 0
-            types = {
-                "x_desc": f"tensordesc<{x}[{block_m}, {w4a16_hopper.STEP}],{w4a16_hopper.X_LAYOUT!r}>",
-                "tiles_desc": f"tensordesc<i32[{strips}, 8, 32],{w4a16_hopper.TILES_LAYOUT!r}>",
-                "scales_desc": f"tensordesc<i32{of_group},{w4a16_hopper.SCALES_LAYOUT!r}>"
-                if group_size
-                else None,
-                "zeros_desc": f"tensordesc<i16{of_group},{w4a16_hopper.ZEROS_LAYOUT!r}>"
-                if following
-                else None,
-                "y_desc": f"tensordesc<{x}{y_block},{y_layout!r}>",
-                "scales_ptr": None if group_size else f"*{x}",
-                "bias_ptr": f"*{x}" if following else None,
-                "residual_ptr": f"*{x}" if following else None,
-                "partial_ptr": "*fp32" if stream else None,
-                "counter_ptr": "*i32" if stream else None,
-                **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
-                **{"G": group_size, "SWIGLU": swiglu, "STREAM": stream},
-                "AFTER": w4a16_hopper.after(block_m, group_size),
-                "STAGES": chosen["stages"],
-            }
-            two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
-            at_launch, types["REGISTERS"] = registers(block_n // 16, block_m, two)
-            options = {"num_warps": 4, "maxnreg": at_launch}
-            if (types, options) not in seen:
-                seen.append((types, options))
-                name = f"w4a16_hopper {x} g{group_size} M={M} N={N} {beside}".rstrip()
-                yield name, w4a16_hopper.w4a16_hopper_kernel, types, options
+        block_m, block_n = chosen["block_m"], chosen["block_n"]
+        strips = block_n // STRIP
+        of_group = [strips, 8 * w4a16_hopper.groups_of_step(group_size)]
+        y_block = [min(block_m, STAGED_ROWS), GROUP_ROWS // (2 if swiglu else 1)]
+        y_layout = gl.NVMMASharedLayout(2 * y_block[1], element_bitwidth=16, rank=2)
+        tiles = tiles_of(chosen, M, N)
+        programs = chosen["programs"] or tiles
+        stream = tiles % programs != 0
+        types = {
+            "x_desc": f"tensordesc<{x}[{block_m}, {w4a16_hopper.STEP}],{w4a16_hopper.X_LAYOUT!r}>",
+            "tiles_desc": f"tensordesc<i32[{strips}, 8, 32],{w4a16_hopper.TILES_LAYOUT!r}>",
+            "scales_desc": f"tensordesc<i32{of_group},{w4a16_hopper.SCALES_LAYOUT!r}>"
+            if group_size
+            else None,
+            "zeros_desc": f"tensordesc<i16{of_group},{w4a16_hopper.ZEROS_LAYOUT!r}>" if following else None,
+            "y_desc": f"tensordesc<{x}{y_block},{y_layout!r}>",
+            "scales_ptr": None if group_size else f"*{x}",
+            "bias_ptr": f"*{x}" if following else None,
+            "residual_ptr": f"*{x}" if following else None,
+            "partial_ptr": "*fp32" if stream else None,
+            "counter_ptr": "*i32" if stream else None,
+            **{"M": 1 if M == 1 else "i32", "N": "i32", "K": "i32"},
+            **{"G": group_size, "SWIGLU": swiglu, "STREAM": stream},
+            "AFTER": w4a16_hopper.after(block_m, group_size),
+            "STAGES": chosen["stages"],
+        }
+        two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
+        at_launch, types["REGISTERS"] = registers(block_n // 16, block_m, two)
+        options = {"num_warps": 4, "maxnreg": at_launch}
+        if (types, options) not in seen:
+            seen.append((types, options))
+            name = f"w4a16_hopper {x} g{group_size} M={M} N={N} {beside}".rstrip()
+            yield name, w4a16_hopper.w4a16_hopper_kernel, types, options
 
 
 # what x and the weight are, and M, N and K
@@ -454,7 +464,7 @@ def attention_jobs(target: str):
         types = {"keys_ptr": codes, "values_ptr": codes, "key_scales_ptr": scales}
         return types | {"value_scales_ptr": scales, "KIND": kind, "PAGE": 64}
 
-    decodes = ((1, 4096), (16, 640), (16, 4096)) if target == "sm_90" else ((1, 4096),)
+    decodes = ((1, 4096), (16, 640), (16, 4096), (64, 640)) if target == "sm_90" else ((1, 4096),)
     for (kind, x, D, group, masked), (batch, tokens) in itertools.product(decoded, decodes):
         chosen = decode_attention.config(kind, D, batch, tokens, target)
         name = f"{kind} of {D} columns, {group} heads of {x}{', masked' * masked}, {batch} x {tokens}"
@@ -742,7 +752,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 99, "sm_89": 40, "sm_90": 187, "sm_100": 40, "sm_120": 40, "gfx942": 97, "gfx950": 40}
+KERNELS = {"sm_80": 99, "sm_89": 40, "sm_90": 207, "sm_100": 40, "sm_120": 40, "gfx942": 97, "gfx950": 40}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
@@ -757,10 +767,18 @@ def test_every_kernel_compiles_and_fits(compiled, target):
     assert not too_large, f"shared memory past {SHARED_MEMORY[target]} KiB: {too_large}"
 
 
+def is_capped(kernel: dict) -> bool:
+    """Whether it gets fewer registers than a multiprocessor has for its only program."""
+    from quantkit.kernels.hopper import REGISTERS_OF_TWO
+
+    return kernel["name"].startswith("w4a16_decode") or kernel["max_registers"] == REGISTERS_OF_TWO
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_that_dispatch_chooses_spills_registers(compiled, target):
     spilled = {k["name"]: k["spills"] for k in compiled[target][0] if k["chosen"] and k.get("spills")}
-    assert all(k["max_registers"] for k in compiled[target][0] if k["name"] in spilled), spilled
+    capped = {k["name"] for k in compiled[target][0] if is_capped(k)}
+    assert not set(spilled) - capped, spilled
     assert max(spilled.values(), default=0) <= SPILLS, spilled
 
 

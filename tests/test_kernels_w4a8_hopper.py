@@ -122,7 +122,15 @@ def test_launches_fit_a_multiprocessor(M, N, K):
         assert hopper.two_fit(launch)
 
 
-def check(random: Random, product, group_size: int, asymmetric: bool, dtype: torch.dtype, scale_dtype=None):
+def check(
+    random: Random,
+    product,
+    group_size: int,
+    asymmetric: bool,
+    dtype: torch.dtype,
+    scale_dtype=None,
+    launch=None,
+):
     from quantkit.kernels.w4a8_hopper import w4a8_hopper
 
     M, N, K = product
@@ -135,9 +143,16 @@ def check(random: Random, product, group_size: int, asymmetric: bool, dtype: tor
     operands = (x_codes, x_scales, *interleave_int4(*neutral, K), bias, group_size, dtype)
     poison = torch.full((M, N), float("nan"), device=DEVICE, dtype=dtype)
     del poison  # the allocator hands its memory to y
-    y = w4a8_hopper(*operands)
+    y = w4a8_hopper(*operands, launch)
     assert_within(y, expected, magnitude, K)
-    assert torch.equal(y, w4a8_hopper(*operands))
+    assert torch.equal(y, w4a8_hopper(*operands, launch))
+
+
+@gpu
+@pytest.mark.parametrize("programs", [0, 38, 29])  # a tile each, several whole ones, ranges that cut tiles
+def test_more_blocks_of_x_than_go_through_the_weight_together(random: Random, programs):
+    launch = dict(block_m=8, block_n=64, stages=4, programs=programs)
+    check(random, (300, 144, 1152), 128, False, torch.bfloat16, launch=launch)
 
 
 @gpu

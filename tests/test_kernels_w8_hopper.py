@@ -96,6 +96,27 @@ def test_w8a8(random: Random, product, dtype, x_dtype):
 
 
 @gpu
+@pytest.mark.parametrize("programs", [0, 38, 29])  # a tile each, several whole ones, ranges that cut tiles
+@pytest.mark.parametrize("x_dtype", [None, torch.bfloat16], ids=["8 bits", "16 bits"])
+def test_more_blocks_of_x_than_go_through_the_weight_together(random: Random, x_dtype, programs):
+    """Groups of 16 blocks of x, of 16-bit x 4, and a last one that is not full, of 38 blocks by 3."""
+    from quantkit.kernels.w8_hopper import w8a8_hopper, w8a16_hopper
+
+    M, N, K = 300, 136, 1100
+    launch = dict(block_m=8, block_n=64, stages=4, programs=programs)
+    x, codes, scales = random.x(M, K, torch.bfloat16), random.bytes8(N, K, torch.int8), random.scales(N, 1)
+    if x_dtype is None:
+        given, x_scales = quantize_activations(x, torch.int8)
+        y = w8a8_hopper(given, x_scales, codes, scales, None, torch.bfloat16, launch=launch)
+    else:
+        given, x_scales = x, torch.ones(M, 1, device=DEVICE)
+        y = w8a16_hopper(x, interleave(codes), scales, None, True, launch)
+    expected = w8a8.reference(given, x_scales, codes, scales, None)
+    magnitude = (given.double().abs() * x_scales) @ (codes.double().abs() * scales).T
+    assert_within(y, expected, magnitude, K)
+
+
+@gpu
 @pytest.mark.parametrize("K", [4096, 14336])
 @pytest.mark.parametrize("M", [16, 300])
 def test_sums_of_e4m3_products(random: Random, M, K):
