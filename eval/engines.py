@@ -1,6 +1,7 @@
-"""Greedy tokens and tokens a second of one checkpoint, by `quantkit.load` and by vLLM, each in a process of its own.
+"""Greedy tokens and tokens a second of one checkpoint, by `quantkit.load`, by transformers alone and by vLLM, each in a process of its own.
 
-    python -m quantkit.eval.engines quantkit DIR ours.json
+    python -m quantkit.eval.engines quantkit DIR ours.json          # --optimize: its blocks as `quantkit.optimize` makes them
+    python -m quantkit.eval.engines transformers EXPORT theirs.json # as it opens an export by itself
     python -m quantkit.eval.engines vllm DIR theirs.json            # a quantkit directory: by the plug-in
     python -m quantkit.eval.engines vllm EXPORT theirs.json         # its own kernels, of an export; --quantization quantkit: ours
     python -m quantkit.eval.engines compare ours.json theirs.json
@@ -22,6 +23,7 @@ import torch
 from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
 from quantkit.load import load_model
+from quantkit.optimize import optimize
 
 TEXTS = (
     "Once upon a time",
@@ -43,29 +45,45 @@ def prompts(folder: str) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-def of_quantkit(folder: str, new: int, timed: int) -> Record:
+def of_quantkit(folder: str, new: int, timed: int, optimized: bool = False) -> Record:
     """`new` greedy tokens after each prompt, the gaps between the two largest logits before each, and tokens a second."""
-    model: Any = load_model(Path(folder), dtype=torch.bfloat16)
+    model = load_model(Path(folder), dtype=torch.bfloat16)
+    if optimized:
+        return of_model("quantkit, optimized", optimize(model), folder, new, timed)
+    return of_model("quantkit", model, folder, new, timed)
+
+
+def of_transformers(folder: str, new: int, timed: int) -> Record:
+    """The same of a format that transformers opens by itself."""
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config.get("quantization_config", {}).get("quant_method") == "quantkit":
+        raise QuantKitError(
+            f"{folder}: a quantkit directory, which transformers opens by our kernels; export it with quantkit convert"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})
+    return of_model(f"transformers {version('transformers')}", model, folder, new, timed)
+
+
+def of_model(engine: str, model: Any, folder: str, new: int, timed: int) -> Record:
+    no_end = model.config.get_text_config().vocab_size  # no token: all that are asked for are generated
+
+    def generate(rows: list[list[int]], tokens: int, **options: Any) -> Any:
+        ids = torch.tensor(rows, device=model.device)
+        given = {"attention_mask": torch.ones_like(ids), "eos_token_id": no_end, "pad_token_id": 0}
+        return model.generate(ids, do_sample=False, max_new_tokens=tokens, **given, **options)
+
     answers = []
     for ids in prompts(folder):
-        found = model.generate(
-            torch.tensor([ids], device=model.device),
-            do_sample=False,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        found = generate([ids], new, output_logits=True, return_dict_in_generate=True)
         two = torch.stack(found.logits).float()[:, 0].topk(2).values
         answers.append(
             {"ids": found.sequences[0, len(ids) :].tolist(), "gaps": (two[:, 0] - two[:, 1]).tolist()}
         )
-    rows = torch.tensor([prompts(folder)[0]] * ROWS, device=model.device)
-
-    def run(tokens: int) -> None:
-        model.generate(rows, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-
-    return record("quantkit", folder, answers, speed(run, timed), model.device)
+    rows = [prompts(folder)[0]] * ROWS
+    return record(engine, folder, answers, speed(lambda tokens: generate(rows, tokens), timed), model.device)
 
 
 def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Record:
@@ -156,9 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("engine", choices=("quantkit", "vllm", "compare"))
+    parser.add_argument("engine", choices=("quantkit", "transformers", "vllm", "compare"))
     parser.add_argument("paths", nargs="+", help="DIR and OUT.json, or the files to compare")
     parser.add_argument("--quantization", help="of vLLM: quantkit, to take over a compressed-tensors export")
+    parser.add_argument("--optimize", action="store_true", help="of quantkit: also quantkit.optimize")
     parser.add_argument("--new", type=int, default=64, help="tokens compared")
     parser.add_argument("--timed", type=int, default=256, help="tokens timed")
     given = parser.parse_args(arguments)
@@ -170,8 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder, out = given.paths
     if given.engine == "vllm":
         found = of_vllm(folder, given.new, given.timed, given.quantization)
+    elif given.engine == "transformers":
+        found = of_transformers(folder, given.new, given.timed)
     else:
-        found = of_quantkit(folder, given.new, given.timed)
+        found = of_quantkit(folder, given.new, given.timed, given.optimize)
     Path(out).write_text(json.dumps(found))
     print(f"{found['engine']} {folder}: {found['tokens_per_s']:.0f} tokens/s at {ROWS} rows")
 

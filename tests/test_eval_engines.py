@@ -6,6 +6,7 @@ from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from quantkit.errors import QuantKitError
 from quantkit.eval import engines
@@ -51,6 +52,29 @@ def test_quantkits_tokens_are_generates_and_vllms_stand_beside_them(tmp_path, mo
         f"  'The capital of France is': token 3 differs from quantkit's, whose two largest logits are {gap:.4f} apart there"
     )
     assert lines[2].startswith("vllm 0.23, quantkit lm-7m: 7 of 8 answers as quantkit's")
+
+
+def test_transformers_and_the_optimized_model_stand_beside_the_loaded_one(tmp_path, capsys):
+    files = {name: str(tmp_path / name) for name in ("ours", "optimized", "theirs")}
+    short = ["--new", "5", "--timed", "9"]
+    engines.main(["quantkit", MODEL, files["ours"], *short])
+    engines.main(["quantkit", MODEL, files["optimized"], "--optimize", *short])
+    engines.main(["transformers", MODEL, files["theirs"], *short])
+    capsys.readouterr()
+    engines.main(["compare", *files.values()])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [line.split(" lm-7m")[0] for line in lines] == [
+        "quantkit",
+        "quantkit, optimized",
+        f"transformers {transformers.__version__}",
+    ]
+    assert lines[2].split(": ")[1].startswith("8 of 8 answers")  # of an unquantized model: the same one
+
+
+def test_a_quantkit_directory_is_no_matter_of_transformers_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "quantkit"}}')
+    with pytest.raises(QuantKitError, match="export it with quantkit convert"):
+        engines.of_transformers(str(tmp_path), 5, 9)
 
 
 def test_without_vllm_it_says_so(monkeypatch):
