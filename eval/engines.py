@@ -57,7 +57,10 @@ def of_transformers(folder: str, new: int, timed: int) -> Record:
     """The same of a format that transformers opens by itself."""
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((Path(folder) / "config.json").read_text())
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise QuantKitError(f"{folder}: no config.json, expected a model directory")
+    config = json.loads(file.read_text())
     if config.get("quantization_config", {}).get("quant_method") == "quantkit":
         raise QuantKitError(
             f"{folder}: a quantkit directory, which transformers opens by our kernels; export it with quantkit convert"

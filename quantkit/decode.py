@@ -113,7 +113,7 @@ def what_runs(model: torch.nn.Module) -> tuple[Any, ...]:
 
 def greedy(scores: Tensor) -> Tensor:
     """scores.argmax(-1): of [batch, vocabulary] the place of each row's first largest score, or first NaN, int64 [batch]."""
-    if not scores.is_cuda:
+    if not scores.is_cuda or scores.dtype == torch.float64:
         return scores.argmax(-1)
     from quantkit.kernels.argmax import argmax_triton  # Triton is not on all platforms
 
