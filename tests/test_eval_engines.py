@@ -72,7 +72,7 @@ def test_transformers_and_the_optimized_model_stand_beside_the_loaded_one(tmp_pa
 
 
 def test_a_quantkit_directory_is_no_matter_of_transformers_alone(tmp_path):
-    with pytest.raises(QuantKitError, match="no config.json, expected a model directory"):
+    with pytest.raises(QuantKitError, match="expected a model directory"):
         engines.of_transformers(str(tmp_path), 5, 9)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "quantkit"}}')
     with pytest.raises(QuantKitError, match="export it with quantkit convert"):
