@@ -186,15 +186,20 @@ def generate_seconds(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens:
 
 def generate(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Exactly `new_tokens` greedy tokens after each prompt, whatever they are -> int64 [batch, new_tokens]."""
-    ids = model.generate(  # type: ignore[operator]
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        eos_token_id=model.config.get_text_config().vocab_size,  # no token, but looked for as any other
-        pad_token_id=0,
-    )
+    ids = model.generate(**exactly(model, prompt, new_tokens))  # type: ignore[operator]
     return ids[:, prompt.shape[1] :]
+
+
+def exactly(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """What `generate` has to be given for so many greedy tokens after each prompt, whatever they are."""
+    return {
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "max_new_tokens": new_tokens,
+        "eos_token_id": model.config.get_text_config().vocab_size,  # no token, but looked for as any other
+        "pad_token_id": 0,
+    }
 
 
 def graph_seconds(

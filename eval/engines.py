@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import QuantKitError
+from quantkit.eval.decode import exactly
 from quantkit.eval.records import Record, environment
 from quantkit.load import load_model
 from quantkit.optimize import optimize
@@ -71,12 +72,8 @@ def of_transformers(folder: str, new: int, timed: int) -> Record:
 
 
 def of_model(engine: str, model: Any, folder: str, new: int, timed: int) -> Record:
-    no_end = model.config.get_text_config().vocab_size  # no token: all that are asked for are generated
-
     def generate(rows: list[list[int]], tokens: int, **options: Any) -> Any:
-        ids = torch.tensor(rows, device=model.device)
-        given = {"attention_mask": torch.ones_like(ids), "eos_token_id": no_end, "pad_token_id": 0}
-        return model.generate(ids, do_sample=False, max_new_tokens=tokens, **given, **options)
+        return model.generate(**exactly(model, torch.tensor(rows, device=model.device), tokens), **options)
 
     answers = []
     for ids in prompts(folder):

@@ -31,8 +31,7 @@ ATTENTION_MAX_COLUMNS_AMD = 128  # of a head
 WIDE_MAX_M = 256  # past it dequantizing once is the faster way
 DECODE_LAUNCH = ("rows", "warps_n", "warps_k", "depth", "stages", "programs", "max_registers")
 WIDE_LAUNCH = ("block_m", "rows", "warps", "tiles", "stages")
-HOPPER_LAUNCH = ("block_m", "block_n", "stages", "programs")
-TILES_LAUNCH = ("block_m", "block_n", "stages", "programs")  # of w8_hopper and w4a8_hopper
+TILES_LAUNCH = ("block_m", "block_n", "stages", "programs")  # of the Gluon kernels
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "w4a16_tiles": (
         Kernel("w4a16_decode", "w4a16_decode", _decode, parameters=DECODE_LAUNCH),
-        Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=HOPPER_LAUNCH),
+        Kernel("w4a16_hopper", "w4a16_hopper", _hopper, parameters=TILES_LAUNCH),
         Kernel("w4a16_wide", "w4a16_wide", _wide, _past(WIDE_MAX_M), WIDE_LAUNCH),
         Kernel("w4a16_tiles_vendor", "dequantize", _triton),
         Kernel("w4a16_tiles_dequantize", "cpu", _cpu),

@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from quantkit.kernels.interleave import STEP
 from quantkit.kernels.stream_k import COUNTERS
 
 # Triton 3.9's names, and 3.6's
@@ -27,6 +28,7 @@ REGISTERS_OF_FEW = 128  # at most, of a tile of so few rows of x: a norm's progr
 FEW_ROWS = 64
 SUMS_OF_TWO = 32  # float32 sums a thread, where two programs are to fit on a multiprocessor
 SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
+GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
 RESERVED = 1024  # bytes of it that every program has besides, and its barriers
 STAGED_ROWS = 32  # of y, in shared memory on their way out
 
@@ -94,6 +96,13 @@ def shares(tiles: int, steps: int, multiprocessors: int, two: bool, partitions: 
     return found
 
 
+def cut(launch: dict[str, int], tiles: int, K: int, partitions: int) -> tuple[int, bool]:
+    """Programs of a launch, and whether they share tiles: with more of them than there are counters each program has one tile."""
+    programs = min(launch["programs"] or tiles, tiles * triton.cdiv(K, STEP))
+    stream = tiles % programs != 0
+    return (tiles, False) if stream and tiles * partitions > COUNTERS else (programs, stream)
+
+
 def registers(warps: int, rows: int, two: bool) -> tuple[int, int]:
     """Registers of a thread at launch, and then, when the ring's warp has given up its own, of one that multiplies.
 
@@ -142,6 +151,48 @@ def place(tile, grid):
         blocks = gl.maximum(gl.minimum(blocks_m - first, together), 1)  # past the last tile too
         m, n = first + left % blocks, left // blocks
     return m, n
+
+
+@gluon.jit
+def dealt(
+    M, N, K, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr, STREAM: gl.constexpr
+):
+    """What a program has to do, and the steps of all.
+
+    Its first step and the one past its last, counted through its tiles, whose steps are `steps` each; the grid of `place`; and how far
+    apart its tiles are.
+    """
+    programs = gl.num_programs(0)
+    tiles_m, steps, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(K, 128), gl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    total = tiles.to(gl.int64) * steps
+    if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
+        begin = (gl.program_id(0) * total // programs).to(gl.int32)
+        stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
+        stride = 1
+    else:  # whole tiles; those at work at one time are neighbours, so that L2 holds what they share
+        begin = gl.program_id(0) * steps
+        stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
+        stride = programs
+    return (begin, stop, steps, (tiles_m, tiles_n, TOGETHER), stride), total
+
+
+@gluon.jit
+def tiles_dealt(work):
+    """How many tiles a program has, the first and the last perhaps in part."""
+    begin, stop, steps = work[0], work[1], work[2]
+    return (stop - 1) // steps + 1 - begin // steps
+
+
+@gluon.jit
+def part_of_tile(i, work):
+    """A program's tile i, the steps along K of it that are the program's, from and to, and its place."""
+    begin, stop, steps, grid, stride = work
+    tile = begin // steps + i * stride
+    s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
+    s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
+    m, n = place(tile, grid)
+    return tile, s0, s1, m, n
 
 
 @gluon.jit

@@ -37,17 +37,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quantkit.kernels import w4a16
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
+    GROUP_ROWS,
     PRODUCER_REGISTERS,
     RESERVED,
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
+    cut,
+    dealt,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
+    part_of_tile,
     parts,
     place,
     registers,
@@ -55,12 +59,13 @@ from quantkit.kernels.hopper import (
     shares,
     step_after,
     store_transposed,
+    tiles_dealt,
     tiles_of,
     wait_for_kernel_before,
     worth,
 )
 from quantkit.kernels.int4tiles import PAD_K, STRIP
-from quantkit.kernels.stream_k import COUNTERS, next_counters
+from quantkit.kernels.stream_k import next_counters
 from quantkit.kernels.w4a16_wide import w4a16_wide
 
 UNPACK_BF16 = gl.constexpr(w4a16.UNPACK_BF16.value)
@@ -71,7 +76,6 @@ MUL_BF16 = gl.constexpr(w4a16.MUL_BF16.value)
 MUL_F16 = gl.constexpr(w4a16.MUL_F16.value)
 
 STEP = PAD_K  # columns of a slot
-GROUP_ROWS = 64  # of the weight, of a partition
 WIDE_ROWS = 64  # rows of x up to which a program may have four partitions: their threads have registers for so many sums
 TOGETHER = gl.constexpr(4)  # blocks of x that go through the weight together
 MOST_CUT = 128  # rows of x of a tile in parts: sums of more leave no registers for those of other programs
@@ -408,7 +412,7 @@ def _consume(
     P: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One of PARTS partitions: products of its 64 rows of what is in the ring, and what follows them."""
-    begin, stop, steps, grid, stride = work
+    steps = work[2]
     total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N = rest
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = W * 16
@@ -416,11 +420,8 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BLOCK_M, 16])
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     slot, phase = 0, 0
-    for i in range(0, (stop - 1) // steps + 1 - begin // steps):
-        tile = begin // steps + i * stride
-        s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
-        s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, grid)
+    for i in range(0, tiles_dealt(work)):
+        tile, s0, s1, m, n = part_of_tile(i, work)
         m0, n0 = m * BLOCK_M, (n * PARTS + PART) * ROWS
         y = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
         if PARTS == 1:
@@ -458,21 +459,7 @@ def w4a16_hopper_kernel(
     PARTS: gl.constexpr = STRIPS // 4
     P: gl.constexpr = 128 // G if G > 0 and G < 128 else 1
     ZEROS: gl.constexpr = zeros_desc is not None
-    programs = gl.num_programs(0)
-    tiles_m = gl.cdiv(M, BLOCK_M)
-    steps = gl.cdiv(K, 128)
-    tiles_n = gl.cdiv(N, STRIPS * 16)
-    grid = (tiles_m, tiles_n, TOGETHER)
-    tiles = tiles_m * tiles_n
-    total = tiles.to(gl.int64) * steps
-    if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
-        begin = (gl.program_id(0) * total // programs).to(gl.int32)
-        stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
-        stride = 1
-    else:  # whole tiles; those at work at one time are neighbours, so that L2 holds what they share
-        begin = gl.program_id(0) * steps
-        stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
-        stride = programs
+    work, total = dealt(M, N, K, BLOCK_M, STRIPS * 16, TOGETHER, STREAM)
 
     x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
     tiles_ring = gl.allocate_shared_memory(gl.int32, [STAGES, STRIPS, 8, 32], tiles_desc.layout)
@@ -490,7 +477,6 @@ def w4a16_hopper_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, tiles_desc, scales_desc, zeros_desc)
     ring = (x_ring, tiles_ring, scales_ring, zeros_ring, full, empty)
-    work = (begin, stop, steps, grid, stride)
     rest = (total, scales_ptr, bias_ptr, residual_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N)
     if PARTS == 1:
         gl.warp_specialize(
@@ -553,11 +539,7 @@ def w4a16_hopper(
     describe = TensorDescriptor.from_tensor
     of_group = [strips, groups_of_step(group_size) * 8]
 
-    shared = tiles_of(chosen, M, N)
-    programs = min(chosen["programs"] or shared, shared * triton.cdiv(K, STEP))
-    stream = shared % programs != 0
-    if stream and shared * partitions > COUNTERS:
-        programs, stream = shared, False
+    programs, stream = cut(chosen, tiles_of(chosen, M, N), K, partitions)
     partial = counters = None
     if stream:
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=torch.float32)

@@ -31,17 +31,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
+    GROUP_ROWS,
     PRODUCER_REGISTERS,
     RESERVED,
     SHARED,
     STAGED_ROWS,
     SUMS_OF_TWO,
     add_parts,
+    cut,
+    dealt,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
+    part_of_tile,
     parts,
     place,
     registers,
@@ -49,15 +53,15 @@ from quantkit.kernels.hopper import (
     shares,
     step_after,
     store_transposed,
+    tiles_dealt,
     tiles_of,
     wait_for_kernel_before,
     worth,
 )
 from quantkit.kernels.interleave import STEP
-from quantkit.kernels.stream_k import COUNTERS, next_counters
+from quantkit.kernels.stream_k import next_counters
 from quantkit.kernels.w8_hopper import aligned
 
-GROUP_ROWS = 64  # of the weight, of a partition
 TOGETHER = gl.constexpr(16)  # blocks of x that go through the weight together
 WIDEST_PRODUCT = gl.constexpr(128)  # rows of x of the widest int8 product that Triton has
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -296,7 +300,7 @@ def _consume(
 ):  # fmt: skip
     """One of PARTS partitions: products of its rows of what is in the ring, and what follows them."""
     x_ring, weights, full, empty = ring
-    begin, stop, steps, grid, stride = work
+    steps = work[2]
     total, x_scales_ptr, scales_ptr, bias_ptr, y_desc, staging, partial_ptr, counter_ptr, M, N, stride_sm = (
         rest
     )
@@ -308,11 +312,8 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, ROWS, 32])
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     slot, phase = 0, 0
-    for i in range(0, (stop - 1) // steps + 1 - begin // steps):
-        tile = begin // steps + i * stride
-        s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
-        s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, grid)
+    for i in range(0, tiles_dealt(work)):
+        tile, s0, s1, m, n = part_of_tile(i, work)
         m0, n0 = m * BLOCK_M, (n * PARTS + PART) * BLOCK_N
         acc = gl.zeros((BLOCK_N, ROWS), SUM, MMA)
         other = gl.zeros((BLOCK_N, ROWS), SUM, MMA)
@@ -369,21 +370,7 @@ def w4a8_hopper_kernel(
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     ZEROS: gl.constexpr = zeros_desc is not None
-    programs = gl.num_programs(0)
-    tiles_m = gl.cdiv(M, BLOCK_M)
-    steps = gl.cdiv(K, 128)
-    tiles_n = gl.cdiv(N, BLOCK_N)
-    grid = (tiles_m, tiles_n, TOGETHER)
-    tiles = tiles_m * tiles_n
-    total = tiles.to(gl.int64) * steps
-    if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
-        begin = (gl.program_id(0) * total // programs).to(gl.int32)
-        stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
-        stride = 1
-    else:  # whole tiles; those at work at one time are neighbours, so that L2 holds what they share
-        begin = gl.program_id(0) * steps
-        stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
-        stride = programs
+    work, total = dealt(M, N, K, BLOCK_M, BLOCK_N, TOGETHER, STREAM)
 
     x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], x_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, 64], w_desc.layout)
@@ -403,7 +390,6 @@ def w4a8_hopper_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     descs = (x_desc, w_desc, scales_desc, zeros_desc)
     ring = (x_ring, (w_ring, scales_ring, zeros_ring), full, empty)
-    work = (begin, stop, steps, grid, stride)
     rest = (
         total,
         x_scales_ptr,
@@ -472,11 +458,7 @@ def w4a8_hopper(
         scales_desc = describe(aligned(in_rows(scales)), [1, block_n], rows_layout(scales.dtype))
     if zeros is not None:
         zeros_desc = describe(aligned(in_rows(zeros)).view(torch.int8), [1, block_n], rows_layout(torch.int8))
-    tiles = tiles_of(chosen, M, N)
-    programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
-    stream = tiles % programs != 0
-    if stream and tiles * partitions > COUNTERS:
-        programs, stream = tiles, False
+    programs, stream = cut(chosen, tiles_of(chosen, M, N), K, partitions)
     partial = counters = None
     if stream:
         sums = torch.float32 if group_size else torch.int32

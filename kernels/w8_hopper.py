@@ -38,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantkit.kernels.dispatch import multiprocessors_of
 from quantkit.kernels.hopper import (
+    GROUP_ROWS,
     PRODUCER_REGISTERS,
     RESERVED,
     SHARED,
@@ -45,11 +46,14 @@ from quantkit.kernels.hopper import (
     SUMS_OF_TWO,
     add_parts,
     barrier,
+    cut,
+    dealt,
     deepest,
     even_share,
     let_next_kernel_start,
     load_tile,
     next_slot,
+    part_of_tile,
     parts,
     place,
     registers,
@@ -58,14 +62,14 @@ from quantkit.kernels.hopper import (
     step_after,
     store_tile,
     store_transposed,
+    tiles_dealt,
     tiles_of,
     wait_for_kernel_before,
     worth,
 )
 from quantkit.kernels.interleave import STEP
-from quantkit.kernels.stream_k import COUNTERS, next_counters
+from quantkit.kernels.stream_k import next_counters
 
-GROUP_ROWS = 64  # of the tensor cores' left operand, of a warpgroup
 # columns: of the widest int8 product that Triton has, and of an e4m3 one with room for its sums in registers
 WIDEST_PRODUCT = gl.constexpr(128)
 TOGETHER = gl.constexpr(16)  # blocks of x that go through the weight together
@@ -324,7 +328,7 @@ def _consume(
 ):  # fmt: skip
     """A partition of the warps: products of its rows of the left operand in the ring, and what follows them."""
     left_ring, right_ring, full, empty = ring
-    begin, stop, steps, grid, stride = work
+    steps = work[2]
     (
         total,
         x_scales_ptr,
@@ -351,11 +355,8 @@ def _consume(
     wait_for_kernel_before()  # the workspace and y may be in use by the kernel before
     # `free` must not begin as another name of slot, or Triton 3.6 takes it for unchanged in the loop
     slot, phase, free = 0, 0, STAGES - 1
-    for i in range(0, (stop - 1) // steps + 1 - begin // steps):
-        tile = begin // steps + i * stride
-        s0 = gl.maximum(begin - (begin // steps + i) * steps, 0)
-        s1 = gl.minimum(stop - (begin // steps + i) * steps, steps)
-        m, n = place(tile, grid)
+    for i in range(0, tiles_dealt(work)):
+        tile, s0, s1, m, n = part_of_tile(i, work)
         if X_LEFT:
             m0, n0 = (m * GROUPS + GROUP) * ROWS, n * COLUMNS
         else:
@@ -491,21 +492,7 @@ def w8_hopper_kernel(
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[0]
     FLOATS: gl.constexpr = x_desc.dtype.primitive_bitwidth == 16
-    programs = gl.num_programs(0)
-    tiles_m = gl.cdiv(M, BLOCK_M)
-    steps = gl.cdiv(K, 128)
-    tiles_n = gl.cdiv(N, BLOCK_N)
-    grid = (tiles_m, tiles_n, FLOATS_TOGETHER if FLOATS else TOGETHER)
-    tiles = tiles_m * tiles_n
-    total = tiles.to(gl.int64) * steps
-    if STREAM:  # neighbouring tiles, the first and the last perhaps in parts
-        begin = (gl.program_id(0) * total // programs).to(gl.int32)
-        stop = ((gl.program_id(0) + 1) * total // programs).to(gl.int32)
-        stride = 1
-    else:  # whole tiles; those at work at one time are neighbours, so that L2 holds what they share
-        begin = gl.program_id(0) * steps
-        stop = begin + (tiles - gl.program_id(0) + programs - 1) // programs * steps
-        stride = programs
+    work, total = dealt(M, N, K, BLOCK_M, BLOCK_N, FLOATS_TOGETHER if FLOATS else TOGETHER, STREAM)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
     ROWS: gl.constexpr = BLOCK_M if X_LEFT else BLOCK_N
@@ -522,7 +509,6 @@ def w8_hopper_kernel(
     sides = (w_ring, x_ring, full, empty)
     if X_LEFT:
         sides = ring
-    work = (begin, stop, steps, grid, stride)
     rest = (
         total,
         x_scales_ptr,
@@ -599,11 +585,7 @@ def product(
     rows, y_columns = staged(chosen, x_left)
     y_block = [group, y_columns] if x_left else [rows, group]
     strides = (0, 0) if x_scales is None or len(x_scales) != M else x_scales.stride()
-    tiles = tiles_of(chosen, M, N)
-    programs = min(chosen["programs"] or tiles, tiles * triton.cdiv(K, STEP))
-    stream = tiles % programs != 0
-    if stream and 2 * tiles > COUNTERS:
-        programs, stream = tiles, False
+    programs, stream = cut(chosen, tiles_of(chosen, M, N), K, 2)
     partial = counters = None
     if stream:
         sums = torch.int32 if x.dtype == torch.int8 else torch.float32

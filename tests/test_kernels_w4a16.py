@@ -301,7 +301,7 @@ def test_hopper_leaves_to_the_wide_kernel_what_it_cannot_take(random: Random, re
 @gpu
 @hopper
 def test_hopper_without_a_counter_a_tile_gives_every_program_one_tile(random: Random, monkeypatch):
-    monkeypatch.setattr(w4a16_hopper, "COUNTERS", 1)
+    monkeypatch.setattr("quantkit.kernels.hopper.COUNTERS", 1)
     product = Product.of(random, 40, 136, 600, 128, False, BF16)
     product.check(
         w4a16_hopper.w4a16_hopper(*product.arguments, hopper_launch(16, 64, 4, programs=7)), roundings=1
