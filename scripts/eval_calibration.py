@@ -28,6 +28,8 @@ def main(
     records: Annotated[Path | None, typer.Option(help="Append to this .jsonl file.")] = None,
 ) -> None:
     """Print seconds and peaks of memory of each run."""
+    if model not in CONFIGS:
+        raise typer.BadParameter(f"{model}: known are {', '.join(CONFIGS)}", param_hint="--model")
     spec = CalibrationSpec(samples=samples, seq_len=seq_len)
     recipes = [Recipe(scheme, word, calibration=spec) for word in method or []]
     recipes = recipes or [
