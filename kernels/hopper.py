@@ -103,17 +103,19 @@ def cut(launch: dict[str, int], tiles: int, K: int, partitions: int) -> tuple[in
     return (tiles, False) if stream and tiles * partitions > COUNTERS else (programs, stream)
 
 
-def registers(warps: int, rows: int, two: bool) -> tuple[int, int]:
+def registers(warps: int, rows: int, two: bool, shared: int) -> tuple[int, int]:
     """Registers of a thread at launch, and then, when the ring's warp has given up its own, of one that multiplies.
 
     Args:
         warps: that multiply; the ring's warp takes the place of four.
         rows: of x, of a tile. Few leave room for programs of the kernel after, which so are there when this one ends.
         two: whether a multiprocessor runs two programs at once.
+        shared: bytes of a program's shared memory. Where two would fit, only their registers keep them apart: a multiprocessor
+            that is done early would get two of them, and another one none.
     """
     threads = 32 * (warps + 4)
     launch = min(255, ALL_REGISTERS // threads // 8 * 8)
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS and 2 * shared > SHARED:
         launch = min(launch, REGISTERS_OF_FEW)
     if two:
         launch = REGISTERS_OF_TWO

@@ -545,7 +545,7 @@ def w4a16_hopper(
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=torch.float32)
         counters = next_counters(x.device)
     two = programs > multiprocessors and two_fit(chosen, group_size)
-    at_launch, of_consumer = registers(4 * partitions, block_m, two)
+    at_launch, of_consumer = registers(4 * partitions, block_m, two, shared_bytes(chosen, group_size))
     w4a16_hopper_kernel[(programs,)](
         describe(x, [block_m, STEP], X_LAYOUT),
         describe(tiles.view(*by_strip, 32), [strips, 8, 32], TILES_LAYOUT),

@@ -465,7 +465,7 @@ def w4a8_hopper(
         partial = x_codes.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x_codes.device)
     two = programs > multiprocessors and two_fit(chosen)
-    at_launch, of_consumer = registers(4 * partitions, block_m, two)
+    at_launch, of_consumer = registers(4 * partitions, block_m, two, shared_bytes(chosen))
     w4a8_hopper_kernel[(programs,)](
         describe(x_codes, [block_m, STEP], X_LAYOUT),
         describe(codes, [block_n, STEP // 2], CODES_LAYOUT),
