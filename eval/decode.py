@@ -176,12 +176,18 @@ def prefill_seconds(model: "PreTrainedModel", prompt: torch.Tensor, repeats: int
 
 
 def generate_seconds(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int, repeats: int) -> float:
-    """Seconds a decode step of `model.generate`, without the prefill."""
-    first = median(synchronized_seconds(lambda: generate(model, prompt, 1), prompt.device, repeats))
-    all_of_them = median(
-        synchronized_seconds(lambda: generate(model, prompt, new_tokens), prompt.device, repeats)
-    )
-    return (all_of_them - first) / (new_tokens - 1)
+    """Seconds a decode step of `model.generate`, without the prefill.
+
+    The two runs of a difference follow each other: the host, which binds a short prompt's prefill, is not always as fast.
+    """
+
+    def seconds(tokens: int) -> float:
+        return synchronized_seconds(lambda: generate(model, prompt, tokens), prompt.device, 1, warm=False)[0]
+
+    for tokens in (1, new_tokens):
+        generate(model, prompt, tokens)
+    steps = [seconds(new_tokens) - seconds(1) for _ in range(repeats)]
+    return median(steps) / (new_tokens - 1)
 
 
 def generate(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:

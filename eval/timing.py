@@ -106,10 +106,13 @@ def call_seconds(launches: Sequence[Callable[[], Any]], replays: int) -> list[fl
     return samples
 
 
-def synchronized_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Wall-clock seconds of each of `repeats` runs after one unmeasured, waiting for the device at both ends."""
+def synchronized_seconds(
+    run: Callable[[], Any], device: torch.device, repeats: int, warm: bool = True
+) -> list[float]:
+    """Wall-clock seconds of each of `repeats` runs, waiting for the device at both ends; warm: after one unmeasured."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    run()
+    if warm:
+        run()
     samples = []
     for _ in range(repeats):
         wait()

@@ -592,7 +592,9 @@ def product(
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x.device)
     two = programs > multiprocessors and two_fit(chosen, x_bytes, x_left)
-    at_launch, of_consumer = registers((block_m if x_left else block_n) // 16, block_m, two, shared_bytes(chosen, x_bytes, x_left))
+    at_launch, of_consumer = registers(
+        (block_m if x_left else block_n) // 16, block_m, two, shared_bytes(chosen, x_bytes, x_left)
+    )
     w8_hopper_kernel[(programs,)](
         describe(x, [block_m, columns], X_LAYOUT if floats else CODES_LAYOUT),
         describe(w, [block_n, w_columns], WORDS_LAYOUT if floats else CODES_LAYOUT),
