@@ -156,7 +156,9 @@ def hopper_jobs():
             "STAGES": chosen["stages"],
         }
         two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
-        at_launch, types["REGISTERS"] = registers(block_n // 16, block_m, two)
+        at_launch, types["REGISTERS"] = registers(
+            block_n // 16, block_m, two, w4a16_hopper.shared_bytes(chosen, group_size)
+        )
         options = {"num_warps": 4, "maxnreg": at_launch}
         if (types, options) not in seen:
             seen.append((types, options))
@@ -199,7 +201,8 @@ def eight_bit_hopper_jobs():
             stream = tiles % programs != 0
             two = programs > 132 and w8_hopper.two_fit(chosen, x_bytes, x_left)
             warps = (block_m if x_left else block_n) // 16
-            at_launch, of_consumer = registers(warps, block_m, two)
+            shared = w8_hopper.shared_bytes(chosen, x_bytes, x_left)
+            at_launch, of_consumer = registers(warps, block_m, two, shared)
             y, sums = "fp16" if x == "fp16" else "bf16", "i32" if x == "i8" else "fp32"
             types = {
                 "x_desc": f"tensordesc<{x}[{block_m}, {columns}],{x_layout!r}>",
@@ -247,7 +250,8 @@ def w4a8_hopper_jobs():
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
             two = programs > 132 and w4a8_hopper.two_fit(chosen)
-            at_launch, of_consumer = registers(rows // 16, block_m, two)
+            shared = w4a8_hopper.shared_bytes(chosen)
+            at_launch, of_consumer = registers(rows // 16, block_m, two, shared)
             of_scales, of_zeros = w4a8_hopper.rows_layout(bfloat16), w4a8_hopper.rows_layout(int8)
             y_block = [min(block_m, STAGED_ROWS), rows // partitions]
             types = {
