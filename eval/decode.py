@@ -14,7 +14,7 @@ from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment
 from quantkit.eval.roofline import roof
 from quantkit.eval.sizes import memory_bytes
-from quantkit.eval.timing import capture, synchronized_seconds
+from quantkit.eval.timing import capture, seconds_of_one, synchronized_seconds
 from quantkit.fuse import CACHE_NAME, FusedBlock
 from quantkit.linear import QuantLinear
 from quantkit.models import head_dim_of
@@ -182,7 +182,7 @@ def generate_seconds(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens:
     """
 
     def seconds(tokens: int) -> float:
-        return synchronized_seconds(lambda: generate(model, prompt, tokens), prompt.device, 1, warm=False)[0]
+        return seconds_of_one(lambda: generate(model, prompt, tokens), prompt.device)
 
     for tokens in (1, new_tokens):
         generate(model, prompt, tokens)

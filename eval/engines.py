@@ -23,7 +23,7 @@ import torch
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import exactly
 from quantkit.eval.records import Record, environment
-from quantkit.load import load_model
+from quantkit.load import is_quantized, load_model
 from quantkit.optimize import optimize
 
 TEXTS = (
@@ -58,11 +58,9 @@ def of_transformers(folder: str, new: int, timed: int) -> Record:
     """The same of a format that transformers opens by itself."""
     from transformers import AutoModelForCausalLM
 
-    file = Path(folder) / "config.json"
-    if not file.is_file():
+    if not (Path(folder) / "config.json").is_file():
         raise QuantKitError(f"{folder}: no config.json, expected a model directory")
-    config = json.loads(file.read_text())
-    if config.get("quantization_config", {}).get("quant_method") == "quantkit":
+    if is_quantized(Path(folder)):
         raise QuantKitError(
             f"{folder}: a quantkit directory, which transformers opens by our kernels; export it with quantkit convert"
         )

@@ -106,18 +106,17 @@ def call_seconds(launches: Sequence[Callable[[], Any]], replays: int) -> list[fl
     return samples
 
 
-def synchronized_seconds(
-    run: Callable[[], Any], device: torch.device, repeats: int, warm: bool = True
-) -> list[float]:
-    """Wall-clock seconds of each of `repeats` runs, waiting for the device at both ends; warm: after one unmeasured."""
+def synchronized_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock seconds of each of `repeats` runs after one unmeasured, waiting for the device at both ends."""
+    run()
+    return [seconds_of_one(run, device) for _ in range(repeats)]
+
+
+def seconds_of_one(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of a run, waiting for the device at both ends."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    if warm:
-        run()
-    samples = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        samples.append(time.perf_counter() - start)
-    return samples
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start

@@ -110,6 +110,14 @@ def two_fit(launch: Config, group_size: int) -> bool:
     return few_sums and 2 * shared_bytes(launch, group_size) <= SHARED
 
 
+def registers_of(
+    launch: Config, programs: int, group_size: int, multiprocessors: int = 132
+) -> tuple[int, int]:
+    """`hopper.registers` of a launch that is so many programs."""
+    two = programs > multiprocessors and two_fit(launch, group_size)
+    return registers(launch["block_n"] // 16, launch["block_m"], two, shared_bytes(launch, group_size))
+
+
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100; `quantkit tune` finds better ones for a shape."""
@@ -544,8 +552,7 @@ def w4a16_hopper(
     if stream:
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=torch.float32)
         counters = next_counters(x.device)
-    two = programs > multiprocessors and two_fit(chosen, group_size)
-    at_launch, of_consumer = registers(4 * partitions, block_m, two, shared_bytes(chosen, group_size))
+    at_launch, of_consumer = registers_of(chosen, programs, group_size, multiprocessors)
     w4a16_hopper_kernel[(programs,)](
         describe(x, [block_m, STEP], X_LAYOUT),
         describe(tiles.view(*by_strip, 32), [strips, 8, 32], TILES_LAYOUT),

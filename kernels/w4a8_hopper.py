@@ -92,6 +92,12 @@ def two_fit(launch: Config) -> bool:
     return launch["block_m"] // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch) <= SHARED
 
 
+def registers_of(launch: Config, programs: int, multiprocessors: int = 132) -> tuple[int, int]:
+    """`hopper.registers` of a launch that is so many programs."""
+    two = programs > multiprocessors and two_fit(launch)
+    return registers(launch["block_n"] // 16, launch["block_m"], two, shared_bytes(launch))
+
+
 @lru_cache(maxsize=4096)
 def config(M: int, N: int, K: int, multiprocessors: int = 132) -> Config:
     """Launch parameters that are good for an H100."""
@@ -464,8 +470,7 @@ def w4a8_hopper(
         sums = torch.float32 if group_size else torch.int32
         partial = x_codes.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x_codes.device)
-    two = programs > multiprocessors and two_fit(chosen)
-    at_launch, of_consumer = registers(4 * partitions, block_m, two, shared_bytes(chosen))
+    at_launch, of_consumer = registers_of(chosen, programs, multiprocessors)
     w4a8_hopper_kernel[(programs,)](
         describe(x_codes, [block_m, STEP], X_LAYOUT),
         describe(codes, [block_n, STEP // 2], CODES_LAYOUT),

@@ -116,6 +116,15 @@ def two_fit(launch: Config, x_bytes: int = 1, x_left: bool = False) -> bool:
     return columns // 2 <= SUMS_OF_TWO and 2 * shared_bytes(launch, x_bytes, x_left) <= SHARED
 
 
+def registers_of(
+    launch: Config, programs: int, x_bytes: int, x_left: bool, multiprocessors: int = 132
+) -> tuple[int, int]:
+    """`hopper.registers` of a launch that is so many programs."""
+    two = programs > multiprocessors and two_fit(launch, x_bytes, x_left)
+    warps = launch["block_m" if x_left else "block_n"] // 16
+    return registers(warps, launch["block_m"], two, shared_bytes(launch, x_bytes, x_left))
+
+
 @lru_cache(maxsize=4096)
 def config(
     M: int, N: int, K: int, x_bytes: int = 1, blocks: bool = False, multiprocessors: int = 132
@@ -591,10 +600,7 @@ def product(
         sums = torch.int32 if x.dtype == torch.int8 else torch.float32
         partial = x.new_empty(2 * programs * block_n * block_m, dtype=sums)
         counters = next_counters(x.device)
-    two = programs > multiprocessors and two_fit(chosen, x_bytes, x_left)
-    at_launch, of_consumer = registers(
-        (block_m if x_left else block_n) // 16, block_m, two, shared_bytes(chosen, x_bytes, x_left)
-    )
+    at_launch, of_consumer = registers_of(chosen, programs, x_bytes, x_left, multiprocessors)
     w8_hopper_kernel[(programs,)](
         describe(x, [block_m, columns], X_LAYOUT if floats else CODES_LAYOUT),
         describe(w, [block_n, w_columns], WORDS_LAYOUT if floats else CODES_LAYOUT),

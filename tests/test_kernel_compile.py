@@ -108,7 +108,7 @@ def hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w4a16_hopper
-    from quantkit.kernels.hopper import STAGED_ROWS, registers, tiles_of
+    from quantkit.kernels.hopper import STAGED_ROWS, tiles_of
     from quantkit.kernels.int4tiles import STRIP
     from quantkit.kernels.tuned import SHIPPED
     from quantkit.kernels.w4a16_hopper import GROUP_ROWS
@@ -155,10 +155,7 @@ def hopper_jobs():
             "AFTER": w4a16_hopper.after(block_m, group_size),
             "STAGES": chosen["stages"],
         }
-        two = programs > 132 and w4a16_hopper.two_fit(chosen, group_size)
-        at_launch, types["REGISTERS"] = registers(
-            block_n // 16, block_m, two, w4a16_hopper.shared_bytes(chosen, group_size)
-        )
+        at_launch, types["REGISTERS"] = w4a16_hopper.registers_of(chosen, programs, group_size)
         options = {"num_warps": 4, "maxnreg": at_launch}
         if (types, options) not in seen:
             seen.append((types, options))
@@ -182,7 +179,6 @@ def eight_bit_hopper_jobs():
     from triton.experimental.gluon import language as gl
 
     from quantkit.kernels import w8_hopper
-    from quantkit.kernels.hopper import registers
 
     for x, w, blocks, products in EIGHT_BIT:
         floats = x != w
@@ -199,10 +195,7 @@ def eight_bit_hopper_jobs():
             tiles = w8_hopper.tiles_of(chosen, M, N)
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
-            two = programs > 132 and w8_hopper.two_fit(chosen, x_bytes, x_left)
-            warps = (block_m if x_left else block_n) // 16
-            shared = w8_hopper.shared_bytes(chosen, x_bytes, x_left)
-            at_launch, of_consumer = registers(warps, block_m, two, shared)
+            at_launch, of_consumer = w8_hopper.registers_of(chosen, programs, x_bytes, x_left)
             y, sums = "fp16" if x == "fp16" else "bf16", "i32" if x == "i8" else "fp32"
             types = {
                 "x_desc": f"tensordesc<{x}[{block_m}, {columns}],{x_layout!r}>",
@@ -239,7 +232,7 @@ def w4a8_hopper_jobs():
     from torch import bfloat16, int8
 
     from quantkit.kernels import w4a8_hopper
-    from quantkit.kernels.hopper import STAGED_ROWS, registers
+    from quantkit.kernels.hopper import STAGED_ROWS
 
     for group_size, zeros, products in W4A8:
         for M, (N, K) in products:
@@ -249,9 +242,7 @@ def w4a8_hopper_jobs():
             tiles = w4a8_hopper.tiles_of(chosen, M, N)
             programs = chosen["programs"] or tiles
             stream = tiles % programs != 0
-            two = programs > 132 and w4a8_hopper.two_fit(chosen)
-            shared = w4a8_hopper.shared_bytes(chosen)
-            at_launch, of_consumer = registers(rows // 16, block_m, two, shared)
+            at_launch, of_consumer = w4a8_hopper.registers_of(chosen, programs)
             of_scales, of_zeros = w4a8_hopper.rows_layout(bfloat16), w4a8_hopper.rows_layout(int8)
             y_block = [min(block_m, STAGED_ROWS), rows // partitions]
             types = {
