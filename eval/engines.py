@@ -1,17 +1,16 @@
 """Greedy tokens and tokens a second of one checkpoint, by `quantkit.load`, by transformers alone and by vLLM, each in a process of its own.
 
-    python -m quantkit.eval.engines quantkit DIR ours.json          # --optimize: its blocks as `quantkit.optimize` makes them
-    python -m quantkit.eval.engines transformers EXPORT theirs.json # as it opens an export by itself
-    python -m quantkit.eval.engines vllm DIR theirs.json            # a quantkit directory: by the plug-in
-    python -m quantkit.eval.engines vllm EXPORT theirs.json         # its own kernels, of an export; --quantization quantkit: ours
-    python -m quantkit.eval.engines compare ours.json theirs.json
+    python -m quantkit.eval.engines quantkit DIR engines.jsonl          # --optimize: its blocks as `quantkit.optimize` makes them
+    python -m quantkit.eval.engines transformers EXPORT engines.jsonl   # as it opens an export by itself
+    python -m quantkit.eval.engines vllm DIR engines.jsonl              # a quantkit directory: by the plug-in
+    python -m quantkit.eval.engines vllm EXPORT engines.jsonl           # its own kernels, of an export; --quantization quantkit: ours
+    python -m quantkit.eval.engines compare engines.jsonl
 
 Kernels that sum in another order part where two logits are nearly equal: `compare` says how far apart the first one's two largest were there.
+float16 (`--dtype`) tells more of them apart than bfloat16.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from importlib.metadata import version
@@ -22,7 +21,8 @@ import torch
 
 from quantkit.errors import QuantKitError
 from quantkit.eval.decode import exactly
-from quantkit.eval.records import Record, environment
+from quantkit.eval.records import Record, environment, read_records, write_records
+from quantkit.eval.tables import parted
 from quantkit.load import is_quantized, load_model
 from quantkit.optimize import optimize
 
@@ -46,15 +46,15 @@ def prompts(folder: str) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-def of_quantkit(folder: str, new: int, timed: int, optimized: bool = False) -> Record:
+def of_quantkit(folder: str, dtype: str, new: int, timed: int, optimized: bool = False) -> Record:
     """`new` greedy tokens after each prompt, the gaps between the two largest logits before each, and tokens a second."""
-    model = load_model(Path(folder), dtype=torch.bfloat16)
+    model = load_model(Path(folder), dtype=getattr(torch, dtype))
     if optimized:
         return of_model("quantkit, optimized", optimize(model), folder, new, timed)
     return of_model("quantkit", model, folder, new, timed)
 
 
-def of_transformers(folder: str, new: int, timed: int) -> Record:
+def of_transformers(folder: str, dtype: str, new: int, timed: int) -> Record:
     """The same of a format that transformers opens by itself."""
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ def of_transformers(folder: str, new: int, timed: int) -> Record:
             f"{folder}: a quantkit directory, which transformers opens by our kernels; export it with quantkit convert"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})
     return of_model(f"transformers {version('transformers')}", model, folder, new, timed)
 
 
@@ -81,11 +81,14 @@ def of_model(engine: str, model: Any, folder: str, new: int, timed: int) -> Reco
             {"ids": found.sequences[0, len(ids) :].tolist(), "gaps": (two[:, 0] - two[:, 1]).tolist()}
         )
     rows = [prompts(folder)[0]] * ROWS
-    return record(engine, folder, answers, speed(lambda tokens: generate(rows, tokens), timed), model.device)
+    tokens_per_s = speed(lambda tokens: generate(rows, tokens), timed)
+    return record(
+        engine, folder, str(model.dtype).removeprefix("torch."), answers, tokens_per_s, model.device
+    )
 
 
-def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Record:
-    """The same by vLLM, without gaps. VLLM_ENFORCE_EAGER in the environment: without its CUDA graphs and compiler."""
+def of_vllm(folder: str, dtype: str, new: int, timed: int, quantization: str | None) -> Record:
+    """The same by vLLM, without gaps."""
     try:
         import vllm
     except ImportError as error:
@@ -93,11 +96,10 @@ def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Reco
     engine = vllm.LLM(
         folder,
         quantization=quantization,
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=1024,
         gpu_memory_utilization=0.2,
         seed=0,
-        enforce_eager="VLLM_ENFORCE_EAGER" in os.environ,
     )
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
@@ -107,13 +109,10 @@ def of_vllm(folder: str, new: int, timed: int, quantization: str | None) -> Reco
 
     answers = [{"ids": generate([ids], new)[0]} for ids in prompts(folder)]
     rows = [prompts(folder)[0]] * ROWS
-    engine_name = f"vllm {version('vllm')}{f', {quantization}' if quantization else ''}"
+    kernels = ", quantkit's kernels" if quantization or is_quantized(Path(folder)) else ""
+    tokens_per_s = speed(lambda tokens: generate(rows, tokens), timed)
     return record(
-        engine_name,
-        folder,
-        answers,
-        speed(lambda tokens: generate(rows, tokens), timed),
-        torch.device("cuda"),
+        f"vllm {version('vllm')}{kernels}", folder, dtype, answers, tokens_per_s, torch.device("cuda")
     )
 
 
@@ -126,12 +125,18 @@ def speed(run: Any, timed: int) -> float:
 
 
 def record(
-    engine: str, folder: str, answers: list[dict[str, Any]], tokens_per_s: float, device: torch.device
+    engine: str,
+    folder: str,
+    dtype: str,
+    answers: list[dict[str, Any]],
+    tokens_per_s: float,
+    device: torch.device,
 ) -> Record:
     return {
         "kind": "engine",
         "engine": engine,
         "model": Path(folder).name,
+        "dtype": dtype,
         "answers": answers,
         "rows": ROWS,
         "tokens_per_s": tokens_per_s,
@@ -140,32 +145,31 @@ def record(
 
 
 def compare(records: list[Record]) -> list[str]:
-    """A line a record, beside the first, and one for each answer that parts from the first's."""
-    first, lines = records[0], []
+    """A line a record, beside the first of its dtype, and one for each answer that parts from the first's."""
+    lines = []
     for other in records:
-        same = 0
-        for i, (a, b) in enumerate(zip(first["answers"], other["answers"], strict=True)):
-            pairs = enumerate(zip(a["ids"], b["ids"], strict=True))
-            at = next((k for k, (x, y) in pairs if x != y), None)
-            same += at is None
-            if at is not None:
-                gap = f", whose two largest logits are {a['gaps'][at]:.4f} apart there" if "gaps" in a else ""
-                lines.append(f"  {TEXTS[i]!r}: token {at} differs from {first['engine']}'s{gap}")
+        first = next(r for r in records if r["dtype"] == other["dtype"])
+        found = parted(first, other)
+        lines += [
+            f"  {TEXTS[answer]!r}: token {token} differs from {first['engine']}'s"
+            + (f", whose two largest logits are {gap:.4f} apart there" if gap is not None else "")
+            for answer, token, gap in found
+        ]
+        same = len(other["answers"]) - len(found)
         lines.append(
-            f"{other['engine']} {other['model']}: {same} of {len(other['answers'])} answers as {first['engine']}'s, "
-            f"{other['tokens_per_s']:.0f} tokens/s at {other['rows']} rows"
+            f"{other['engine']} {other['model']} {other['dtype']}: {same} of {len(other['answers'])} answers as "
+            f"{first['engine']}'s, {other['tokens_per_s']:.0f} tokens/s at {other['rows']} rows"
         )
     return lines
 
 
-def read(path: str) -> Record:
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QuantKitError(f"{path}: {error}; expected a file that this program wrote") from error
-    if not isinstance(found, dict) or found.get("kind") != "engine":
-        raise QuantKitError(f"{path}: holds no engine's answers, expected a file that this program wrote")
-    return found
+def read(path: str) -> list[Record]:
+    records = read_records(path)
+    if any(r.get("kind") != "engine" for r in records):
+        raise QuantKitError(
+            f"{path}: not all lines are engines' answers, expected a file that this program wrote"
+        )
+    return records
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,25 +177,29 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("engine", choices=("quantkit", "transformers", "vllm", "compare"))
-    parser.add_argument("paths", nargs="+", help="DIR and OUT.json, or the files to compare")
+    parser.add_argument(
+        "paths", nargs="+", help="DIR, and the file to whose end the record goes; or the files to compare"
+    )
     parser.add_argument("--quantization", help="of vLLM: quantkit, to take over a compressed-tensors export")
     parser.add_argument("--optimize", action="store_true", help="of quantkit: also quantkit.optimize")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--new", type=int, default=64, help="tokens compared")
     parser.add_argument("--timed", type=int, default=256, help="tokens timed")
     given = parser.parse_args(arguments)
     if given.engine == "compare":
-        print("\n".join(compare([read(path) for path in given.paths])))
+        print("\n".join(compare([record for path in given.paths for record in read(path)])))
         return
     if len(given.paths) != 2:
-        parser.error(f"{len(given.paths)} paths, expected DIR and OUT.json")
+        parser.error(f"{len(given.paths)} paths, expected DIR and the file of records")
     folder, out = given.paths
+    settings = folder, given.dtype, given.new, given.timed
     if given.engine == "vllm":
-        found = of_vllm(folder, given.new, given.timed, given.quantization)
+        found = of_vllm(*settings, given.quantization)
     elif given.engine == "transformers":
-        found = of_transformers(folder, given.new, given.timed)
+        found = of_transformers(*settings)
     else:
-        found = of_quantkit(folder, given.new, given.timed, given.optimize)
-    Path(out).write_text(json.dumps(found))
+        found = of_quantkit(*settings, given.optimize)
+    write_records(out, [found])
     print(f"{found['engine']} {folder}: {found['tokens_per_s']:.0f} tokens/s at {ROWS} rows")
 
 

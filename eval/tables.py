@@ -356,6 +356,42 @@ def soak_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def engine_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a device: a row an engine and checkpoint, its answers beside those of the dtype's first record."""
+    out = []
+    for (_,), group in grouped(latest(records, "device", "dtype", "engine", "model"), "device").items():
+        rows = []
+        for r in group:
+            first = next(other for other in group if other["dtype"] == r["dtype"])
+            found = parted(first, r)
+            gaps = [gap for _, _, gap in found if gap is not None]
+            rows.append(
+                (
+                    f"{r['engine']}, of {r['model']}",
+                    str(r["dtype"]),
+                    number(r["tokens_per_s"], ",.0f"),
+                    f"{len(r['answers']) - len(found)} of {len(r['answers'])}",
+                    number(max(gaps, default=None), ".4f"),
+                )
+            )
+        header = ("engine", "dtype", "tokens/s", "equal answers", "gap where others part, at most")
+        title = f"greedy answers, and tokens a second of {group[0]['rows']} sequences at once"
+        out.append(Table(title, header, tuple(rows), conditions(group)))
+    return out
+
+
+def parted(first: Record, other: Record) -> list[tuple[int, int, float | None]]:
+    """Where an engine's answers part from the first one's: the answer, its first other token, and how far apart the first
+    one's two largest logits are there, if it says so."""
+    out = []
+    for answer, (a, b) in enumerate(zip(first["answers"], other["answers"], strict=True)):
+        pairs = enumerate(zip(a["ids"], b["ids"], strict=False))  # as many tokens as both have
+        token = next((token for token, (x, y) in pairs if x != y), None)
+        if token is not None:
+            out.append((answer, token, a["gaps"][token] if "gaps" in a else None))
+    return out
+
+
 KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "calibration": calibration_tables,
     "quality": quality_tables,
@@ -365,6 +401,7 @@ KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "producer": producer_tables,
     "collective": collective_tables,
     "soak": soak_tables,
+    "engine": engine_tables,
     "quality-peers": quality_peer_tables,
 }
 

@@ -1,6 +1,5 @@
 """Tokens of one checkpoint by several engines: what is stored, and where answers part."""
 
-import json
 import sys
 from importlib.resources import files
 from types import SimpleNamespace
@@ -10,14 +9,16 @@ import transformers
 
 from quantkit.errors import QuantKitError
 from quantkit.eval import engines
+from quantkit.eval.records import environment, read_records
+from quantkit.eval.tables import tables
 
 MODEL = str(files("quantkit") / "examples" / "lm-7m")
 
 
 def test_quantkits_tokens_are_generates_and_vllms_stand_beside_them(tmp_path, monkeypatch, capsys):
-    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
-    engines.main(["quantkit", MODEL, str(ours), "--new", "5", "--timed", "9"])
-    found = json.loads(ours.read_text())
+    records = str(tmp_path / "engines.jsonl")
+    engines.main(["quantkit", MODEL, records, "--new", "5", "--timed", "9"])
+    (found,) = read_records(records)
     assert [len(answer["ids"]) for answer in found["answers"]] == [5] * len(engines.TEXTS)
     assert all(gap >= 0 for answer in found["answers"] for gap in answer["gaps"])
     assert found["tokens_per_s"] > 0
@@ -30,7 +31,7 @@ def test_quantkits_tokens_are_generates_and_vllms_stand_beside_them(tmp_path, mo
         """Gives the tokens of ours, but for one of the second prompt."""
 
         def __init__(self, folder, **options):
-            assert (folder, options["quantization"]) == (MODEL, "quantkit")
+            assert (folder, options["quantization"], options["dtype"]) == (MODEL, "quantkit", "bfloat16")
 
         def generate(self, rows, sampling):
             texts = [(by_prompt[tuple(row["prompt_token_ids"])] * 2)[: sampling.max_tokens] for row in rows]
@@ -41,52 +42,58 @@ def test_quantkits_tokens_are_generates_and_vllms_stand_beside_them(tmp_path, mo
     stub = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
     monkeypatch.setitem(sys.modules, "vllm", stub)
     monkeypatch.setattr(engines, "version", lambda name: "0.23")
-    monkeypatch.setattr(engines, "environment", lambda device: {})
-    engines.main(["vllm", MODEL, str(theirs), "--quantization", "quantkit", "--new", "5", "--timed", "9"])
+    monkeypatch.setattr(engines, "environment", lambda device: environment("cpu"))
+    engines.main(["vllm", MODEL, records, "--quantization", "quantkit", "--new", "5", "--timed", "9"])
     capsys.readouterr()
-    engines.main(["compare", str(ours), str(theirs)])
+    engines.main(["compare", records])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("quantkit lm-7m: 8 of 8 answers as quantkit's")
+    assert lines[0].startswith("quantkit lm-7m bfloat16: 8 of 8 answers as quantkit's")
     gap = found["answers"][1]["gaps"][3]
     assert lines[1] == (
         f"  'The capital of France is': token 3 differs from quantkit's, whose two largest logits are {gap:.4f} apart there"
     )
-    assert lines[2].startswith("vllm 0.23, quantkit lm-7m: 7 of 8 answers as quantkit's")
+    assert lines[2].startswith("vllm 0.23, quantkit's kernels lm-7m bfloat16: 7 of 8 answers as quantkit's")
+    (table,) = tables(read_records(records))
+    assert [(row[0], *row[3:]) for row in table.rows] == [
+        ("quantkit, of lm-7m", "8 of 8", "-"),
+        ("vllm 0.23, quantkit's kernels, of lm-7m", "7 of 8", f"{gap:.4f}"),
+    ]
 
 
 def test_transformers_and_the_optimized_model_stand_beside_the_loaded_one(tmp_path, capsys):
-    files = {name: str(tmp_path / name) for name in ("ours", "optimized", "theirs")}
-    short = ["--new", "5", "--timed", "9"]
-    engines.main(["quantkit", MODEL, files["ours"], *short])
-    engines.main(["quantkit", MODEL, files["optimized"], "--optimize", *short])
-    engines.main(["transformers", MODEL, files["theirs"], *short])
+    records, short = str(tmp_path / "engines.jsonl"), ["--new", "5", "--timed", "9"]
+    engines.main(["quantkit", MODEL, records, "--dtype", "float16", *short])
+    engines.main(["quantkit", MODEL, records, *short])
+    engines.main(["quantkit", MODEL, records, "--optimize", *short])
+    engines.main(["transformers", MODEL, records, *short])
     capsys.readouterr()
-    engines.main(["compare", *files.values()])
+    engines.main(["compare", records])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert [line.split(" lm-7m")[0] for line in lines] == [
-        "quantkit",
-        "quantkit, optimized",
-        f"transformers {transformers.__version__}",
+    assert [line.split(": ")[0] for line in lines] == [
+        "quantkit lm-7m float16",
+        "quantkit lm-7m bfloat16",
+        "quantkit, optimized lm-7m bfloat16",
+        f"transformers {transformers.__version__} lm-7m bfloat16",
     ]
-    assert lines[2].split(": ")[1].startswith("8 of 8 answers")  # of an unquantized model: the same one
+    assert lines[3].split(": ")[1].startswith("8 of 8 answers")  # of an unquantized model: the same one
 
 
 def test_a_quantkit_directory_is_no_matter_of_transformers_alone(tmp_path):
     with pytest.raises(QuantKitError, match="expected a model directory"):
-        engines.of_transformers(str(tmp_path), 5, 9)
+        engines.of_transformers(str(tmp_path), "bfloat16", 5, 9)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "quantkit"}}')
     with pytest.raises(QuantKitError, match="export it with quantkit convert"):
-        engines.of_transformers(str(tmp_path), 5, 9)
+        engines.of_transformers(str(tmp_path), "bfloat16", 5, 9)
 
 
 def test_without_vllm_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(QuantKitError, match="install it to serve"):
-        engines.of_vllm(MODEL, 5, 9, None)
+        engines.of_vllm(MODEL, "bfloat16", 5, 9, None)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"kind": "linear"}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"kind": "linear"}'])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(QuantKitError, match=r"a\.json: .*expected a file that this program wrote"):
-        engines.main(["compare", str(tmp_path / "a.json")])
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(QuantKitError, match=r"a\.jsonl.*expected"):
+        engines.main(["compare", str(tmp_path / "a.jsonl")])
