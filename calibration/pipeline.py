@@ -31,7 +31,7 @@ from quantkit.calibration.learn import learn_rounding
 from quantkit.calibration.rtn import rtn
 from quantkit.calibration.smooth import smooth_scales
 from quantkit.calibration.statistics import InputStatistics, output_error, tensor_cores
-from quantkit.calibration.together import combined, deal, divided, moved
+from quantkit.calibration.together import combined, deal, divided
 from quantkit.errors import QuantKitError, out_of_memory
 from quantkit.method import parse_method
 from quantkit.models import Fold
@@ -409,8 +409,7 @@ def quantize_block(
         # all before the first is folded: a linear is searched before its rows are divided as another fold's source
         searches = [partial(fold_search, fold, block, plans, weights, statistics) for fold in folds]
         costs = [search_cost([weights[n] for n in fold.linears if n in weights]) for fold in folds]
-        device = next(iter(weights.values())).device
-        found = divided(searches, costs, device, peers)
+        found = divided(searches, costs, peers)
         for fold, s in zip(folds, found, strict=True):
             fold_scale(fold, s, block, plans, weights, statistics, norms_plus_one, stored_dtype)
         channels = keep_scales(block, plans, weights, statistics, peers)
@@ -434,8 +433,8 @@ def quantize_block(
         if peers is not None:
             dealt = deal({name: weights[name].shape for name in names}, statistics, peers.count)
             own = [name for name in names if dealt[name] == peers.rank]
-            found = peers.exchange(lambda: {n: on_device(pack(n), "cpu") for n in own}, "linears of a block")
-            packed = ((n, on_device(found[dealt[n]][n], weights[n].device)) for n in names)
+            found = peers.exchange(lambda: {n: pack(n) for n in own}, "linears of a block")
+            packed = ((n, found[dealt[n]][n]) for n in names)
         for name, result in packed:
             weight, results[name] = weights.pop(name), result
             if result.targets is not None:
@@ -460,10 +459,6 @@ def quantize_block(
     if inputs and originals:
         results.update(refine(block, results, originals, statistics, inputs))
     return [replace(results[name], targets=None) for name in plans]
-
-
-def on_device(result: ModuleResult, device: torch.device | str) -> ModuleResult:
-    return replace(result, quantized=moved(result.quantized, device))
 
 
 def fed_together(statistics: dict[str, InputStatistics]) -> list[list[str]]:
@@ -615,8 +610,7 @@ def keep_scales(
 
     shared = list(groups.values())
     costs = [search_cost([weights[name] for name in names]) for names in shared]
-    device = next(iter(weights.values())).device
-    found = divided([partial(search, names) for names in shared], costs, device, peers)
+    found = divided([partial(search, names) for names in shared], costs, peers)
     kept = {}
     for names, s in zip(shared, found, strict=True):
         assert s is not None

@@ -5,12 +5,10 @@ process, but for the order of the sums.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from quantkit.calibration.statistics import InputStatistics
-from quantkit.packing import PARTS, QuantizedTensor
 from quantkit.peers import Peers
 
 
@@ -81,10 +79,10 @@ def combine(
     out.hessian, out.mean_abs = mean(own.hessian), mean(own.mean_abs)
     if drifts:
         out.drift = mean(torch.zeros_like(own.hessian) if own.drift is None else own.drift)
-    rows = own.rows().cpu() if own.sampled else torch.empty(0, K)
-    found = peers.gather((own.max_abs.cpu(), rows), doing)
-    out.max_abs = torch.stack([largest for largest, _ in found]).amax(0).to(device)
-    out.sampled = [theirs.to(device) for _, theirs in found if len(theirs)]
+    rows = own.rows() if own.sampled else torch.empty(0, K, device=device)
+    found = peers.gather((own.max_abs, rows), doing)
+    out.max_abs = torch.stack([largest for largest, _ in found]).amax(0)
+    out.sampled = [theirs for _, theirs in found if len(theirs)]
     return out
 
 
@@ -122,7 +120,6 @@ def deal_costs(costs: list[int], count: int) -> list[int]:
 def divided(
     calls: Sequence[Callable[[], torch.Tensor | None]],
     costs: list[int],
-    device: torch.device,
     peers: Peers | None,
 ) -> list[torch.Tensor | None]:
     """What calls give, each made by one of the processes."""
@@ -131,15 +128,7 @@ def divided(
     ranks = deal_costs(costs, peers.count)
 
     def own() -> dict[int, torch.Tensor | None]:
-        made = {i: call() for i, call in enumerate(calls) if ranks[i] == peers.rank}
-        return {i: None if tensor is None else tensor.cpu() for i, tensor in made.items()}
+        return {i: call() for i, call in enumerate(calls) if ranks[i] == peers.rank}
 
     found = peers.exchange(own, "scales of a block")
-    tensors = [found[rank][i] for i, rank in enumerate(ranks)]
-    return [None if tensor is None else tensor.to(device) for tensor in tensors]
-
-
-def moved(quantized: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
-    """The same weight on another device."""
-    tensors = {name: getattr(quantized, name) for name in PARTS}
-    return replace(quantized, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+    return [found[rank][i] for i, rank in enumerate(ranks)]

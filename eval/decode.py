@@ -109,8 +109,9 @@ def bench_decode(
         one, divided by `new_tokens` - 1. `graph_ms` is the mean step of a replayed CUDA graph, null on a CPU
         and for models with sliding windows that are not optimized. `limit_ms` is the time to read what a step must read
         once (weights without the embedding table, keys and values at the middle of the run), null on a CPU.
-        `ranks` is of a model that is cut over processes, whose figures are those of this one; `optimized` tells the cache and head of an optimized model. `memory_bytes` is the sum of the model's tensors,
-        `device_bytes` what is allocated on the GPU before the run, `peak_bytes` the most during it, both null on a CPU.
+        `ranks` is of a model that is cut over processes, whose figures are those of this one; `optimized` tells the cache
+        and head of an optimized model. `memory_bytes` is the sum of the model's tensors, `device_bytes` what is allocated
+        on the GPU before the run, `peak_bytes` the most during it, both null on a CPU.
 
     Raises:
         QuantKitError: fewer than 2 new tokens, or more tokens than the model's context.

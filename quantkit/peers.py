@@ -3,9 +3,11 @@
 Nothing depends on the order in which messages come, or on how a library adds: the same processes give the same bytes.
 """
 
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from quantkit.errors import QuantKitError
 from quantkit.processes import agree, gather, named_faults, start
 
 T = TypeVar("T")
+ALIGNED = 16  # bytes, of a tensor among others that are sent
 AT_ONCE = 1 << 24  # numbers that a process gets from each other one at a time: 64 MB
 
 
@@ -33,8 +36,10 @@ class Peers:
         return rows.tensor_split(self.count)[self.rank]
 
     def gather(self, value: T, doing: str) -> list[T]:
-        """What each process has for a value; tensors must be on the CPU."""
-        return gather(value, doing)
+        """What each process has for a value. Its tensors come to the device type that they are on where they come from."""
+        letter, tensors = apart(value)
+        letters = gather(letter, doing)
+        return [self.opened(theirs, tensors, rank, doing) for rank, theirs in enumerate(letters)]
 
     def agree(self, value: str, what: str) -> None:
         """Refuses what is not the same on all."""
@@ -42,20 +47,45 @@ class Peers:
 
     def exchange(self, call: Callable[[], T], doing: str) -> list[T]:
         """What a call gives on each process; what it raises on one of them, all raise."""
-        value, wrong = attempt(call)
-        found = gather((value, wrong), doing)
+        found: list[tuple[Any, QuantKitError | None]] = self.gather(attempt(call), doing)
         raise_first([error for _, error in found])
         return [theirs for theirs, _ in found]
 
     def from_first(self, call: Callable[[], T], doing: str) -> T:
         """What a call gives on the first process, which alone makes it, or raises."""
-        found = [attempt(call) if self.first else None]
+        letter, tensors = apart(attempt(call)) if self.first else (None, [])
+        letters = [letter]
         with named_faults(doing):
-            dist.broadcast_object_list(found, src=0)
-        assert found[0] is not None
-        value, wrong = found[0]
+            dist.broadcast_object_list(letters, src=0)
+        assert letters[0] is not None
+        value, wrong = self.opened(letters[0], tensors, 0, doing)
         raise_first([wrong])
         return value  # type: ignore[return-value]
+
+    def opened(self, letter: "Letter", tensors: list[torch.Tensor], rank: int, doing: str) -> Any:
+        """The value in a letter from a process, whose own call has its tensors; all call it together."""
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpus() else torch.device("cpu")
+        sizes = [
+            ALIGNED * -(-shape.numel() * dtype.itemsize // ALIGNED) for shape, dtype, _ in letter.tensors
+        ]
+        packet = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        pieces = packet.split(sizes)
+        views = [
+            piece[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for piece, (shape, dtype, _) in zip(pieces, letter.tensors, strict=True)
+        ]
+        if self.rank == rank:
+            for view, tensor in zip(views, tensors, strict=True):
+                view.copy_(tensor)
+        if len(packet):
+            with named_faults(doing):
+                dist.broadcast(packet, src=rank)
+        # copies: a view would keep the packet, and files hold no two tensors of one memory
+        came = [
+            view.clone() if kind == device.type else view.to(kind)
+            for view, (*_, kind) in zip(views, letter.tensors, strict=True)
+        ]
+        return together(letter.text, tensors if self.rank == rank else came)
 
     def add(self, tensor: torch.Tensor, doing: str) -> None:
         """Makes a float32 tensor the sum of all processes' in place, added in the order of their ranks."""
@@ -67,6 +97,49 @@ class Peers:
             piece.copy_(parts[0])
             for part in parts[1:]:
                 piece.add_(part)
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A value on its way: pickled without its tensors, which travel as they are, from GPU to GPU.
+
+    Attributes:
+        tensors: shape, dtype and device type of each.
+    """
+
+    text: bytes
+    tensors: list[tuple[torch.Size, torch.dtype, str]]
+
+
+def apart(value: Any) -> tuple[Letter, list[torch.Tensor]]:
+    """The letter of a value, and its tensors."""
+    tensors: list[torch.Tensor] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, found: Any) -> int | None:
+            if not isinstance(found, torch.Tensor):
+                return None
+            tensors.append(found.detach())
+            return len(tensors) - 1
+
+    text = io.BytesIO()
+    Pickler(text).dump(value)
+    return Letter(text.getvalue(), [(t.shape, t.dtype, t.device.type) for t in tensors]), tensors
+
+
+def together(text: bytes, tensors: list[torch.Tensor]) -> Any:
+    """The value of a letter's text and tensors."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> torch.Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(text)).load()
+
+
+def on_gpus() -> bool:
+    """Whether what is sent must lie on a GPU."""
+    return dist.get_backend() == "nccl"
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, QuantKitError | None]:

@@ -5,7 +5,9 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -180,6 +182,8 @@ class Run:
         self.timed: list[BlockTiming] = []
         self.seconds: dict[str, float] = {}
         self.weights = self.code_bytes = self.packed_bytes = 0
+        self.writing = ThreadPoolExecutor(1)
+        self.at_work: Future[None] | None = None  # on the part before
 
     def quantize(self, tokens: torch.Tensor | None) -> Summary:
         """The whole run, from the given tokens, if any, to OUT."""
@@ -191,6 +195,7 @@ class Run:
             for index in range(len(self.job.blocks)):
                 self.quantize_block(index)
             self.hear_witness()
+            self.from_first(self.written, "the last block")
             if self.first:
                 self.finish()
         return Summary(
@@ -218,7 +223,11 @@ class Run:
         ):
             if writer is not None:
                 self.writer = writer
-            yield
+            try:
+                yield
+            finally:
+                if self.at_work is not None:  # whatever ends the run, the folder is not left to a thread
+                    wait([self.at_work])
 
     def from_first(self, call: Callable[[], T], doing: str) -> T:
         """What a call gives on the first process, which alone makes it."""
@@ -321,10 +330,11 @@ class Run:
         self, part: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
     ) -> dict[str, torch.Tensor]:
         """Packs and stores a loaded part, or takes what a killed run stored; the tensors in its file."""
-        stored = self.from_first(lambda: self.writer.read_part(part), part)
+        stored = self.from_first(lambda: self.read(part), part)
         if stored is None:
-            packed = self.loader.pack(module, prefix, results())
-            stored = self.from_first(lambda: self.written(part, packed), part)
+            stored = self.loader.pack(module, prefix, results())
+            if self.first:
+                self.write(part, *stored)
         tensors, notes = stored
         if self.job.runs_on:
             # from the stored tensors, roundings and all, so that a continued run goes on as this one does
@@ -335,9 +345,21 @@ class Run:
         self.progress.step()
         return tensors
 
-    def written(self, part: str, stored: Stored) -> Stored:
-        self.writer.write_part(part, *stored)
-        return stored
+    def read(self, part: str) -> Stored | None:
+        """What a killed run stored of a part, once what this one stored before it is on the disk."""
+        self.written()
+        return self.writer.read_part(part)
+
+    def write(self, part: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
+        """Stores a part while the next one is worked on."""
+        # `enter` takes the names out of the notes
+        self.at_work = self.writing.submit(self.writer.write_part, part, tensors, deepcopy(notes))
+
+    def written(self) -> None:
+        """Waits for the part that is being stored, and raises what that raised."""
+        if self.at_work is not None:
+            self.at_work.result()
+            self.at_work = None
 
     def enter(self, note: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Enters a packed linear in the figures, from what is stored of it."""

@@ -548,6 +548,28 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_
     assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
 
 
+def test_a_disk_that_fills_at_a_block_is_one_line_and_the_same_command_continues(
+    run, model, tmp_path, monkeypatch
+):
+    written = []
+
+    def full(tensors, path):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path.stem)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.checkpoint.save_file", full)
+        code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(
+        f"error: {tmp_path}/out.partial/block-00001.tmp: cannot be written (No space left on dev"
+    )
+    assert written == ["outer", "block-00000"]
+    assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
+
+
 def test_a_disk_that_is_too_small_is_named(refused, model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
