@@ -165,9 +165,9 @@ def compare(records: list[Record]) -> list[str]:
 
 def read(path: str) -> list[Record]:
     records = read_records(path)
-    if any(r.get("kind") != "engine" for r in records):
+    if not records or any(r.get("kind") != "engine" for r in records):
         raise QuantKitError(
-            f"{path}: not all lines are engines' answers, expected a file that this program wrote"
+            f"{path}: has lines that are no engine's answers, or none, expected a file that this program wrote"
         )
     return records
 

@@ -99,12 +99,16 @@ def read_records(path: str | Path) -> list[Record]:
     """The records of a file, in order.
 
     Raises:
-        QuantKitError: there is no such file, or a line is not a JSON object.
+        QuantKitError: there is no such file, it is no text, or a line is not a JSON object.
     """
     if not Path(path).is_file():
         raise QuantKitError(f"{path}: no such file of records")
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise QuantKitError(f"{path}: no text ({error}); one JSON object a line is expected") from error
     records = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -64,15 +64,15 @@ class Peers:
 
     def opened(self, letter: "Letter", tensors: list[torch.Tensor], rank: int, doing: str) -> Any:
         """The value in a letter from a process, whose own call has its tensors; all call it together."""
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpus() else torch.device("cpu")
+        on_gpus = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
         sizes = [
             ALIGNED * -(-shape.numel() * dtype.itemsize // ALIGNED) for shape, dtype, _ in letter.tensors
         ]
         packet = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        pieces = packet.split(sizes)
         views = [
             piece[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for piece, (shape, dtype, _) in zip(pieces, letter.tensors, strict=True)
+            for piece, (shape, dtype, _) in zip(packet.split(sizes), letter.tensors, strict=True)
         ]
         if self.rank == rank:
             for view, tensor in zip(views, tensors, strict=True):
@@ -80,12 +80,11 @@ class Peers:
         if len(packet):
             with named_faults(doing):
                 dist.broadcast(packet, src=rank)
-        # copies: a view would keep the packet, and files hold no two tensors of one memory
-        came = [
-            view.clone() if kind == device.type else view.to(kind)
-            for view, (*_, kind) in zip(views, letter.tensors, strict=True)
-        ]
-        return together(letter.text, tensors if self.rank == rank else came)
+        if self.rank != rank:
+            # copies: a view would keep the packet, and files hold no two tensors of one memory
+            kinds = [kind for *_, kind in letter.tensors]
+            tensors = [view.to(kind, copy=True) for view, kind in zip(views, kinds, strict=True)]
+        return together(letter.text, tensors)
 
     def add(self, tensor: torch.Tensor, doing: str) -> None:
         """Makes a float32 tensor the sum of all processes' in place, added in the order of their ranks."""
@@ -135,11 +134,6 @@ def together(text: bytes, tensors: list[torch.Tensor]) -> Any:
             return tensors[number]
 
     return Unpickler(io.BytesIO(text)).load()
-
-
-def on_gpus() -> bool:
-    """Whether what is sent must lie on a GPU."""
-    return dist.get_backend() == "nccl"
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, QuantKitError | None]:

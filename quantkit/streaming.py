@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -352,8 +351,7 @@ class Run:
 
     def write(self, part: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
         """Stores a part while the next one is worked on."""
-        # `enter` takes the names out of the notes
-        self.at_work = self.writing.submit(self.writer.write_part, part, tensors, deepcopy(notes))
+        self.at_work = self.writing.submit(self.writer.write_part, part, tensors, notes)
 
     def written(self) -> None:
         """Waits for the part that is being stored, and raises what that raised."""
@@ -363,6 +361,7 @@ class Run:
 
     def enter(self, note: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Enters a packed linear in the figures, from what is stored of it."""
+        note = dict(note)  # the caller's is being stored
         name = note.pop("name")
         if (took := note.pop("seconds", None)) is not None:
             self.seconds[name] = took

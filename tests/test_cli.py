@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from quantkit import cli, streaming
+from quantkit import checkpoint, cli, streaming
 from quantkit.calibration import pipeline
 from quantkit.checkpoint import INDEX, MANIFEST, WEIGHTS, read_header
 from quantkit.kernels import dispatch
@@ -533,40 +533,32 @@ def test_a_dry_run_refuses_what_the_run_would(refused, model, tmp_path):
     refused("quantize", model, tmp_path / "out", *QUICK, "--dry-run", words=("config.json makes it",))
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_continues(run, model, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("quantkit.checkpoint.join_safetensors", full)
-        code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(
-        f"error: {tmp_path}/out.partial/out/{WEIGHTS}: cannot be written (No space left on dev"
-    )
-    assert "the same command continues" in err
-    assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
-
-
-def test_a_disk_that_fills_at_a_block_is_one_line_and_the_same_command_continues(
-    run, model, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("function", "calls", "file", "parts"),
+    [
+        ("join_safetensors", 0, f"out/{WEIGHTS}", ["block-00000", "block-00001", "outer"]),
+        ("save_file", 2, "block-00001.tmp", ["block-00000", "outer"]),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    run, model, tmp_path, monkeypatch, function, calls, file, parts
 ):
-    written = []
+    written, write = [], getattr(checkpoint, function)
 
-    def full(tensors, path):
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        written.append(path.stem)
-        save_file(tensors, path)
+    def full(*args):
+        if len(written) == calls:
+            raise OSError(errno.ENOSPC, "No space left on device", str(args[-1]))
+        written.append(args[-1])
+        return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.checkpoint.save_file", full)
+        patch.setattr(checkpoint, function, full)
         code, _, err = run("quantize", model, tmp_path / "out", *QUICK)
+    partial = tmp_path / "out.partial"
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(
-        f"error: {tmp_path}/out.partial/block-00001.tmp: cannot be written (No space left on dev"
-    )
-    assert written == ["outer", "block-00000"]
+    assert err.startswith(f"error: {partial}/{file}: cannot be written (No space left on dev")
+    assert "the same command continues" in err
+    assert sorted(path.stem for path in partial.glob("*.safetensors")) == parts
     assert run("quantize", model, tmp_path / "out", *QUICK)[0] == 0
 
 

@@ -92,8 +92,17 @@ def test_without_vllm_it_says_so(monkeypatch):
         engines.of_vllm(MODEL, "bfloat16", 5, 9, None)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"kind": "linear"}'])
-def test_a_file_of_something_else_is_refused(tmp_path, content):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(QuantKitError, match=r"a\.jsonl.*expected"):
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "a file that this program wrote"),
+        (b'{"kind": "linear"}', "a file that this program wrote"),
+        (b"[1]", "list where an object is expected"),
+        (b"{", "one object a line is expected"),
+        (b"\xff", "one JSON object a line is expected"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, expected):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(QuantKitError, match=rf"a\.jsonl.*{expected}"):
         engines.main(["compare", str(tmp_path / "a.jsonl")])
