@@ -341,7 +341,8 @@ class Run:
         self.packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for note in notes:
             self.enter(note, tensors)
-        self.progress.step()
+        if self.at_work is None:
+            self.progress.step()
         return tensors
 
     def read(self, part: str) -> Stored | None:
@@ -350,7 +351,7 @@ class Run:
         return self.writer.read_part(part)
 
     def write(self, part: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
-        """Stores a part while the next one is worked on."""
+        """Stores a part while the next one is worked on; `written` then says that it is done."""
         self.at_work = self.writing.submit(self.writer.write_part, part, tensors, notes)
 
     def written(self) -> None:
@@ -358,6 +359,7 @@ class Run:
         if self.at_work is not None:
             self.at_work.result()
             self.at_work = None
+            self.progress.step()
 
     def enter(self, note: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Enters a packed linear in the figures, from what is stored of it."""
