@@ -175,7 +175,8 @@ def capture(
                 model(batch.to(device), use_cache=False, logits_to_keep=1)
                 for recorder in recorders[1:]:
                     recorder.hidden.clear()
-                recorders[0].hidden[-1] = recorders[0].hidden[-1].cpu()
+                recorders[0].hidden[-1] = to_host(recorders[0].hidden[-1])
+            wait(device)
     except QuantKitError:
         raise
     except Exception as error:  # whatever a model does with a block's output that is not what Llama does

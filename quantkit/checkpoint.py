@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +37,8 @@ JOINED = "out"  # what becomes OUT
 FINISHED = "finished"  # the mark, made just before OUT appears
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
 CHUNK = 1 << 22  # bytes copied at a time
-COPIERS = 8  # tensors copied at a time; reading, sums and writing hold no lock of Python's
+PIECE = 1 << 26  # bytes of a tensor that one thread copies
+COPIERS = 8  # threads; reading, sums and writing hold no lock of Python's
 BITS_OF = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
     **dict.fromkeys(("F32", "U32", "I32"), 32),
@@ -200,8 +201,13 @@ class CheckpointReader:
         return loaded
 
 
-def join_safetensors(names: list[str], sources: dict[str, StoredTensor], out: Path) -> dict[str, str]:
+def join_safetensors(
+    names: list[str], sources: dict[str, StoredTensor], out: Path, sums: dict[str, str] | None = None
+) -> dict[str, str]:
     """Copies tensors out of safetensors files into one, in little memory, several at a time.
+
+    Args:
+        sums: of tensors' bytes, by name, where they are known.
 
     Gives the bytes that `safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})` would: header
     with the tensors by falling alignment and then by name, padded with blanks to a multiple of 8 bytes.
@@ -225,23 +231,36 @@ def join_safetensors(names: list[str], sources: dict[str, StoredTensor], out: Pa
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
 
-    def copy(name: str) -> str:
-        digest, at = hashlib.sha256(), start + header[name]["data_offsets"][0]
-        for chunk in tensor_bytes(sources[name]):
-            digest.update(chunk)
+    def copy(piece: StoredTensor, at: int) -> None:
+        for chunk in tensor_bytes(piece):
             write_at(target, chunk, at)
             at += len(chunk)
-        return digest.hexdigest()
 
     with out.open("wb") as target, ThreadPoolExecutor(COPIERS) as pool:
         write_at(target, len(text).to_bytes(8, "little") + text, 0)
+        found = {name: pool.submit(sha256, sources[name]) for name in ordered if name not in (sums or {})}
+        copies = [
+            pool.submit(
+                copy, piece, start + header[name]["data_offsets"][0] + piece.start - sources[name].start
+            )
+            for name in ordered
+            for piece in pieces(sources[name])
+        ]
         try:
-            sums = dict(zip(ordered, pool.map(copy, ordered), strict=True))
+            for done in copies:
+                done.result()
+            sums = {**(sums or {}), **{name: done.result() for name, done in found.items()}}
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error, or Ctrl-C, does not wait for the rest
             raise
         sync(target)
-    return sums
+    return {name: sums[name] for name in names}
+
+
+def pieces(tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """A tensor's bytes in pieces, whose shape says nothing."""
+    for start in range(tensor.start, tensor.stop, PIECE):
+        yield replace(tensor, start=start, stop=min(start + PIECE, tensor.stop))
 
 
 def write_at(file: IO[bytes], data: bytes, at: int) -> None:
@@ -267,6 +286,11 @@ def sha256(tensor: StoredTensor) -> str:
     for chunk in tensor_bytes(tensor):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """Of the bytes of a contiguous tensor on the CPU, as a file holds them."""
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def sync(file: IO[bytes]) -> None:
@@ -387,6 +411,7 @@ class CheckpointWriter:
     def __init__(self, out: Path, job: dict[str, Any], size: int) -> None:
         check_out(out)
         self.out, self.staging, self.job, self.size = out, staging_folder(out), job, size
+        self.sums: dict[str, str] = {}  # sha256 of what this run has stored, by the tensor's name
 
     def __enter__(self) -> "CheckpointWriter":
         with self.writing(self.staging):
@@ -461,10 +486,12 @@ class CheckpointWriter:
         with self.writing(self.part(name)):
             write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
             draft = self.part(name).with_suffix(".tmp")
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+            tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, draft)
             with draft.open("rb+") as file:
                 sync(file)
             draft.replace(self.part(name))
+        self.sums |= {key: sha256_of(tensor) for key, tensor in tensors.items()}
 
     def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """What `write_part` stored under the name, in this run or a killed one before; None if nothing whole."""
@@ -537,7 +564,7 @@ class CheckpointWriter:
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
             with self.writing(folder / filename):
-                sums = join_safetensors(names, sources, folder / filename)
+                sums = join_safetensors(names, sources, folder / filename, self.sums)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {

@@ -309,6 +309,9 @@ class Run:
             if self.witness:
                 self.witness.begin(index)
             tensors = self.store(part, block, prefix, partial(self.job.quantize_block, index))
+            if self.job.runs_on:
+                # from the stored tensors, roundings and all, so that a continued run goes on as this one does
+                self.loader.restore(block, prefix, tensors)
             self.job.advance(index, input_scales(tensors, prefix))
             if self.witness:
                 self.witness.advance(index, input_scales(tensors, prefix))
@@ -329,15 +332,14 @@ class Run:
         self, part: str, module: nn.Module, prefix: str, results: Callable[[], list[ModuleResult]]
     ) -> dict[str, torch.Tensor]:
         """Packs and stores a loaded part, or takes what a killed run stored; the tensors in its file."""
-        stored = self.from_first(lambda: self.read(part), part)
+        stored = self.from_first(lambda: self.writer.read_part(part), part)
+        found = stored is not None
         if stored is None:
             stored = self.loader.pack(module, prefix, results())
-            if self.first:
-                self.write(part, *stored)
+        self.from_first(self.written, "the part before")
+        if self.first and not found:
+            self.write(part, *stored)
         tensors, notes = stored
-        if self.job.runs_on:
-            # from the stored tensors, roundings and all, so that a continued run goes on as this one does
-            self.loader.restore(module, prefix, tensors)
         self.packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for note in notes:
             self.enter(note, tensors)
@@ -345,17 +347,17 @@ class Run:
             self.progress.step()
         return tensors
 
-    def read(self, part: str) -> Stored | None:
-        """What a killed run stored of a part, once what this one stored before it is on the disk."""
-        self.written()
-        return self.writer.read_part(part)
-
     def write(self, part: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
         """Stores a part while the next one is worked on; `written` then says that it is done."""
-        self.at_work = self.writing.submit(self.writer.write_part, part, tensors, notes)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def work() -> None:
+            self.writer.write_part(part, on_host(tensors, ready, self.device), notes)
+
+        self.at_work = self.writing.submit(work)
 
     def written(self) -> None:
-        """Waits for the part that is being stored, and raises what that raised."""
+        """Waits for the part that is being stored, if one is, and raises what that raised."""
         if self.at_work is not None:
             self.at_work.result()
             self.at_work = None
@@ -459,6 +461,17 @@ def memory_named(out: Path) -> Iterator[None]:
             f"out of memory ({first_line(error)}); {staging_folder(out)} keeps the finished blocks, and the same "
             "command continues where more memory is free; a smaller --samples needs less, and begins anew"
         ) from error
+
+
+def on_host(
+    tensors: dict[str, torch.Tensor], ready: torch.cuda.Event | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU. Those of a GPU are there once it is `ready`, and are copied beside what it goes on with."""
+    if ready is None:
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        ready.wait()
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def read_allocation(file: Path) -> Allocation | None:
