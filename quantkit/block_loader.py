@@ -142,8 +142,13 @@ class BlockLoader:
                 tensors[f"{name}.{suffix}"] = tensor
         return tensors, [{"name": result.plan.name, **result.to_dict()} for result in results]
 
-    def restore(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Makes a loaded part what it was after `pack`, from the stored tensors."""
+    def restore(
+        self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], packed: bool = True
+    ) -> None:
+        """Makes a loaded part what it was after `pack`, from the stored tensors.
+
+        packed: also its packed linears, into whose places `quantize_block` has put what the packed weights stand for.
+        """
         state = module.state_dict()
         for name, current in state.items():
             full = prefix + name
@@ -151,6 +156,8 @@ class BlockLoader:
                 continue
             plan = self.job.plans.get(full.removesuffix(".weight"))
             if plan is not None and full.endswith(".weight"):
+                if not packed:
+                    continue
                 stem = full.removesuffix(".weight")
                 parts = {
                     suffix: tensor.to(current.device)

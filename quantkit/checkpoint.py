@@ -247,8 +247,10 @@ def join_safetensors(
             for piece in pieces(sources[name])
         ]
         try:
-            for done in copies:
+            for count, done in enumerate(copies):
                 done.result()
+                if count % COPIERS == 0:
+                    sync(target)  # the disk writes while the rest is copied
             sums = {**(sums or {}), **{name: done.result() for name, done in found.items()}}
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error, or Ctrl-C, does not wait for the rest
@@ -482,16 +484,20 @@ class CheckpointWriter:
         return self.staging / f"{name}.safetensors"
 
     def write_part(self, name: str, tensors: dict[str, torch.Tensor], notes: list[dict[str, Any]]) -> None:
-        """Stores one part: its tensors, and what there is to say of its modules."""
+        """Stores one part: its tensors, their sums, and what there is to say of its modules.
+
+        Nothing waits for the disk: what a lost power supply leaves of a part does not have its sums.
+        """
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        with ThreadPoolExecutor(COPIERS) as pool:
+            sums = dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
         with self.writing(self.part(name)):
-            write_text(self.part(name).with_suffix(".json"), json.dumps(notes))
+            described = {"notes": notes, "sha256": sums}
+            self.part(name).with_suffix(".json").write_text(json.dumps(described))
             draft = self.part(name).with_suffix(".tmp")
-            tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(tensors, draft)
-            with draft.open("rb+") as file:
-                sync(file)
             draft.replace(self.part(name))
-        self.sums |= {key: sha256_of(tensor) for key, tensor in tensors.items()}
+        self.sums |= sums
 
     def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """What `write_part` stored under the name, in this run or a killed one before; None if nothing whole."""
@@ -499,14 +505,18 @@ class CheckpointWriter:
         if not path.exists():
             return None
         try:
-            read_header(path)
-            notes = json.loads(path.with_suffix(".json").read_text())
-        except (QuantKitError, OSError, ValueError):
+            described = json.loads(path.with_suffix(".json").read_text())
+            sums = {key: sha256(tensor) for key, tensor in read_header(path).items()}
+            damaged = described["sha256"] != sums
+        except (QuantKitError, OSError, ValueError, KeyError, TypeError):
+            damaged = True
+        if damaged:
             path.unlink()  # a damaged disk or a lost cache: the part is made again
             return None
+        self.sums |= sums
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        return tensors, notes
+        return tensors, described["notes"]
 
     def finish(
         self,

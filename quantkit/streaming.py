@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from quantkit import __version__
 from quantkit.allocation import Allocation, allocate, check_room, read_budget
 from quantkit.block_loader import BlockLoader
-from quantkit.calibration.pipeline import ModuleResult, config_entry
+from quantkit.calibration.pipeline import ModuleResult, config_entry, to_host
 from quantkit.card import license_of, model_card
 from quantkit.checkpoint import (
     INDEX,
@@ -70,6 +70,7 @@ from quantkit.witness import Witness, call_witness
 ALLOCATION = "allocation.json"  # in OUT.partial: schemes chosen, which took a while
 T = TypeVar("T")
 Stored = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # of a part: tensors, and notes on its linears
+LOCKED = 1 << 28  # bytes of a tensor: larger ones do not go by way of locked memory, which stays locked
 OUTER = "outer"  # the part that holds what lies outside the decoder blocks
 
 
@@ -309,9 +310,6 @@ class Run:
             if self.witness:
                 self.witness.begin(index)
             tensors = self.store(part, block, prefix, partial(self.job.quantize_block, index))
-            if self.job.runs_on:
-                # from the stored tensors, roundings and all, so that a continued run goes on as this one does
-                self.loader.restore(block, prefix, tensors)
             self.job.advance(index, input_scales(tensors, prefix))
             if self.witness:
                 self.witness.advance(index, input_scales(tensors, prefix))
@@ -340,6 +338,9 @@ class Run:
         if self.first and not found:
             self.write(part, *stored)
         tensors, notes = stored
+        if self.job.runs_on and part != OUTER:
+            # from the stored tensors, roundings and all, so that a continued run goes on as this one does
+            self.loader.restore(module, prefix, tensors, packed=found)
         self.packed_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for note in notes:
             self.enter(note, tensors)
@@ -468,10 +469,16 @@ def on_host(
 ) -> dict[str, torch.Tensor]:
     """Tensors on the CPU. Those of a GPU are there once it is `ready`, and are copied beside what it goes on with."""
     if ready is None:
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+        return tensors
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
         ready.wait()
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        host = {
+            name: to_host(tensor) if tensor.nbytes <= LOCKED else tensor.cpu()
+            for name, tensor in tensors.items()
+        }
+    stream.synchronize()
+    return host
 
 
 def read_allocation(file: Path) -> Allocation | None:

@@ -340,7 +340,16 @@ def test_finished_blocks_are_not_done_again(source, tokens, tmp_path, monkeypatc
     assert done == [1]
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"\xff" * len(raw)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+        lambda raw: b"",
+        lambda raw: b"\xff" * len(raw),
+    ],
+    ids=["cut", "a bit", "empty", "garbage"],
+)
 def test_a_damaged_part_is_made_again(damage, source, packed, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Killed):
