@@ -6,8 +6,8 @@
 
 and then (2) and (3) of `rms_norm.py` and the rounding. All ranks add the same numbers in the same order: the same bits on all.
 
-One shot, of the rank that has a part: a program takes a row of its rank, writes it into a slot of every rank (over NVLink where
-that is another GPU), waits until all ranks' rows lie in its own rank's slots, and goes on with their sum in registers. No
+One shot, of the rank that has a part: a program takes a row of its rank, writes it into a slot of every other rank (over
+NVLink), waits until their rows lie in its own rank's slots, and goes on with the sum in registers. No
 flags: a slot is EMPTY, a NaN that no part holds (`cleaned`), until its value comes. A value of 16 or 32 bits arrives as a
 whole, so that what is not EMPTY is the part itself: nothing has to come before anything else, and no fence is needed. One
 way over the link is all there is to wait for, where a flag, and then a load from the other rank, take one and a half round trips.
@@ -30,10 +30,10 @@ all of a grid's programs run at the same time: one a row, `Mailbox.rows` at most
 multiprocessors (`rows_of`). What was launched before ends without us; what is launched early, by dependent launch, comes when
 all our programs are there. A program that has waited too long, because a rank died, traps: an error, no hang.
 
-Bytes of a row of bfloat16 on R ranks: 2 K read of x, 2 K R written (2 K (R - 1) over the link), 2 K R read and 2 K R
-written to be EMPTY, 2 K of residual, 2 K of h and K to 2 K of codes: at 450 GB/s one way a link takes 16 KB (M = 1, K = 8192)
-in 0.04 us and 1 MB in 2.3, beside some 1.5 us for the way itself. Compiled for sm_90, two ranks' rows of 8192 are 640 instructions
-of a lane with 16 values; 180 of them are a poll's, 0.35 us of one multiprocessor's 16 warps, beside its loads from L2.
+Bytes of a row of bfloat16 on R ranks: 2 K read of x, 2 K (R - 1) written over the link, as many read a poll and written to
+be EMPTY, 2 K of residual, 2 K of the norm's weight, 2 K of h and K to 2 K of codes. At 450 GB/s one way a link takes 16 KB (M = 1,
+K = 8192) in 0.04 us and 1 MB in 2.3, beside some 1.5 us for the way itself; at 64 bytes a cycle one multiprocessor moves those of
+two ranks, three polls among them, in 1.4 us. It would be 2.1 if its own part went by way of its slots, too.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Of a rank's part of x: above it NCCL's all-reduce and a kernel for the rest. To be measured (eval/collectives.py).
-ONE_SHOT_BYTES = 2**20
+ONE_SHOT_BYTES = 2**21
 EMPTY: tl.constexpr = tl.constexpr(-1)  # as bits: a NaN of bfloat16, float16 and float32 alike
 POLLS_PER_SECOND = 2**21  # about: a load from L2 and a reduction over the program
 SLOTS = 2
@@ -67,7 +67,7 @@ class Mailbox:
     """Where the ranks' rows come in, of one rank.
 
     Attributes:
-        slots: int16 or int32, as wide as x, [SLOTS, ranks, rows, K]: what each rank has written here, else EMPTY.
+        slots: int16 or int32, as wide as x, [SLOTS, ranks, rows, K]: what each other rank has written here, else EMPTY.
         peers: int64 [ranks], the addresses of all ranks' slots as this rank sees them.
         calls: int32 [rows], of each row.
         rank: this one.
@@ -141,9 +141,10 @@ def all_reduce_norm_kernel(
     first = (calls & 1).to(tl.int64) * RANKS * rows * K  # of this call's slots
     part = cleaned(tl.load(x_ptr + at, mask=inside, other=0.0).to(slots_ptr.dtype.element_ty, bitcast=True))
     to = first + rank * rows.to(tl.int64) * K
+    this = tl.full((1, 1), rank, tl.int32)
     for r in tl.static_range(RANKS):
         peer = tl.multiple_of(tl.load(peers_ptr + r).to(slots_ptr.dtype), 16)
-        tl.store(peer + to + at, part, mask=inside, cache_modifier=".wt")
+        tl.store(peer + to + at, part, mask=inside & (this != r), cache_modifier=".wt")
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
     total = tl.zeros((1, BLOCK_K), tl.float32)
     polls = 0
@@ -155,8 +156,9 @@ def all_reduce_norm_kernel(
             empty = tl.zeros((1, BLOCK_K), tl.int32)
             for i in tl.static_range(AT_ONCE):
                 slot = slots_ptr + first + (r0 + i) * rows.to(tl.int64) * K
-                there = inside & (r0 + i < RANKS)
-                found = tl.load(slot + at, mask=there, other=0, volatile=True)
+                theirs = inside & (r0 + i < RANKS) & (this != r0 + i)
+                found = tl.load(slot + at, mask=theirs, other=0, volatile=True)
+                found = tl.where(this == r0 + i, part, found)
                 empty |= (found == EMPTY).to(tl.int32)
                 total += found.to(dtype, bitcast=True).to(tl.float32)
             polls += 1
@@ -170,7 +172,7 @@ def all_reduce_norm_kernel(
         for i in tl.static_range(AT_ONCE):
             slot = slots_ptr + first + (r0 + i) * rows.to(tl.int64) * K
             nothing = tl.full((1, BLOCK_K), EMPTY, slots_ptr.dtype.element_ty)
-            tl.store(slot + at, nothing, mask=inside & (r0 + i < RANKS))
+            tl.store(slot + at, nothing, mask=inside & (r0 + i < RANKS) & (this != r0 + i))
     tl.store(calls_ptr + row, calls + 1)
     h = total.to(dtype)
     if bias_ptr is not None:

@@ -489,13 +489,13 @@ class CheckpointWriter:
         Nothing waits for the disk: what a lost power supply leaves of a part does not have its sums.
         """
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with ThreadPoolExecutor(COPIERS) as pool:
-            sums = dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
-        with self.writing(self.part(name)):
-            described = {"notes": notes, "sha256": sums}
-            self.part(name).with_suffix(".json").write_text(json.dumps(described))
+        with ThreadPoolExecutor(COPIERS) as pool, self.writing(self.part(name)):
+            found = pool.map(sha256_of, tensors.values())
             draft = self.part(name).with_suffix(".tmp")
             save_file(tensors, draft)
+            sums = dict(zip(tensors, found, strict=True))
+            described = json.dumps({"notes": notes, "sha256": sums})
+            self.part(name).with_suffix(".json").write_text(described)
             draft.replace(self.part(name))
         self.sums |= sums
 

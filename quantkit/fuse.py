@@ -8,6 +8,7 @@ Where o and down are cut over processes, the norm after them adds their parts (`
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,21 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay where outputs were once asked for
 
 
+@dataclass
+class Flow:
+    """What flows through the blocks, y + h: the next norm adds them.
+
+    Nothing else holds the two, so that of a long prompt, whose hidden states are large, no more are there than are needed.
+
+    Attributes:
+        y: [B, T, hidden], what came last; a process's part of it where the linear that it is from leaves the sum to the norm.
+        h: of the same shape, all before; None before the first norm.
+    """
+
+    y: Any
+    h: Any = None
+
+
 class FusedBlock(nn.Module):
     """A decoder block that was fused: its class comes before the block's own, and only its forward is new.
 
@@ -59,27 +75,20 @@ class FusedBlock(nn.Module):
             # its projections are `Rows` of what it is given
             return self.self_attn(hidden_states=qkv, **kwargs)[0]
 
-        y, h = self.run(hidden_states, None, attention)
+        flow = Flow(hidden_states)
+        self.run(flow, attention)
         down = cut_by_inputs(self.mlp.down_proj)
-        return h + (y if down is None else down.whole(y))
+        return flow.h + (flow.y if down is None else down.whole(flow.y))
 
-    def run(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        attention: Callable[[torch.Tensor], torch.Tensor],
-        before: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block of x + residual, in two parts whose sum it is: the next norm adds them.
+    def run(self, flow: Flow, attention: Callable[[torch.Tensor], torch.Tensor], before: Any = None) -> None:
+        """Takes the flow through the block.
 
-        before: the linear that x is from; None: it is from none.
+        before: the linear that its y is from; None: it is from none.
         """
         down = self.mlp.down_proj
-        qkv, x = after_norm(self.qkv, self.input_layernorm, x, residual, before)
-        y, h = after_norm(
-            self.gate_up, self.post_attention_layernorm, attention(qkv), x, self.self_attn.o_proj
-        )
-        return down(y) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y), h
+        flow.y = attention(after_norm(self.qkv, self.input_layernorm, flow, before))
+        y = after_norm(self.gate_up, self.post_attention_layernorm, flow, self.self_attn.o_proj)
+        flow.y = down(y) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y)
 
 
 class FusedDecoder(nn.Module):
@@ -98,20 +107,19 @@ class FusedDecoder(nn.Module):
         if allocator is None and not isinstance(cache, PagedCache):
             return super().forward(**kwargs)
         self.check_pages_serve(kwargs)
-        x = kwargs.get("inputs_embeds")
-        if x is None:
-            x = self.embed_tokens(kwargs["input_ids"])
+        embedded = kwargs.get("inputs_embeds")
+        flow = Flow(self.embed_tokens(kwargs["input_ids"]) if embedded is None else embedded)
         if allocator is not None:
             step, layers = step_of(allocator, kwargs), allocator.pages
         else:
-            step = cache.take(x.shape[0], x.shape[1], kwargs.get("attention_mask"))
+            step = cache.take(flow.y.shape[0], flow.y.shape[1], kwargs.get("attention_mask"))
             layers = [layer.pages for layer in cache.layers]
         positions = kwargs.get("position_ids")
         if positions is None:
-            rotary = self.rotary_of(step.positions, cache, x)
+            rotary = self.rotary_of(step.positions, cache, flow.y)
         else:
-            rotary = self.rotary_emb(x, positions)
-        given: dict[str, Any] = {"last_hidden_state": self.run(x, rotary, step, layers), CACHE_NAME: cache}
+            rotary = self.rotary_emb(flow.y, positions)
+        given: dict[str, Any] = {"last_hidden_state": self.run(flow, rotary, step, layers), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**given)
 
     def check_pages_serve(self, kwargs: dict[str, Any]) -> None:
@@ -145,18 +153,19 @@ class FusedDecoder(nn.Module):
         return cache.rotary[0][rows], cache.rotary[1][rows]
 
     def run(
-        self, x: torch.Tensor, rotary: Sequence[torch.Tensor], step: Step, layers: Sequence[KVPages]
+        self, flow: Flow, rotary: Sequence[torch.Tensor], step: Step, layers: Sequence[KVPages]
     ) -> torch.Tensor:
-        """Embeddings x [B, T, hidden] -> what the LM head takes, of the same shape."""
-        cos, sin = (part.expand(*x.shape[:2], -1).flatten(0, 1) for part in rotary)
-        y, h, before = x, None, None
+        """Embeddings [B, T, hidden] -> what the LM head takes, of the same shape."""
+        cos, sin = (part.expand(*flow.y.shape[:2], -1).flatten(0, 1) for part in rotary)
+        before = None
         if step.starts is None:
-            self.plan(x, step, layers)
+            self.plan(flow.y, step, layers)
         for block, pages in zip(self.layers, layers, strict=True):
-            attention = partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages)
-            y, h = block.run(y, h, attention, before)
+            block.run(
+                flow, partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages), before
+            )
             before = block.mlp.down_proj
-        return normed(self.norm, y, h, before)[0]
+        return normed(self.norm, flow, before)[0]
 
     def plan(self, x: torch.Tensor, step: Step, layers: Sequence[KVPages]) -> None:
         """Plans of attention, once a step: their kernels have ended when the first layer's attention begins, which does not wait
@@ -289,27 +298,29 @@ def cut_by_inputs(linear: Any) -> RowLinear | None:
 
 def normed(
     norm: Any,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
+    flow: Flow,
     before: Any,
     rounding: tuple[torch.dtype | None, torch.Tensor | None, int] = (None, None, 0),
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rms_norm_quantize` of x, which is a process's part where `before`, the linear that it is from, leaves the sum to us."""
-    cut, given = cut_by_inputs(before), (norm.weight, norm.variance_epsilon, residual, *rounding)
-    if cut is None or cut.exchange is None:
-        return torch.ops.quantkit.rms_norm_quantize(x, *given)  # type: ignore[no-any-return]
-    return cut.exchange.norm(x, cut.late_bias, *given)  # type: ignore[arg-type]
-
-
-def after_norm(
-    linear: Any, norm: Any, x: torch.Tensor, residual: torch.Tensor | None, before: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """linear(norm(x + residual)), and x + residual."""
-    rounding = getattr(linear, "rounding", None)
-    x = x.contiguous()
-    codes, scales, h = normed(norm, x, residual, before, rounding or (None, None, 0))
-    y = linear.of_rounded(codes, scales, x.dtype) if rounding else linear(codes)
-    return y, x if residual is None else h
+    """Codes and scales of `rms_norm_quantize` of the flow, which then holds the sum alone.
+
+    before: the linear that y is from, which may leave it to us to add the processes' parts.
+    """
+    cut, y = cut_by_inputs(before), flow.y.contiguous()
+    given = (norm.weight, norm.variance_epsilon, flow.h, *rounding)
+    if cut is None or cut.exchange is None:
+        codes, scales, h = torch.ops.quantkit.rms_norm_quantize(y, *given)
+    else:
+        codes, scales, h = cut.exchange.norm(y, cut.late_bias, *given)  # type: ignore[arg-type]
+    flow.y, flow.h = None, y if flow.h is None else h
+    return codes, scales
+
+
+def after_norm(linear: Any, norm: Any, flow: Flow, before: Any) -> torch.Tensor:
+    """linear(norm(y + h)); the flow then holds the sum alone."""
+    rounding, dtype = getattr(linear, "rounding", None), flow.y.dtype
+    codes, scales = normed(norm, flow, before, rounding or (None, None, 0))
+    return linear.of_rounded(codes, scales, dtype) if rounding else linear(codes)  # type: ignore[no-any-return]
 
 
 def after_swiglu(linear: Any, gate_up: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_more_rows_than_the_mailbox_has_are_refused(tmp_path):
         kernel.all_reduce_norm(x, box, None, x[0], EPS, x)
 
 
-@pytest.mark.parametrize(("K", "rows"), [(4096, 128), (8192, 64), (1024, 132)])
+@pytest.mark.parametrize(("K", "rows"), [(4096, 132), (8192, 128), (1024, 132)])
 def test_a_mailbox_has_no_more_rows_than_run_at_once(K, rows):
     assert kernel.rows_of(K, 2, 132) == rows
 
