@@ -4,7 +4,8 @@
 
 The first process quantizes the model by rounding to nearest, and holds it whole once all have answered. Both are optimized: on GPUs
 their steps are CUDA graphs. An answer that goes another way is tied if the two tokens where they part are as likely (`soak.judge`):
-sums in another order give another last bit, and where x is rounded to 8 bits, now and then another code, a step of 6 % of a value.
+sums in another order give another last bit, and where x is rounded to 8 bits, now and then another code. Then it is also tied if one
+process alone goes that way once the last bits of the text's embeddings are others.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from quantkit.errors import QuantKitError
 from quantkit.eval.records import Record, environment, write_records
-from quantkit.eval.soak import TIE, alone, judge
+from quantkit.eval.soak import alone, judge
 from quantkit.load import load, load_model
 from quantkit.optimize import optimize
 from quantkit.processes import gather, start
@@ -38,8 +40,7 @@ PROMPTS = (
     "He played for the team from 1998 until",
     "We hold that the law",
 )
-# Share of the largest logit within which two are as likely where x is rounded: 3 times what was seen in float32.
-ROUNDED_TIE = 2**-6
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def compare(
@@ -48,13 +49,17 @@ def compare(
     new_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-    tie: float,
+    rounds: bool,
 ) -> Record:
-    """How many answers of the model cut over all processes are "equal", "tied" or "wrong" beside those of one process.
+    """How many answers of the model cut over all processes are "equal", "tied" or "wrong" beside those of one process; or why
+    it cannot be cut.
 
     All processes call it, and the first has the counts.
     """
-    cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
+    try:
+        cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
+    except QuantKitError as error:  # all processes refuse alike
+        return {"refused": str(error).removeprefix(f"{folder}: ")}
     exchange = cut.model.layers[0].mlp.down_proj.exchange
     found = gather([alone(cut, prompt, new_tokens) for prompt in prompts], "answers")
     del cut
@@ -63,7 +68,8 @@ def compare(
     if dist.get_rank() == 0:
         whole = optimize(load_model(folder, device, dtype=dtype))
         counts.update(
-            judge(whole, prompt, new_tokens, one, tie) for prompt, one in zip(prompts, found[0], strict=True)
+            judge(whole, prompt, new_tokens, one, rounds)
+            for prompt, one in zip(prompts, found[0], strict=True)
         )
         counts["wrong"] += sum(other != found[0] for other in found[1:])  # all processes say the same
     how = "library" if exchange.mailbox is None else "one kernel"
@@ -77,6 +83,7 @@ def main() -> None:
     parser.add_argument("model", help="A model directory, not quantized.")
     parser.add_argument("--scheme", action="append", help="One an option; all presets by default.")
     parser.add_argument("--new", type=int, default=64, help="Tokens generated.")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model; bfloat16 on GPUs, float32 on CPUs")
     parser.add_argument("--records", type=Path, help="append to RECORDS/parallel.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -85,7 +92,7 @@ def main() -> None:
     start(arguments.device)
     on_gpu = arguments.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if on_gpu else "float32")]
     source, rank = resolve(arguments.model), dist.get_rank()
     tokenizer = load_tokenizer(source)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
@@ -98,11 +105,12 @@ def main() -> None:
             if rank == 0:
                 quantize_checkpoint(source, folder, Recipe(label, "rtn"), device, tokens)
             dist.barrier()
-            tie = max(TIE[dtype], ROUNDED_TIE if parse_scheme(label).activation else 0.0)
-            found = compare(folder, prompts, arguments.new, dtype, device, tie)
-            wrong += found["wrong"]
+            rounds = parse_scheme(label).activation is not None
+            found = compare(folder, prompts, arguments.new, dtype, device, rounds)
+            wrong += found.get("wrong", 0)
             if rank == 0:
                 kind = {"kind": "parallel", "model": source.name, "scheme": label, "ranks": len(places)}
+                kind |= {"dtype": str(dtype).removeprefix("torch.")}
                 print(f"{label}: {found}", flush=True)
                 if arguments.records:
                     record = kind | found | {"new_tokens": arguments.new} | environment(device)

@@ -7,6 +7,7 @@ the text in two pieces, whose sums round otherwise too, cut at one place or anot
 """
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quantkit.eval.records import Record, environment
 from quantkit.fuse import CACHE_NAME
 
 # Logits of this share of the largest are as likely, by dtype: eight roundings of it on the way from a sum to a logit.
+SHAKEN = 64  # times that a text is read with other last bits
 TIE = {torch.float32: 8 * 2.0**-20, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8}
 
 
@@ -130,10 +132,11 @@ def answer(manager: Any, work: list[tuple[list[int], int]]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def judge(model: Any, prompt: list[int], new: int, found: list[int], tie: float | None = None) -> str:
+def judge(model: Any, prompt: list[int], new: int, found: list[int], rounds: bool = False) -> str:
     """Whether an answer is "equal" to that of the prompt alone, "tied" with it, or "wrong".
 
-    tie: share of the largest logit within which two are as likely; None: `TIE` of the model's dtype.
+    rounds: the model rounds x to 8 bits, where a last bit may decide over a whole step: an answer is also tied if the model goes
+        that way alone once the last bits of the text's embeddings are others.
     """
     expected = alone(model, prompt, new)
     if found == expected:
@@ -144,19 +147,27 @@ def judge(model: Any, prompt: list[int], new: int, found: list[int], tie: float 
     text = torch.tensor([prompt + expected[:at]], device=model.device)
     logits = last_logits(model, text)
     gap = (logits[expected[at]] - logits[found[at]]).abs()
-    share = TIE[model.dtype] if tie is None else tie
-    if gap <= share * logits.abs().max():
+    if gap <= TIE[model.dtype] * logits.abs().max():
         return "tied"
     cuts = range(1, text.shape[1]) if model.kv != "bf16" else ()
-    return "tied" if any(last_logits(model, text, cut).argmax() == found[at] for cut in cuts) else "wrong"
+    in_pieces = (last_logits(model, text, cut=cut) for cut in cuts)
+    shaken = (last_logits(model, text, seed=seed) for seed in range(SHAKEN if rounds else 0))
+    return "tied" if any(other.argmax() == found[at] for other in chain(in_pieces, shaken)) else "wrong"
 
 
-def last_logits(model: Any, text: torch.Tensor, cut: int = 0) -> torch.Tensor:
-    """Of the token after a text [1, T], read alone, its first `cut` tokens before the others."""
+def last_logits(model: Any, text: torch.Tensor, cut: int = 0, seed: int | None = None) -> torch.Tensor:
+    """Of the token after a text [1, T], read alone, its first `cut` tokens before the others.
+
+    seed: the last bits of its embeddings are changed at random.
+    """
     cache = {CACHE_NAME: model.new_cache(1, text.shape[1]), "logits_to_keep": 1}
+    x = model.get_input_embeddings()(text)
+    if seed is not None:
+        bits = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+        x = (x.double() * (1 + bits * torch.finfo(x.dtype).eps)).to(x.dtype)
     if cut:
-        model(text[:, :cut], **cache)
-    return model(text[:, cut:], **cache).logits[0, -1].float()  # type: ignore[no-any-return]
+        model(inputs_embeds=x[:, :cut], **cache)
+    return model(inputs_embeds=x[:, cut:], **cache).logits[0, -1].float()  # type: ignore[no-any-return]
 
 
 def held_bytes(device: torch.device) -> int:

@@ -159,23 +159,31 @@ def test_a_soak_counts_what_is_equal(kv, monkeypatch):
     assert found.wrong > 0
 
 
-@pytest.mark.parametrize(("kv", "verdict"), [("int8", "tied"), ("bf16", "wrong")])
-def test_rounded_keys_may_lead_where_the_text_in_two_pieces_leads(kv, verdict, monkeypatch):
+@pytest.mark.parametrize(
+    ("kv", "rounds", "way", "verdict"),
+    [
+        ("int8", False, {"cut": 4}, "tied"),
+        ("bf16", False, {"cut": 4}, "wrong"),
+        ("bf16", True, {"seed": 40}, "tied"),
+        ("bf16", False, {"seed": 40}, "wrong"),
+    ],
+)
+def test_what_is_rounded_may_lead_where_other_last_bits_lead(kv, rounds, way, verdict, monkeypatch):
     model = quantkit.optimize(tiny("llama", None, torch.float32), kv=kv)
     prompt = [5, 6, 7, 8, 9, 10]
     found = alone(model, prompt, 3)
     assert judge(model, prompt, 3, found) == "equal"
     found[-1] = (found[-1] + 1) % 64
-    assert judge(model, prompt, 3, found) == "wrong"
+    assert judge(model, prompt, 3, found, rounds) == "wrong"
     whole = soaking.last_logits
 
-    def otherwise(model, text, cut=0):
-        logits = whole(model, text, cut)
-        logits[found[-1]] += 100 if cut == 4 else 0
+    def otherwise(model, text, **read):
+        logits = whole(model, text, **read)
+        logits[found[-1]] += 100 if read == way else 0
         return logits
 
     monkeypatch.setattr(soaking, "last_logits", otherwise)
-    assert judge(model, prompt, 3, found) == verdict
+    assert judge(model, prompt, 3, found, rounds) == verdict
 
 
 def test_a_soak_that_cannot_be_is_refused():
