@@ -11,6 +11,8 @@ t are the weights as GPTQ rounded them, so v = 0 and g = 0 give GPTQ's codes and
 taken as 1. The target is what the original model computes from its own inputs, so the steps also make up for earlier
 blocks. The steps are Adam's, where AutoRound takes the sign of the gradient: signed steps move every v alike, and so
 lose at 3 and 4 bits more of what GPTQ has gained than they gain. g scales codes that stay, for which the loss is smooth.
+
+Several processes, each with batches of its own, take each step together, by the mean of their gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from dataclasses import replace
 import torch
 
 from quantkit.calibration.grid import Grid, storable
+from quantkit.peers import Peers
 
 STEPS = 100
 RATE = 1e-3  # falls linearly to 0: v crosses a tenth of its range at most, for most codes should stay GPTQ's
@@ -47,6 +50,7 @@ def learn_rounding(
     steps: int = STEPS,
     rate: float = RATE,
     seed: int = 0,
+    peers: Peers | None = None,
 ) -> dict[str, tuple[torch.Tensor, Grid]]:
     """Better codes for the linears of a block.
 
@@ -55,7 +59,8 @@ def learn_rounding(
         targets: weights [N, K] by name, float32, on the device of the work.
         grids: of integer codes, by name.
         hidden, outputs: batches of the block's input in the quantized model, and of its output in the original.
-        steps, rate, seed: of the descent; a step takes one batch.
+        steps, rate, seed: of the descent; a step takes one batch, of each process.
+        peers: the processes that learn together, each with this call; all get the same.
 
     Returns:
         codes [N, K], as `Grid.round` gives them, and the grid to read them with, by name: those learned, or those
@@ -84,7 +89,8 @@ def learn_rounding(
 
     def total(ends: dict[str, tuple[torch.Tensor, Grid]]) -> float:
         weights = {name: grid.dequantize(codes) for name, (codes, grid) in ends.items()}
-        return sum(loss(weights, i).item() for i in range(len(hidden)))
+        own = sum(loss(weights, i).item() for i in range(len(hidden)))
+        return own if peers is None else sum(peers.gather(own, "loss of a block"))
 
     def stored() -> dict[str, tuple[torch.Tensor, Grid]]:
         ends = {}
@@ -105,7 +111,10 @@ def learn_rounding(
             weights = {name: scaled(name).dequantize(rounded(name)) for name in targets}
             gradients = torch.autograd.grad(loss(weights, i), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()
+            if peers is not None:
+                peers.add(parameter.grad, "gradients of a block")
+                parameter.grad /= peers.count
         descent.step()
         for move in moves.values():
             move.data.clamp_(-LARGEST_MOVE, LARGEST_MOVE)

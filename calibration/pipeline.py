@@ -150,28 +150,31 @@ class Activations:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
 
-def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tokens [samples, seq_len] in equal batches of about TOKENS_PER_BATCH tokens."""
+def batches(tokens: torch.Tensor, at_once: int = TOKENS_PER_BATCH) -> tuple[torch.Tensor, ...]:
+    """Tokens [samples, seq_len] in equal batches of about so many tokens."""
     samples, seq_len = tokens.shape
-    size = max(
-        b for b in range(1, samples + 1) if samples % b == 0 and (b == 1 or b * seq_len <= TOKENS_PER_BATCH)
-    )
+    size = max(b for b in range(1, samples + 1) if samples % b == 0 and (b == 1 or b * seq_len <= at_once))
     return tokens.split(size)
 
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: nn.ModuleList, tokens: torch.Tensor, device: torch.device
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: torch.Tensor,
+    device: torch.device,
+    at_once: int = TOKENS_PER_BATCH,
 ) -> Activations:
     """Runs the model around its blocks (which need not be loaded) and notes what would enter them.
 
     Args:
         tokens: int64 [samples, seq_len].
+        at_once: of them, a batch.
     """
     recorders = [Recorder(block) for block in blocks]
     try:
         with standing_in(blocks, recorders):
-            for batch in batches(tokens):
+            for batch in batches(tokens, at_once):
                 model(batch.to(device), use_cache=False, logits_to_keep=1)
                 for recorder in recorders[1:]:
                     recorder.hidden.clear()
@@ -830,7 +833,9 @@ def refine(
     scales = {name: s for name, r in results.items() if (s := r.quantized.input_scale) is not None}
     began = time.monotonic()
     with rounded_inputs(block, {name: r.plan.scheme for name, r in results.items()}, scales):
-        learned = learn_rounding(run, targets, grids, activations.hidden, activations.outputs)
+        learned = learn_rounding(
+            run, targets, grids, activations.hidden, activations.outputs, peers=inputs.peers
+        )
     took = (time.monotonic() - began) / len(learned)
     better = {}
     for name, (codes, grid) in learned.items():

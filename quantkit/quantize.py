@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from quantkit.allocation import Allocation, allocate
 from quantkit.calibration import data
 from quantkit.calibration.pipeline import (
+    TOKENS_PER_BATCH,
     Activations,
     BlockInputs,
     ModuleResult,
@@ -128,12 +129,6 @@ class Job:
     def follow(self, recipe: Recipe) -> None:
         """Plans by a recipe; called again once `target_bpw` has led to another."""
         self.recipe, self.plans = recipe, plan_modules(self.model, recipe)
-        learning = [plan for plan in self.plans.values() if parse_method(plan.method).learn]
-        if self.peers is not None and learning:
-            raise QuantKitError(
-                f"{learning[0].name}: method {learning[0].method} with {self.peers.count} processes, expected one, since learning "
-                "takes all samples in turn; leave 'learn' out (a quality below best does), or start one process"
-            )
 
     @property
     def needs_tokens(self) -> bool:
@@ -181,8 +176,12 @@ class Job:
 
     def capture(self, tokens: torch.Tensor) -> None:
         """Runs the calibration tokens, or this process's share of them, up to the first block."""
-        tokens = tokens if self.peers is None else self.peers.share(tokens)
-        self.activations = capture(self.model, self.blocks, tokens, self.device)
+        at_once = TOKENS_PER_BATCH
+        if self.peers is not None:
+            tokens = self.peers.share(tokens)
+            if any(parse_method(plan.method).learn for plan in self.plans.values()):
+                at_once //= self.peers.count  # of each process, for a step of learning takes a batch of all
+        self.activations = capture(self.model, self.blocks, tokens, self.device, at_once)
         if any(needs_original(plan) for plan in self.plans.values()):
             self.activations.original = list(self.activations.hidden)
 
