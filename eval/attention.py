@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from quantkit.errors import as_one_line
 from quantkit.eval.linears import WORKING_SET, a_device, copies, time_text, two_sizes, withhold
 from quantkit.eval.records import Record, environment, version, write_records
 from quantkit.eval.roofline import Roof, roof
@@ -357,4 +358,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_one_line():
+        main()

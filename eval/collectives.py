@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from quantkit.errors import as_one_line
 from quantkit.eval.linears import time_text, two_sizes, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.timing import Timing, time_launches
@@ -173,4 +174,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_one_line():
+        main()

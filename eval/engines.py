@@ -11,7 +11,6 @@ float16 (`--dtype`) tells more of them apart than bfloat16.
 """
 
 import argparse
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import QuantKitError, as_one_line
 from quantkit.eval.decode import exactly
 from quantkit.eval.records import Record, environment, read_records, write_records
 from quantkit.eval.tables import parted
@@ -204,8 +203,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with as_one_line():
         main()
-    except QuantKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

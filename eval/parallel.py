@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import QuantKitError, as_one_line
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.soak import alone, judge
 from quantkit.load import load, load_model
@@ -121,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_one_line():
+        main()

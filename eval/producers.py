@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from quantkit.errors import as_one_line
 from quantkit.eval.linears import WORKING_SET, a_device, copies, time_text, withhold
 from quantkit.eval.records import Record, environment, write_records
 from quantkit.eval.roofline import roof
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_one_line():
+        main()

@@ -1,4 +1,8 @@
-"""The exceptions that the CLI prints as one line and answers with exit code 2."""
+"""The exceptions that the CLI and the scripts print as one line and answer with exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,6 +13,21 @@ class QuantKitError(ValueError):
 
 class MachineError(QuantKitError):
     """The machine is at fault, not the input: a full disk, say. What was finished stays for the same command."""
+
+
+@contextmanager
+def as_one_line() -> Iterator[None]:
+    """Around a script: bad input, and a file that cannot be read or written, end it with one line and exit code 2."""
+    try:
+        yield
+    except QuantKitError as error:
+        wrong = str(error)
+    except OSError as error:
+        wrong = f"{error.filename or 'file'}: {error.strerror or error}"
+    else:
+        return
+    print(f"error: {wrong}", file=sys.stderr)
+    sys.exit(2)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from quantkit.errors import as_one_line
 from quantkit.eval.calibration_speed import time_calibration
 from quantkit.eval.random_model import CONFIGS
 from quantkit.eval.records import write_records
@@ -56,4 +57,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with as_one_line():
+        typer.run(main)

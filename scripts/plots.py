@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from quantkit.errors import as_one_line
 from quantkit.eval.plots import plot_linears, plot_quality, plot_times
 from quantkit.eval.records import read_records
 
@@ -17,4 +18,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_one_line():
+        main()

@@ -4,17 +4,16 @@ A row that is in the records is not measured again. `make tables` writes docs/qu
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import as_one_line
 from quantkit.eval.quality_peers import RECIPES, SETTINGS, TOOLS, Protocol, chosen, run_table
 from quantkit.recipe import CalibrationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", type=Path, required=True, help="directories of the originals")
     parser.add_argument("--text", required=True, help="evaluation text, see 'quantkit eval --help'")
@@ -40,21 +39,10 @@ def main() -> int:
     spec = CalibrationSpec(args.calibration, args.samples, args.seq_len)
     rows = list(chosen(args.tools, args.settings, args.methods))
     protocol = Protocol(args.text, args.windows, spec, args.device)
-    try:
-        run_table(
-            rows,
-            args.models,
-            args.seeds,
-            protocol,
-            args.folder,
-            args.records,
-            lambda line: print(line, flush=True),
-        )
-    except (QuantKitError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    say = lambda line: print(line, flush=True)
+    run_table(rows, args.models, args.seeds, protocol, args.folder, args.records, say)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with as_one_line():
+        main()

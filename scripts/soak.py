@@ -9,7 +9,7 @@ import transformers
 import typer
 
 import quantkit
-from quantkit.errors import QuantKitError
+from quantkit.errors import as_one_line
 from quantkit.eval.decode import scheme_of
 from quantkit.eval.records import write_records
 from quantkit.eval.soak import soak, soak_record
@@ -33,21 +33,9 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     dtype: torch.dtype | str = torch.float32 if device == "cpu" or not torch.cuda.is_available() else "auto"
-    try:
-        subject = quantkit.optimize(load_model(model, device, dtype=dtype), kv=kv)
-        found = soak(
-            subject,
-            requests,
-            longest,
-            new,
-            rounds,
-            page_size=page_size,
-            num_blocks=blocks,
-            max_batch_tokens=2048,
-        )
-    except QuantKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    subject = quantkit.optimize(load_model(model, device, dtype=dtype), kv=kv)
+    sizes = {"page_size": page_size, "num_blocks": blocks, "max_batch_tokens": 2048}
+    found = soak(subject, requests, longest, new, rounds, **sizes)
     record = soak_record(found, subject, name=model.name, scheme=scheme_of(subject), requests=requests)
     print(
         f"{requests} requests, {kv} KV: {found.equal} equal, {found.tied} tied, {found.wrong} wrong; "
@@ -59,4 +47,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with as_one_line():
+        typer.run(main)

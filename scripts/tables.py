@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from quantkit.errors import QuantKitError
+from quantkit.errors import as_one_line
 from quantkit.eval.tables import update
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,15 +21,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
     args = parser.parse_args()
     documents = args.documents or [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
-    try:
-        stale = [document for document in documents if update(document, args.records, args.check)]
-    except (QuantKitError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    stale = [document for document in documents if update(document, args.records, args.check)]
     for document in stale:
         print(f"{document}: {'stale; run scripts/tables.py' if args.check else 'written'}")
     return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with as_one_line():
+        sys.exit(main())

@@ -1,6 +1,7 @@
 """What would otherwise give a wrong model in silence, or take something of the user's, is refused."""
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -110,3 +111,28 @@ def test_equalization_says_where_it_knows_no_place_for_its_scales(tiny, monkeypa
     model = quantkit.quantize(tiny("llama"), Recipe("w4a16-g32", "equalize"))
     remarks = {entry["remark"] for entry in model.config.quantization_config.modules.values()}
     assert remarks == {"no place known for equalize's scales in llama: left out"}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("quantkit.eval.parallel", ["/nowhere", "--device", "cpu"], "start with torchrun"),
+        ("quantkit.eval.attention", ["--device", "cpu", "--records", __file__], "File exists"),
+        ("quantkit.eval.engines", ["compare", "/nowhere", "/x"], "/nowhere: no such file of records"),
+        ("soak.py", ["/nowhere", "--device", "cpu"], "/nowhere"),
+        ("tables.py", ["/nowhere"], "/nowhere: No such file"),
+    ],
+)
+def test_scripts_say_in_one_line_what_is_wrong(script, arguments, words, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    run, where = runpy.run_module, script
+    if script.endswith(".py"):
+        run, where = runpy.run_path, str(Path(__file__).parents[1] / "scripts" / script)
+    with pytest.raises(SystemExit) as ended:
+        run(where, run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    assert words in said[0]
