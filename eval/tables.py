@@ -334,6 +334,29 @@ def collective_tables(records: Sequence[Record]) -> list[Table]:
     return out
 
 
+def parallel_tables(records: Sequence[Record]) -> list[Table]:
+    """One table a device and number of processes: a row a model, dtype and scheme, its answers beside one process's."""
+    out = []
+    kept = latest(records, "device", "ranks", "new_tokens", "model", "dtype", "scheme")
+    for (_, ranks, new_tokens), group in grouped(kept, "device", "ranks", "new_tokens").items():
+        rows = [
+            (
+                f"{r['model']}, {r['scheme']}",
+                r["dtype"],
+                *(
+                    str(r.get(count, "refused" if count == "equal" else "-"))
+                    for count in ("equal", "tied", "wrong")
+                ),
+                r.get("sums", "-"),
+            )
+            for r in group
+        ]
+        header = ("model", "dtype", "equal", "tied", "wrong", "sums by")
+        title = f"greedy answers of {new_tokens} tokens by {ranks} processes, beside one's"
+        out.append(Table(title, header, tuple(rows), conditions(group)))
+    return out
+
+
 def soak_tables(records: Sequence[Record]) -> list[Table]:
     """One table a device: a row a model and cache."""
     out = []
@@ -400,6 +423,7 @@ KINDS: dict[str, Callable[[Sequence[Record]], list[Table]]] = {
     "attention": attention_tables,
     "producer": producer_tables,
     "collective": collective_tables,
+    "parallel": parallel_tables,
     "soak": soak_tables,
     "engine": engine_tables,
     "quality-peers": quality_peer_tables,

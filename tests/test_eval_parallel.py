@@ -70,6 +70,20 @@ def test_sums_have_records_with_their_error_and_a_table(found):
     assert {row[-1] for row in table.rows} == {"2.00"}
 
 
+def test_answers_of_several_processes_have_a_table():
+    made = {"device": "X", "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01"}
+    record = {"kind": "parallel", "model": "m", "ranks": 2, "dtype": "float16", "new_tokens": 64, **made}
+    counts = {"sums": "one kernel", "equal": 7, "tied": 1, "wrong": 0}
+    (table,) = tables(
+        [record | {"scheme": "w4a16"} | counts, record | {"scheme": "fp8-block", "refused": "x"}]
+    )
+    assert table.title == "greedy answers of 64 tokens by 2 processes, beside one's"
+    assert table.rows == (
+        ("m, w4a16", "float16", "7", "1", "0", "one kernel"),
+        ("m, fp8-block", "float16", "refused", "-", "-", "-"),
+    )
+
+
 def test_calibration_by_several_processes_has_a_record_that_says_so(found):
     for two in found:
         (record,) = two["calibration"]
