@@ -236,33 +236,35 @@ def join_safetensors(
             write_at(target, chunk, at)
             at += len(chunk)
 
+    known, waiting = sums or {}, 0
     with out.open("wb") as target, ThreadPoolExecutor(COPIERS) as pool:
         write_at(target, len(text).to_bytes(8, "little") + text, 0)
-        found = {name: pool.submit(sha256, sources[name]) for name in ordered if name not in (sums or {})}
+        found = {name: pool.submit(sha256, sources[name]) for name in ordered if name not in known}
         copies = [
-            pool.submit(
-                copy, piece, start + header[name]["data_offsets"][0] + piece.start - sources[name].start
-            )
+            (piece, pool.submit(copy, piece, start + header[name]["data_offsets"][0] + at))
             for name in ordered
-            for piece in pieces(sources[name])
+            for at, piece in pieces(sources[name])
         ]
         try:
-            for count, done in enumerate(copies):
+            for piece, done in copies:
                 done.result()
-                if count % COPIERS == 0:
+                waiting += piece.stop - piece.start
+                if waiting > COPIERS * PIECE:
                     sync(target)  # the disk writes while the rest is copied
-            sums = {**(sums or {}), **{name: done.result() for name, done in found.items()}}
+                    waiting = 0
+            known = known | {name: done.result() for name, done in found.items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error, or Ctrl-C, does not wait for the rest
             raise
         sync(target)
-    return {name: sums[name] for name in names}
+    return {name: known[name] for name in names}
 
 
-def pieces(tensor: StoredTensor) -> Iterator[StoredTensor]:
-    """A tensor's bytes in pieces, whose shape says nothing."""
-    for start in range(tensor.start, tensor.stop, PIECE):
-        yield replace(tensor, start=start, stop=min(start + PIECE, tensor.stop))
+def pieces(tensor: StoredTensor) -> Iterator[tuple[int, StoredTensor]]:
+    """A tensor's bytes in pieces, whose shape says nothing, and where in it each begins."""
+    for at in range(0, tensor.stop - tensor.start, PIECE):
+        start = tensor.start + at
+        yield at, replace(tensor, start=start, stop=min(start + PIECE, tensor.stop))
 
 
 def write_at(file: IO[bytes], data: bytes, at: int) -> None:
