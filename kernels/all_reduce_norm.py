@@ -7,8 +7,8 @@
 and then (2) and (3) of `rms_norm.py` and the rounding. All ranks add the same numbers in the same order: the same bits on all.
 
 One shot, of the rank that has a part: a program takes a row of its rank, writes it into a slot of every other rank (over
-NVLink), waits until their rows lie in its own rank's slots, and goes on with the sum in registers. No
-flags: a slot is EMPTY, a NaN that no part holds (`cleaned`), until its value comes. A value of 16 or 32 bits arrives as a
+NVLink; of its own too, where registers cannot keep it), waits until all rows lie in its own rank's slots, and goes on with their
+sum in registers. No flags: a slot is EMPTY, a NaN that no part holds (`cleaned`), until its value comes. A value of 16 or 32 bits arrives as a
 whole, so that what is not EMPTY is the part itself: nothing has to come before anything else, and no fence is needed. One
 way over the link is all there is to wait for, where a flag, and then a load from the other rank, take one and a half round trips.
 
@@ -123,7 +123,7 @@ def all_reduce_norm_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr, scales_ptr, input_scale_ptr,
     slots_ptr, peers_ptr, calls_ptr,
     M, K, eps, rank, rows, max_polls,
-    RANKS: tl.constexpr, AT_ONCE: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANKS: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
     FMA: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr, TRAP: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -142,9 +142,10 @@ def all_reduce_norm_kernel(
     part = cleaned(tl.load(x_ptr + at, mask=inside, other=0.0).to(slots_ptr.dtype.element_ty, bitcast=True))
     to = first + rank * rows.to(tl.int64) * K
     this = tl.full((1, 1), rank, tl.int32)
+    kept = this if KEEP else this - RANKS  # the rank whose part stays in registers: this one, or none
     for r in tl.static_range(RANKS):
         peer = tl.multiple_of(tl.load(peers_ptr + r).to(slots_ptr.dtype), 16)
-        tl.store(peer + to + at, part, mask=inside & (this != r), cache_modifier=".wt")
+        tl.store(peer + to + at, part, mask=inside & (kept != r), cache_modifier=".wt")
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
     total = tl.zeros((1, BLOCK_K), tl.float32)
     polls = 0
@@ -156,9 +157,10 @@ def all_reduce_norm_kernel(
             empty = tl.zeros((1, BLOCK_K), tl.int32)
             for i in tl.static_range(AT_ONCE):
                 slot = slots_ptr + first + (r0 + i) * rows.to(tl.int64) * K
-                theirs = inside & (r0 + i < RANKS) & (this != r0 + i)
-                found = tl.load(slot + at, mask=theirs, other=0, volatile=True)
-                found = tl.where(this == r0 + i, part, found)
+                sent = inside & (r0 + i < RANKS) & (kept != r0 + i)
+                found = tl.load(slot + at, mask=sent, other=0, volatile=True)
+                if KEEP:
+                    found = tl.where(kept == r0 + i, part, found)
                 empty |= (found == EMPTY).to(tl.int32)
                 total += found.to(dtype, bitcast=True).to(tl.float32)
             polls += 1
@@ -172,7 +174,7 @@ def all_reduce_norm_kernel(
         for i in tl.static_range(AT_ONCE):
             slot = slots_ptr + first + (r0 + i) * rows.to(tl.int64) * K
             nothing = tl.full((1, BLOCK_K), EMPTY, slots_ptr.dtype.element_ty)
-            tl.store(slot + at, nothing, mask=inside & (r0 + i < RANKS) & (this != r0 + i))
+            tl.store(slot + at, nothing, mask=inside & (r0 + i < RANKS) & (kept != r0 + i))
     tl.store(calls_ptr + row, calls + 1)
     h = total.to(dtype)
     if bias_ptr is not None:
@@ -186,10 +188,12 @@ def all_reduce_norm_kernel(
 
 
 def launch_of(M: int, K: int, itemsize: int, ranks: int) -> dict[str, int]:
-    """Launch parameters: as `rms_norm.py` has them, of a row a program; ranks are waited for together as registers allow."""
+    """Launch parameters: as `rms_norm.py` has them, of a row a program; ranks are waited for together as registers allow, and
+    the rank's own part is kept in them if that leaves room for all others at once."""
     chosen = config(M, K, True, itemsize)
     at_once = min(ranks, max(1, AWAITED_BYTES // (chosen["BLOCK_K"] * itemsize)))
-    return {"BLOCK_K": chosen["BLOCK_K"], "num_warps": chosen["num_warps"], "AT_ONCE": at_once}
+    together = {"AT_ONCE": at_once, "KEEP": at_once == ranks}
+    return {"BLOCK_K": chosen["BLOCK_K"], "num_warps": chosen["num_warps"], **together}
 
 
 def all_reduce_norm(

@@ -576,7 +576,7 @@ class CheckpointWriter:
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
             with self.writing(folder / filename):
-                sums = join_safetensors(names, sources, folder / filename, self.sums)
+                sums = join_safetensors(names, sources, folder / filename, sums=self.sums)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {

@@ -545,11 +545,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
 ):
     written, write = [], getattr(checkpoint, function)
 
-    def full(*args):
+    def full(*args, **more):
         if len(written) == calls:
             raise OSError(errno.ENOSPC, "No space left on device", str(args[-1]))
         written.append(args[-1])
-        return write(*args)
+        return write(*args, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, function, full)
