@@ -499,7 +499,7 @@ def space_for(parts: int, error: Exception, then=save_file):
     return save
 
 
-def out_of_space(*args):
+def out_of_space(*args, **more):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
