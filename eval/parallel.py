@@ -21,12 +21,13 @@ import transformers
 
 from quantkit.errors import QuantKitError, as_one_line
 from quantkit.eval.records import Record, environment, write_records
-from quantkit.eval.soak import alone, judge
+from quantkit.eval.soak import TIE, alone, judge
 from quantkit.load import load, load_model
 from quantkit.optimize import optimize
 from quantkit.processes import gather, start
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, parse_scheme
+from quantkit.shares import shares
 from quantkit.source import load_tokenizer, resolve
 from quantkit.streaming import quantize_checkpoint
 
@@ -40,7 +41,7 @@ PROMPTS = (
     "He played for the team from 1998 until",
     "We hold that the law",
 )
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TIE}
 
 
 def compare(
@@ -57,9 +58,10 @@ def compare(
     All processes call it, and the first has the counts.
     """
     try:
-        cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
-    except QuantKitError as error:  # all processes refuse alike
+        shares(folder, dist.get_world_size())
+    except QuantKitError as error:  # which says beforehand what loading would refuse
         return {"refused": str(error).removeprefix(f"{folder}: ")}
+    cut = optimize(load(folder, tp_plan="auto", dtype=dtype))
     exchange = cut.model.layers[0].mlp.down_proj.exchange
     found = gather([alone(cut, prompt, new_tokens) for prompt in prompts], "answers")
     del cut

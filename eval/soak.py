@@ -20,8 +20,8 @@ from quantkit.eval.records import Record, environment
 from quantkit.fuse import CACHE_NAME
 
 # Logits of this share of the largest are as likely, by dtype: eight roundings of it on the way from a sum to a logit.
-SHAKEN = 64  # times that a text is read with other last bits
 TIE = {torch.float32: 8 * 2.0**-20, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8}
+SHAKEN = 64  # times that a text is read with other last bits
 
 
 @dataclass(frozen=True)

@@ -206,11 +206,11 @@ def join_safetensors(
 ) -> dict[str, str]:
     """Copies tensors out of safetensors files into one, in little memory, several at a time.
 
-    Args:
-        sums: of tensors' bytes, by name, where they are known.
-
     Gives the bytes that `safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})` would: header
     with the tensors by falling alignment and then by name, padded with blanks to a multiple of 8 bytes.
+
+    Args:
+        sums: sha256 of tensors' bytes, by name, where they are known.
 
     Returns:
         sha256 of each tensor's bytes, by name.

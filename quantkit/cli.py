@@ -27,7 +27,7 @@ from quantkit.checkpoint import CheckpointReader, megabytes, staging_folder
 from quantkit.convert import convert
 from quantkit.demo import EXAMPLE, ROWS, record_of, run_demo, text_tokens
 from quantkit.dry_run import DryRun, dry_run
-from quantkit.errors import QuantKitError, out_of_memory
+from quantkit.errors import QuantKitError, of_a_file, out_of_memory
 from quantkit.eval.decode import bench_decode
 from quantkit.eval.linears import SHAPES, bench_linears, model_shapes
 from quantkit.eval.peers import PEERS
@@ -150,7 +150,7 @@ def main() -> None:
             f"out of memory ({first_line(error)}); use a smaller --samples or --window, or --device cpu where a GPU is full"
         )
     except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        fail(of_a_file(error))
     if code == INTERRUPTED:
         err.print("interrupted", style="red")
     sys.exit(code if isinstance(code, int) else 0)

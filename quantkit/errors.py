@@ -23,11 +23,16 @@ def as_one_line() -> Iterator[None]:
     except QuantKitError as error:
         wrong = str(error)
     except OSError as error:
-        wrong = f"{error.filename or 'file'}: {error.strerror or error}"
+        wrong = of_a_file(error)
     else:
         return
     print(f"error: {wrong}", file=sys.stderr)
     sys.exit(2)
+
+
+def of_a_file(error: OSError) -> str:
+    """Which file it was, and why."""
+    return f"{error.filename or 'file'}: {error.strerror or error}"
 
 
 def out_of_memory(error: BaseException) -> bool:
