@@ -1,6 +1,7 @@
 """How long quantizing a model of a real one's shape takes, and in how much memory: random weights, random tokens."""
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -86,6 +87,7 @@ def time_calibration(
     """
     source, out, first = scratch / "source", scratch / "out", peers is None or peers.first
     size = write_random_model(name, source, device, layers) if first else 0
+    os.sync()  # a model that was fetched before lies on the disk, which then is free for what is measured
     generator = torch.Generator().manual_seed(SEED)
     for recipe in recipes:
         spec = recipe.calibration

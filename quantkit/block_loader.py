@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from quantkit.calibration.channels import ScaleInput, scale_input
 from quantkit.calibration.pipeline import ModuleResult, not_finite
-from quantkit.checkpoint import CheckpointReader, StoredTensor, sha256
+from quantkit.checkpoint import CheckpointReader, Kind, StoredTensor, sha256
 from quantkit.errors import QuantKitError
-from quantkit.hf import linear_called
+from quantkit.hf import SAFETENSORS_DTYPES, linear_called
 from quantkit.linear import tensor_specs
 from quantkit.packing import PARTS, QuantizedTensor
 from quantkit.quantize import Job
 from quantkit.scheme import Scheme
 
-GUARD_BYTES = 16  # of the two int64 in the place of a packed weight
+GUARD: Kind = ("I64", (2,))  # in the place of a packed weight
 
 
 class BlockLoader:
@@ -40,16 +40,19 @@ class BlockLoader:
         """Where a tensor's values lie: its own, or those of the tensor that it was tied to."""
         return self.reader.find(self.job.untied.get(name, name))
 
-    def packed_bytes(self) -> int:
-        """Bytes of all tensors that `pack` will give to store."""
-        planned = {f"{name}.weight" for name in self.job.plans}
-        kept = (self.find(name) for name in self.names if name not in planned)
-        packed = 0
+    def packed_kinds(self) -> dict[str, Kind]:
+        """The tensors that `pack` will give to store, unless scales of input channels are left out."""
+        kinds = {name: self.find(name).kind for name in self.names}
         for plan in self.job.all_plans():
             linear = linear_called(self.job.model, plan.name)
             N, K = linear.out_features, linear.in_features
-            packed += GUARD_BYTES + packed_weight_bytes(plan.scheme, N, K, plan.channel_scales)
-        return packed + sum(tensor.stop - tensor.start for tensor in kept)
+            kinds[f"{plan.name}.weight"] = GUARD
+            specs = tensor_specs(plan.scheme, N, K, channel_scales=plan.channel_scales)
+            kinds |= {
+                f"{plan.name}.{suffix}": (SAFETENSORS_DTYPES[dtype], shape)
+                for suffix, (shape, dtype) in specs.items()
+            }
+        return kinds
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
         """Gives a part its tensors, found to be finite; as they were read."""
@@ -107,15 +110,19 @@ class BlockLoader:
             stored = {name: tensor.pin_memory() for name, tensor in stored.items()}
         return {name: stored[origin] for name, origin in origins.items()}
 
+    def read_ahead(self, index: int) -> None:
+        """Reads a block on its way to a GPU, while that works on the part before."""
+        if self.device.type == "cuda":
+            names = self.block_names(index)
+            self.ahead = names, self.reading.submit(self.read, names, pinned=True)
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[str]:
         """A block with its weights, while it lasts; on a GPU the next one's are read meanwhile."""
         prefix = f"{self.job.prefix}.{index}."
         block = self.job.blocks[index]
         self.load(block, prefix, self.block_names(index))
-        if self.device.type == "cuda":
-            following = self.block_names(index + 1)
-            self.ahead = following, self.reading.submit(self.read, following, pinned=True)
+        self.read_ahead(index + 1)
         try:
             yield prefix
         finally:

@@ -2,7 +2,8 @@
 
 A run writes into OUT.partial, one safetensors file a decoder block as it is finished. At the end the files
 are joined into the shards that `save_pretrained` would have written, config.json and the manifest are added,
-and the folder is renamed to OUT. A killed run leaves OUT.partial alone; the same command continues it. One that
+and the folder is renamed to OUT. Where it is known beforehand what a shard will hold, finished blocks are copied into it
+while the next ones are worked on. A killed run leaves OUT.partial alone; the same command continues it. One that
 was killed after the renaming leaves both: a mark in OUT.partial then says that OUT is whole.
 """
 
@@ -12,8 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -35,6 +36,7 @@ MAX_SHARD_SIZE = "50GB"  # save_pretrained's default, so that saving again gives
 RECORD = "job.json"  # in OUT.partial: what makes its bytes
 JOINED = "out"  # what becomes OUT
 FINISHED = "finished"  # the mark, made just before OUT appears
+FILLING = ".filling"  # ends the name of a shard into which blocks are copied as they are finished
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
 CHUNK = 1 << 22  # bytes copied at a time
 PIECE = 1 << 26  # bytes of a tensor that one thread copies
@@ -53,6 +55,8 @@ DTYPE_ORDER = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 )
 
+Kind = tuple[str, tuple[int, ...]]  # of a stored tensor: safetensors dtype and shape
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -68,6 +72,10 @@ class StoredTensor:
     stop: int
     name: str
     index: tuple[int | slice, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return self.dtype, self.shape
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -178,13 +186,17 @@ class CheckpointReader:
             QuantKitError: a name is in none of the files.
             MachineError: a file cannot be read any more.
         """
+
+        def copy_slice(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+            pair[0].copy_(pair[1])
+
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.find(name).file, []).append(name)
         loaded = {}
         for path, wanted in by_file.items():
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(path, framework="pt") as file, ThreadPoolExecutor(COPIERS) as pool:
                     for name in wanted:
                         stored = self.tensors[name]
                         part = (
@@ -192,8 +204,14 @@ class CheckpointReader:
                             if stored.index
                             else file.get_tensor(stored.name)
                         )
-                        # clone: a tensor that views the mapped file would keep its pages counted as ours
-                        loaded[name] = part.clone()
+                        # a copy: a tensor that views the mapped file would keep its pages counted as ours. By threads, for
+                        # torchrun leaves torch one
+                        loaded[name] = torch.empty_like(part, memory_format=torch.contiguous_format)
+                        at_once = PIECE // part.element_size()
+                        slices = zip(
+                            loaded[name].view(-1).split(at_once), part.reshape(-1).split(at_once), strict=True
+                        )
+                        list(pool.map(copy_slice, slices))
             except SafetensorError as error:
                 raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
             except OSError as error:
@@ -201,48 +219,73 @@ class CheckpointReader:
         return loaded
 
 
-def join_safetensors(
-    names: list[str], sources: dict[str, StoredTensor], out: Path, sums: dict[str, str] | None = None
-) -> dict[str, str]:
-    """Copies tensors out of safetensors files into one, in little memory, several at a time.
+@dataclass(frozen=True)
+class Layout:
+    """Of a safetensors file: the bytes before its tensors, and where in the file those of each tensor begin, by name."""
 
-    Gives the bytes that `safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})` would: header
-    with the tensors by falling alignment and then by name, padded with blanks to a multiple of 8 bytes.
+    head: bytes
+    starts: dict[str, int]
+
+
+def layout(kinds: dict[str, Kind]) -> Layout:
+    """How `safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})` lays out tensors of these kinds.
+
+    Its header has them by falling alignment and then by name, padded with blanks to a multiple of 8 bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, offset = {}, 0
+    for name in sorted(kinds, key=lambda name: (DTYPE_ORDER.index(kinds[name][0]), name)):
+        dtype, shape = kinds[name]
+        offsets[name], end = offset, offset + size_of(kinds[name])
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return Layout(head, {name: len(head) + at for name, at in offsets.items()})
+
+
+def size_of(kind: Kind) -> int:
+    """Bytes of a stored tensor."""
+    dtype, shape = kind
+    return prod(shape) * BITS_OF[dtype] // 8
+
+
+def split_into_shards(kinds: dict[str, Kind]) -> StateDictSplit:
+    """Which file holds which tensors, as `save_pretrained` would have it; `kinds` in the order in which it fills them."""
+    return split_state_dict_into_shards_factory(
+        kinds,
+        get_storage_size=size_of,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_SIZE,
+    )
+
+
+def join_safetensors(
+    names: list[str],
+    sources: dict[str, StoredTensor],
+    out: Path,
+    sums: dict[str, str] | None = None,
+    placed: Collection[str] = (),
+) -> dict[str, str]:
+    """Copies tensors out of safetensors files into one, laid out by `layout`, in little memory, several at a time.
 
     Args:
         sums: sha256 of tensors' bytes, by name, where they are known.
+        placed: tensors that are in their places in `out` already.
 
     Returns:
         sha256 of each tensor's bytes, by name.
     """
-    ordered = sorted(names, key=lambda name: (DTYPE_ORDER.index(sources[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in ordered:
-        tensor = sources[name]
-        size = tensor.stop - tensor.start
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-
-    def copy(piece: StoredTensor, at: int) -> None:
-        for chunk in tensor_bytes(piece):
-            write_at(target, chunk, at)
-            at += len(chunk)
-
+    planned = layout({name: sources[name].kind for name in names})
     known, waiting = sums or {}, 0
-    with out.open("wb") as target, ThreadPoolExecutor(COPIERS) as pool:
-        write_at(target, len(text).to_bytes(8, "little") + text, 0)
-        found = {name: pool.submit(sha256, sources[name]) for name in ordered if name not in known}
+    with out.open("r+b" if placed else "wb") as target, ThreadPoolExecutor(COPIERS) as pool:
+        write_at(target, planned.head, 0)
+        found = {name: pool.submit(sha256, sources[name]) for name in names if name not in known}
         copies = [
-            (piece, pool.submit(copy, piece, start + header[name]["data_offsets"][0] + at))
-            for name in ordered
+            (piece, pool.submit(copy_bytes, piece, target, planned.starts[name] + at))
+            for name in planned.starts
+            if name not in placed
             for at, piece in pieces(sources[name])
         ]
         try:
@@ -258,6 +301,12 @@ def join_safetensors(
             raise
         sync(target)
     return {name: known[name] for name in names}
+
+
+def copy_bytes(tensor: StoredTensor, target: IO[bytes], at: int) -> None:
+    for chunk in tensor_bytes(tensor):
+        write_at(target, chunk, at)
+        at += len(chunk)
 
 
 def pieces(tensor: StoredTensor) -> Iterator[tuple[int, StoredTensor]]:
@@ -384,7 +433,10 @@ def space(out: Path, size: int) -> tuple[int, int]:
 
     What OUT.partial holds is not needed again: the run goes on from it, or clears it.
     """
-    staged = sum(path.stat().st_size for path in staging_folder(out).rglob("*") if path.is_file())
+    found = [path.stat() for path in staging_folder(out).rglob("*") if path.is_file()]
+    staged = sum(
+        min(file.st_size, 512 * file.st_blocks) for file in found
+    )  # a shard that is being filled has holes
     return max(0, COPIES * size - staged), shutil.disk_usage(existing_parent(out)).free
 
 
@@ -416,6 +468,10 @@ class CheckpointWriter:
         check_out(out)
         self.out, self.staging, self.job, self.size = out, staging_folder(out), job, size
         self.sums: dict[str, str] = {}  # sha256 of what this run has stored, by the tensor's name
+        self.expected: dict[str, Kind] = {}  # tensors, by name
+        self.layouts: dict[str, Layout] = {}  # of shards that hold them, by the file's name
+        self.filling = ThreadPoolExecutor(1)
+        self.filled: list[Future[list[str]]] = []  # names of tensors that are in their places, part by part
 
     def __enter__(self) -> "CheckpointWriter":
         with self.writing(self.staging):
@@ -457,6 +513,11 @@ class CheckpointWriter:
             draft.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.filling.shutdown(cancel_futures=True)
+        for path in self.staging.glob(
+            f"*{FILLING}"
+        ):  # of a run that failed: the parts have all that it holds
+            path.unlink()
         if kind is not None and issubclass(kind, QuantKitError) and not issubclass(kind, MachineError):
             shutil.rmtree(self.staging)  # the input is at fault: once mended it is another job
         self.lock.close()
@@ -500,6 +561,39 @@ class CheckpointWriter:
             self.part(name).with_suffix(".json").write_text(described)
             draft.replace(self.part(name))
         self.sums |= sums
+        if self.layouts:
+            self.filled.append(self.filling.submit(self.fill_shards, name))
+
+    def expect(self, kinds: dict[str, Kind]) -> None:
+        """Lays out the shards of tensors that will come, so that parts are put in their places while the next are worked on.
+
+        Args:
+            kinds: in the order in which shards are filled. If other tensors come in the end, the parts are joined then.
+        """
+        self.expected = kinds
+        for filename, names in split_into_shards(kinds).filename_to_tensors.items():
+            self.layouts[filename] = layout({name: kinds[name] for name in names})
+            with self.writing(self.shard(filename)):
+                self.shard(filename).write_bytes(b"")
+
+    def shard(self, filename: str) -> Path:
+        """The shard that is being filled."""
+        return self.staging / (filename + FILLING)
+
+    def fill_shards(self, part: str) -> list[str]:
+        """Copies a part's tensors into their places; the names of those that were expected."""
+        sources = {
+            name: tensor
+            for name, tensor in read_header(self.part(part)).items()
+            if self.expected.get(name) == tensor.kind
+        }
+        for filename, planned in self.layouts.items():
+            if names := sources.keys() & planned.starts.keys():
+                with self.shard(filename).open("r+b") as shard:
+                    for name in sorted(names):
+                        copy_bytes(sources[name], shard, planned.starts[name])
+                    sync(shard)
+        return list(sources)
 
     def read_part(self, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """What `write_part` stored under the name, in this run or a killed one before; None if nothing whole."""
@@ -522,7 +616,7 @@ class CheckpointWriter:
 
     def finish(
         self,
-        order: dict[str, torch.Tensor],
+        order: Iterable[str],
         total_parameters: int,
         add_files: Callable[[Path], None],
         manifest: bool = True,
@@ -530,7 +624,7 @@ class CheckpointWriter:
         """Joins the parts into shards, adds the manifest and whatever `add_files` writes, and shows OUT.
 
         Args:
-            order: every tensor of the checkpoint, on the meta device, in the order in which shards are filled.
+            order: names of all tensors of the checkpoint, as shards are filled.
             total_parameters: for the index file of a checkpoint of several shards.
             manifest: whether to write one.
         """
@@ -566,17 +660,21 @@ class CheckpointWriter:
         self,
         folder: Path,
         sources: dict[str, StoredTensor],
-        order: dict[str, torch.Tensor],
+        order: Iterable[str],
         total_parameters: int,
     ) -> dict[str, dict[str, Any]]:
         """Writes the shards and their index; the manifest's entries of their tensors."""
-        shards = split_torch_state_dict_into_shards(
-            order, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
-        )
+        kinds = {name: sources[name].kind for name in order}
+        shards = split_into_shards(kinds)
+        self.filling.shutdown()  # once it has done all
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
+            placed: set[str] = set()
             with self.writing(folder / filename):
-                sums = join_safetensors(names, sources, folder / filename, sums=self.sums)
+                if self.layouts.get(filename) == layout({name: kinds[name] for name in names}):
+                    placed = {name for part in self.filled for name in part.result()}
+                    self.shard(filename).rename(folder / filename)
+                sums = join_safetensors(names, sources, folder / filename, self.sums, placed)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {

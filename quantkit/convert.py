@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from quantkit import __version__
-from quantkit.block_loader import GUARD_BYTES, release_memory
+from quantkit.block_loader import GUARD, release_memory
 from quantkit.checkpoint import (
     INDEX,
     CheckpointWriter,
     StoredTensor,
     check_out,
     check_space,
+    size_of,
     sync,
     tensor_bytes,
     write_text,
@@ -199,7 +200,7 @@ class Run:
 
     def is_guard(self, name: str) -> bool:
         meta = self.kept.order[name]
-        return name.removesuffix(".weight") in self.kept.modules and meta.nbytes == GUARD_BYTES
+        return name.removesuffix(".weight") in self.kept.modules and meta.nbytes == size_of(GUARD)
 
     def parts(self) -> dict[str, list[str]]:
         """The model's tensors by the parts in which they are converted: what is outside the blocks, and each block."""

@@ -7,13 +7,14 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from quantkit.errors import QuantKitError
-from quantkit.processes import agree, gather, named_faults, start
+from quantkit.processes import agree, gather, named_faults, start, timeout
 
 T = TypeVar("T")
 ALIGNED = 16  # bytes, of a tensor among others that are sent
@@ -22,10 +23,16 @@ AT_ONCE = 1 << 24  # numbers that a process gets from each other one at a time: 
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among `count`; the one of rank 0 writes."""
+    """This process among `count`; the one of rank 0 writes.
+
+    Attributes:
+        words: the group by which they exchange what is no tensor; the default group if it is None. GPUs' own group would
+            wait for all that a GPU still has to do.
+    """
 
     rank: int
     count: int
+    words: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -38,12 +45,12 @@ class Peers:
     def gather(self, value: T, doing: str) -> list[T]:
         """What each process has for a value. Its tensors come to the device type that they are on where they come from."""
         letter, tensors = apart(value)
-        letters = gather(letter, doing)
+        letters = gather(letter, doing, self.words)
         return [self.opened(theirs, tensors, rank, doing) for rank, theirs in enumerate(letters)]
 
     def agree(self, value: str, what: str) -> None:
         """Refuses what is not the same on all."""
-        agree(value, "", what)
+        agree(value, "", what, self.words)
 
     def exchange(self, call: Callable[[], T], doing: str) -> list[T]:
         """What a call gives on each process; what it raises on one of them, all raise."""
@@ -56,7 +63,7 @@ class Peers:
         letter, tensors = apart(attempt(call)) if self.first else (None, [])
         letters = [letter]
         with named_faults(doing):
-            dist.broadcast_object_list(letters, src=0)
+            dist.broadcast_object_list(letters, src=0, group=self.words)
         assert letters[0] is not None
         value, wrong = self.opened(letters[0], tensors, 0, doing)
         raise_first([wrong])
@@ -161,4 +168,8 @@ def join(device: torch.device) -> Peers:
             f"--device {device}: several processes would share it; use --device cuda, and each takes its own"
         )
     start(device.type)
-    return Peers(dist.get_rank(), dist.get_world_size())
+    words = None
+    if device.type == "cuda":
+        with named_faults("start"):
+            words = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout()))
+    return Peers(dist.get_rank(), dist.get_world_size(), words)

@@ -28,6 +28,7 @@ from quantkit.checkpoint import (
     CheckpointWriter,
     check_out,
     check_space,
+    size_of,
     staging_folder,
     write_text,
 )
@@ -166,7 +167,7 @@ class Run:
         self.reader.tensors = model_names(self.reader.tensors, self.model)
         self.source_bytes = sum(tensor.stop - tensor.start for tensor in self.reader.tensors.values())
         self.loader = BlockLoader(self.job, self.reader, device)
-        self.size = self.loader.packed_bytes()
+        self.size = sum(map(size_of, self.loader.packed_kinds().values()))
         check_space(out, self.size)
         if recipe.target_bpw is not None:
             read_budget(self.model, recipe)
@@ -190,6 +191,9 @@ class Run:
         self.find_tokens(tokens)
         with memory_named(self.out), self.opened_writer():
             self.choose_schemes()
+            if self.first:
+                kinds = self.loader.packed_kinds()
+                self.writer.expect({name: kinds[name] for name in sorted(kinds, key=natural_key)})
             self.progress.start(len(self.job.blocks) + 1)
             self.quantize_outer()
             for index in range(len(self.job.blocks)):
@@ -297,6 +301,7 @@ class Run:
     def quantize_outer(self) -> None:
         """Also takes what is read on the way, calibration and held-out text, up to the first block."""
         with self.outer_loaded():
+            self.loader.read_ahead(0)
             if self.tokens is not None and self.job.needs_tokens:
                 self.job.capture(self.tokens)
             if self.report:
@@ -396,7 +401,7 @@ class Run:
             )
         tied = getattr(model, "all_tied_weights_keys", {})
         state = model.state_dict()
-        order = {name: state[name] for name in sorted(state, key=natural_key) if name not in tied}
+        order = [name for name in sorted(state, key=natural_key) if name not in tied]
         model.config.quantization_config = job.config(self.calibration)
         model.config.architectures = [type(model).__name__]
         self.writer.finish(order, sum(parameter.numel() for parameter in model.parameters()), self.add_files)
