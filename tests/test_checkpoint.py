@@ -116,6 +116,57 @@ def test_tensors_larger_than_a_chunk_are_copied_whole(tmp_path, monkeypatch):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["in place", "joined"])
+def test_blocks_lie_in_their_shards_before_the_end(known, source, packed, tokens, tmp_path, monkeypatch):
+    join, copied = join_safetensors, []
+
+    def note(names, sources, out, sums, placed):
+        copied.extend(set(names) - set(placed))
+        return join(names, sources, out, sums, placed)
+
+    monkeypatch.setattr(checkpoint_module, "join_safetensors", note)
+    if not known:
+        monkeypatch.setattr(CheckpointWriter, "expect", lambda writer, kinds: None)
+    quantize_checkpoint(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+    assert bool(copied) != known
+    assert contents(tmp_path / "out") == contents(packed("llama", "w4a16-g32", "gptq"))
+
+
+UNEXPECTED = {
+    "as expected": {"a": ("F32", (2, 3)), "b": ("I8", (5,))},
+    "one was left out": {"a": ("F32", (2, 3)), "b": ("I8", (5,)), "c": ("F32", (7,))},
+    "another dtype": {"a": ("BF16", (2, 3)), "b": ("I8", (5,))},
+    "another shape": {"a": ("F32", (3, 2)), "b": ("I8", (4,))},
+    "one more": {"b": ("I8", (5,))},
+}
+
+
+@pytest.mark.parametrize("kinds", UNEXPECTED.values(), ids=UNEXPECTED)
+def test_tensors_other_than_were_expected_are_joined(kinds, tmp_path):
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(5, dtype=torch.int8)}
+    with CheckpointWriter(tmp_path / "out", {}, 1000) as writer:
+        writer.expect(kinds)
+        for name, tensor in tensors.items():
+            writer.write_part(f"part-{name}", {name: tensor}, [])
+        writer.finish(["a", "b"], 11, lambda folder: None)
+    save_file(tensors, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    assert damage(tmp_path / "out") == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [WEIGHTS, MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("w4a16-g32", "awq+gptq"), ("w4a16-g32", "rotate+gptq"), ("w8a8", "smooth"), ("fp8-static", "rtn")],
+)
+def test_the_tensors_that_will_be_stored_are_foreseen(scheme, method, source, tokens, tmp_path, monkeypatch):
+    foreseen = []
+    monkeypatch.setattr(CheckpointWriter, "expect", lambda writer, kinds: foreseen.append(kinds))
+    quantize_checkpoint(source(), tmp_path / "out", Recipe(scheme, method), "cpu", tokens)
+    written = CheckpointReader(tmp_path / "out").tensors
+    assert [{name: tensor.kind for name, tensor in written.items()}] == foreseen
+
+
 def test_two_runs_give_the_same_bytes(source, packed, tokens, tmp_path):
     quantize_checkpoint(source(), tmp_path / "again", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
     assert contents(tmp_path / "again") == contents(packed("llama", "w4a16-g32", "gptq"))
