@@ -84,12 +84,14 @@ def time_calibration(
     Yields:
         records: `seconds` of the whole run, files included; `device_peak_bytes`, the largest that was allocated
         at once; `process_peak_bytes`, resident, over all runs so far: of this process. `ranks`, if they are several.
+        `runs_before` in these processes, if there were any: the first one also loads libraries, and compiles kernels that are
+        not in Triton's cache.
     """
     source, out, first = scratch / "source", scratch / "out", peers is None or peers.first
     size = write_random_model(name, source, device, layers) if first else 0
     os.sync()  # a model that was fetched before lies on the disk, which then is free for what is measured
     generator = torch.Generator().manual_seed(SEED)
-    for recipe in recipes:
+    for runs_before, recipe in enumerate(recipes):
         spec = recipe.calibration
         vocabulary = CONFIGS[name]["vocab_size"]
         tokens = torch.randint(vocabulary, (spec.samples, spec.seq_len), generator=generator)
@@ -110,6 +112,7 @@ def time_calibration(
         yield {
             "kind": "calibration",
             **({} if peers is None else {"ranks": peers.count}),
+            **({"runs_before": runs_before} if runs_before else {}),
             "model": name,
             "layers": layers or CONFIGS[name]["num_hidden_layers"],
             "scheme": recipe.scheme,

@@ -228,7 +228,7 @@ def spread(values: Sequence[float], spec: str) -> str:
 def calibration_tables(records: Sequence[Record]) -> list[Table]:
     """One table a model and device: seconds and memory of quantizing it, a row a scheme and method."""
     out = []
-    keys = ("device", "model", "layers", "scheme", "method", "samples", "seq_len", "ranks")
+    keys = ("device", "model", "layers", "scheme", "method", "samples", "seq_len", "ranks", "runs_before")
     for (_, model), group in grouped(latest(records, *keys), "device", "model").items():
         rows = [
             (
@@ -236,6 +236,7 @@ def calibration_tables(records: Sequence[Record]) -> list[Table]:
                 r["method"],
                 f"{r['samples']} x {r['seq_len']}",
                 str(r["layers"]),
+                str(r.get("runs_before", 0)),
                 number(r["source_bytes"], ".1f", 1e-9),
                 number(r["seconds"], ".0f"),
                 number(r["device_peak_bytes"], ".2f", 1e-9),
@@ -248,6 +249,7 @@ def calibration_tables(records: Sequence[Record]) -> list[Table]:
             "method",
             "calibration",
             "blocks",
+            "runs before",
             "source GB",
             "seconds",
             "device peak GB",

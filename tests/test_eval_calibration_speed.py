@@ -34,6 +34,7 @@ def test_a_run_is_timed_and_tabulated(tmp_path, monkeypatch):
         ("w4a16-g32", "rtn", "2 x 16"),
         ("w4a16-g32", "gptq", "2 x 16"),
     ]
+    assert [row[4] for row in table.rows] == ["0", "1"]  # runs before it in the process
 
 
 def test_the_random_model_is_one_file_a_block_and_the_same_twice(tmp_path, monkeypatch):
