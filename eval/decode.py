@@ -212,7 +212,10 @@ def exactly(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> 
 def graph_seconds(
     model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int, repeats: int
 ) -> float | None:
-    """Seconds a replay of one captured step, the mean over `new_tokens` of them, the median over the repeats."""
+    """Seconds a replay of one captured step, the mean over `new_tokens` of them but the first, the median over the repeats.
+
+    The first one also waits until other processes have come as far.
+    """
     with torch.cuda.device(prompt.device):
         if isinstance(model, Generating):
             decoder: OptimizedDecoder | StaticDecoder = OptimizedDecoder(model, prompt, new_tokens)
@@ -226,12 +229,13 @@ def graph_seconds(
         for _ in range(1 + repeats):
             decoder.prefill(prompt)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            step()
             start.record()
-            for _ in range(new_tokens):
+            for _ in range(new_tokens - 1):
                 step()
             end.record()
             end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e-3 / new_tokens)
+            samples.append(start.elapsed_time(end) * 1e-3 / (new_tokens - 1))
     return median(samples[1:])
 
 

@@ -52,7 +52,7 @@ from quantkit.kernels.w4a16 import ptx_level
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Of a rank's part of x: above it NCCL's all-reduce and a kernel for the rest. At 1 MiB NCCL takes twice as long; 2 are to be measured.
+# Of a rank's part of x: above it NCCL's all-reduce and a kernel for the rest. Of 2 MiB NCCL takes 2.7 times as long (docs/parallel.md).
 ONE_SHOT_BYTES = 2**21
 EMPTY: tl.constexpr = tl.constexpr(-1)  # as bits: a NaN of bfloat16, float16 and float32 alike
 POLLS_PER_SECOND = 2**21  # about: a load from L2 and a reduction over the program

@@ -674,7 +674,7 @@ class CheckpointWriter:
                 if self.layouts.get(filename) == layout({name: kinds[name] for name in names}):
                     placed = {name for part in self.filled for name in part.result()}
                     self.shard(filename).rename(folder / filename)
-                sums = join_safetensors(names, sources, folder / filename, self.sums, placed)
+                sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=placed)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {
