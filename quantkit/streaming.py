@@ -302,11 +302,11 @@ class Run:
         """Also takes what is read on the way, calibration and held-out text, up to the first block."""
         with self.outer_loaded():
             self.loader.read_ahead(0)
+            self.store(OUTER, self.model, "", self.job.quantize_outer)  # first: it is long in being written
             if self.tokens is not None and self.job.needs_tokens:
                 self.job.capture(self.tokens)
             if self.report:
                 self.witness = call_witness(self.job, self.folder, self.tokens)
-            self.store(OUTER, self.model, "", self.job.quantize_outer)
 
     def quantize_block(self, index: int) -> None:
         block, part = self.job.blocks[index], f"block-{index:05d}"
