@@ -187,8 +187,8 @@ class CheckpointReader:
             MachineError: a file cannot be read any more.
         """
 
-        def copy_slice(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-            pair[0].copy_(pair[1])
+        def copy_slice(to: torch.Tensor, of: torch.Tensor) -> None:
+            to.copy_(of)
 
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -206,12 +206,11 @@ class CheckpointReader:
                         )
                         # a copy: a tensor that views the mapped file would keep its pages counted as ours. By threads, for
                         # torchrun leaves torch one
-                        loaded[name] = torch.empty_like(part, memory_format=torch.contiguous_format)
-                        at_once = PIECE // part.element_size()
-                        slices = zip(
-                            loaded[name].view(-1).split(at_once), part.reshape(-1).split(at_once), strict=True
-                        )
-                        list(pool.map(copy_slice, slices))
+                        with torch.inference_mode(False):  # in which threads are not
+                            loaded[name] = torch.empty_like(part, memory_format=torch.contiguous_format)
+                            flat = loaded[name].view(-1), part.reshape(-1)
+                        slices = (tensor.split(PIECE // part.element_size()) for tensor in flat)
+                        list(pool.map(copy_slice, *slices))
             except SafetensorError as error:
                 raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
             except OSError as error:
@@ -514,10 +513,9 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.filling.shutdown(cancel_futures=True)
-        for path in self.staging.glob(
-            f"*{FILLING}"
-        ):  # of a run that failed: the parts have all that it holds
-            path.unlink()
+        with suppress(OSError):  # what has ended the run is to be told
+            for filename in self.layouts:  # the parts have all that these hold
+                self.shard(filename).unlink(missing_ok=True)
         if kind is not None and issubclass(kind, QuantKitError) and not issubclass(kind, MachineError):
             shutil.rmtree(self.staging)  # the input is at fault: once mended it is another job
         self.lock.close()
@@ -667,14 +665,22 @@ class CheckpointWriter:
         kinds = {name: sources[name].kind for name in order}
         shards = split_into_shards(kinds)
         self.filling.shutdown()  # once it has done all
+        # what could not be copied is copied now
+        placed = {name for part in self.filled if not part.exception() for name in part.result()}
+        foreseen = {
+            filename
+            for filename, names in shards.filename_to_tensors.items()
+            if self.layouts.get(filename) == layout({name: kinds[name] for name in names})
+        }
+        with self.writing(folder):
+            for filename in self.layouts.keys() - foreseen:  # before its room is needed
+                self.shard(filename).unlink()
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
-            placed: set[str] = set()
             with self.writing(folder / filename):
-                if self.layouts.get(filename) == layout({name: kinds[name] for name in names}):
-                    placed = {name for part in self.filled for name in part.result()}
+                if there := placed if filename in foreseen else set():
                     self.shard(filename).rename(folder / filename)
-                sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=placed)
+                sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=there)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {

@@ -155,6 +155,60 @@ def test_tensors_other_than_were_expected_are_joined(kinds, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [WEIGHTS, MANIFEST]
 
 
+def test_shards_that_were_not_foreseen_are_gone_before_others_are_written(tmp_path, monkeypatch):
+    """OUT takes twice its size on the way, never three times."""
+    join = join_safetensors
+    seen = []
+
+    def note(*args, **more):
+        seen.extend(path.name for path in (tmp_path / "out.partial").iterdir())
+        return join(*args, **more)
+
+    monkeypatch.setattr(checkpoint_module, "join_safetensors", note)
+    with CheckpointWriter(tmp_path / "out", {}, 1000) as writer:
+        writer.expect({"a": ("F32", (6,)), "b": ("F32", (7,))})
+        writer.write_part("part", {"a": torch.randn(6)}, [])
+        writer.finish(["a"], 6, lambda folder: None)
+    assert sorted(seen) == ["job.json", "lock", "out", "part.json", "part.safetensors"]
+
+
+def test_a_part_that_could_not_be_copied_to_its_shard_is_copied_at_the_end(
+    source, packed, tokens, tmp_path, monkeypatch
+):
+    sync, calls = checkpoint_module.sync, []
+
+    def full_once(file):
+        calls.append(file)
+        if len(calls) == 2:  # after the job's record
+            out_of_space()
+        sync(file)
+
+    monkeypatch.setattr(checkpoint_module, "sync", full_once)
+    quantize_checkpoint(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+    assert calls[1].name.endswith(".filling")
+    assert contents(tmp_path / "out") == contents(packed("llama", "w4a16-g32", "gptq"))
+
+
+def test_a_folder_that_can_no_longer_be_changed_does_not_hide_the_error(source, tmp_path, monkeypatch):
+    def gone(*args, **more):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def write(writer, name, *args):
+        monkeypatch.setattr(Path, "unlink", gone)
+        raise MachineError("the first error")
+
+    monkeypatch.setattr(CheckpointWriter, "write_part", write)
+    with pytest.raises(MachineError, match="the first error"):
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w8a16"), "cpu")
+
+
+def test_tensors_are_read_in_inference_mode_too(source, packed, tokens, tmp_path):
+    with torch.inference_mode():
+        quantize_checkpoint(source(), tmp_path / "out", Recipe("w4a16-g32", "gptq"), "cpu", tokens)
+        assert verify(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == contents(packed("llama", "w4a16-g32", "gptq"))
+
+
 @pytest.mark.parametrize(
     ("scheme", "method"),
     [("w4a16-g32", "awq+gptq"), ("w4a16-g32", "rotate+gptq"), ("w8a8", "smooth"), ("fp8-static", "rtn")],

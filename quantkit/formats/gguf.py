@@ -83,7 +83,9 @@ class GGUFReader(PackedReader):
         reader.tensors = named
         super().__init__(reader, GGUFLayout(named), DTYPE)
         # by the names of the model; `stored` keeps types and the names in the file
-        self.tensors = {n: replace(t, dtype="BF16", name=n) for n, t in named.items()}
+        self.tensors = {
+            n: replace(t, dtype=t.dtype if t.dtype in PLAIN else "F16", name=n) for n, t in named.items()
+        }
         self.turned = file.metadata.get("general.architecture") in TURNED
         self.heads = config["num_attention_heads"], config["num_key_value_heads"]
         packed = [
