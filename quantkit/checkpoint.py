@@ -433,9 +433,8 @@ def space(out: Path, size: int) -> tuple[int, int]:
     What OUT.partial holds is not needed again: the run goes on from it, or clears it.
     """
     found = [path.stat() for path in staging_folder(out).rglob("*") if path.is_file()]
-    staged = sum(
-        min(file.st_size, 512 * file.st_blocks) for file in found
-    )  # a shard that is being filled has holes
+    # a shard that is being filled has holes
+    staged = sum(min(file.st_size, 512 * file.st_blocks) for file in found)
     return max(0, COPIES * size - staged), shutil.disk_usage(existing_parent(out)).free
 
 
@@ -678,8 +677,9 @@ class CheckpointWriter:
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
             with self.writing(folder / filename):
-                if there := placed if filename in foreseen else set():
+                if filename in foreseen:
                     self.shard(filename).rename(folder / filename)
+                there = placed if filename in foreseen else ()
                 sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=there)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
