@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from quantkit.calibration.channels import ScaleInput, scale_input
 from quantkit.calibration.pipeline import ModuleResult, not_finite
-from quantkit.checkpoint import CheckpointReader, Kind, StoredTensor, sha256
+from quantkit.checkpoint import CheckpointReader, Kind, StoredTensor, sha256, size_of
 from quantkit.errors import QuantKitError
 from quantkit.hf import SAFETENSORS_DTYPES, linear_called
 from quantkit.linear import tensor_specs
@@ -53,6 +53,10 @@ class BlockLoader:
                 for suffix, (shape, dtype) in specs.items()
             }
         return kinds
+
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors that `pack` will give to store."""
+        return sum(map(size_of, self.packed_kinds().values()))
 
     def load(self, module: nn.Module, prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
         """Gives a part its tensors, found to be finite; as they were read."""

@@ -187,9 +187,6 @@ class CheckpointReader:
             MachineError: a file cannot be read any more.
         """
 
-        def copy_slice(to: torch.Tensor, of: torch.Tensor) -> None:
-            to.copy_(of)
-
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.find(name).file, []).append(name)
@@ -210,7 +207,7 @@ class CheckpointReader:
                             loaded[name] = torch.empty_like(part, memory_format=torch.contiguous_format)
                             flat = loaded[name].view(-1), part.reshape(-1)
                         slices = (tensor.split(PIECE // part.element_size()) for tensor in flat)
-                        list(pool.map(copy_slice, *slices))
+                        list(pool.map(torch.Tensor.copy_, *slices))
             except SafetensorError as error:
                 raise QuantKitError(f"{path}: cannot be read ({error}); copy it again") from error
             except OSError as error:
@@ -664,23 +661,19 @@ class CheckpointWriter:
         kinds = {name: sources[name].kind for name in order}
         shards = split_into_shards(kinds)
         self.filling.shutdown()  # once it has done all
+        foreseen = list(kinds.items()) == list(self.expected.items())
         # what could not be copied is copied now
-        placed = {name for part in self.filled if not part.exception() for name in part.result()}
-        foreseen = {
-            filename
-            for filename, names in shards.filename_to_tensors.items()
-            if self.layouts.get(filename) == layout({name: kinds[name] for name in names})
-        }
+        placed = {name for part in self.filled if foreseen and not part.exception() for name in part.result()}
         with self.writing(folder):
-            for filename in self.layouts.keys() - foreseen:  # before its room is needed
-                self.shard(filename).unlink()
+            for filename in self.layouts:
+                if foreseen:
+                    self.shard(filename).rename(folder / filename)
+                else:  # before its room is needed
+                    self.shard(filename).unlink()
         entries = {}
         for filename, names in shards.filename_to_tensors.items():
             with self.writing(folder / filename):
-                if filename in foreseen:
-                    self.shard(filename).rename(folder / filename)
-                there = placed if filename in foreseen else ()
-                sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=there)
+                sums = join_safetensors(names, sources, folder / filename, sums=self.sums, placed=placed)
             entries.update({name: manifest_entry(sources[name], filename, sums[name]) for name in names})
         if shards.is_sharded:
             index = {

@@ -33,7 +33,7 @@ from quantkit.calibration.grid import AT_A_TIME as SEARCHED_AT_A_TIME
 from quantkit.calibration.grid import SHRINKS, SHRINKS_8, fit_grid
 from quantkit.calibration.pipeline import AT_A_TIME, batches, is_expert, needs_activations, needs_original
 from quantkit.calibration.statistics import SAMPLED, tensor_cores
-from quantkit.checkpoint import check_out, size_of, space
+from quantkit.checkpoint import check_out, space
 from quantkit.formats import open_original
 from quantkit.hf import linear_called
 from quantkit.method import LEARN, ROTATE, parse_method
@@ -300,7 +300,7 @@ def dry_run(
     if job.needs_tokens:
         check_context(recipe.calibration.seq_len, config)
     modules = planned_modules(job)
-    packed_bytes = sum(map(size_of, loader.packed_kinds().values()))
+    packed_bytes = loader.packed_bytes()
     needed, free = space(out, packed_bytes)
     rates = measured_rates(device)
     size = Sizes(job, loader)

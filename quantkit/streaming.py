@@ -28,7 +28,6 @@ from quantkit.checkpoint import (
     CheckpointWriter,
     check_out,
     check_space,
-    size_of,
     staging_folder,
     write_text,
 )
@@ -167,7 +166,7 @@ class Run:
         self.reader.tensors = model_names(self.reader.tensors, self.model)
         self.source_bytes = sum(tensor.stop - tensor.start for tensor in self.reader.tensors.values())
         self.loader = BlockLoader(self.job, self.reader, device)
-        self.size = sum(map(size_of, self.loader.packed_kinds().values()))
+        self.size = self.loader.packed_bytes()
         check_space(out, self.size)
         if recipe.target_bpw is not None:
             read_budget(self.model, recipe)
