@@ -123,7 +123,7 @@ def all_reduce_norm_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr, scales_ptr, input_scale_ptr,
     slots_ptr, peers_ptr, calls_ptr,
     M, K, eps, rank, rows, max_polls,
-    RANKS: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANKS: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
     FMA: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr, TRAP: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -134,19 +134,21 @@ def all_reduce_norm_kernel(
     inside = k < K
     at = m[:, None] * K + k  # [1, BLOCK_K]
     weight = tl.load(weight_ptr + k, mask=inside, other=0.0)
-    if PDL:
+    if PDL and not GIVEN:
         gdc_wait()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    calls = tl.load(calls_ptr + row)
+    calls = tl.load(calls_ptr + row, volatile=True)
     first = (calls & 1).to(tl.int64) * RANKS * rows * K  # of this call's slots
-    part = cleaned(tl.load(x_ptr + at, mask=inside, other=0.0).to(slots_ptr.dtype.element_ty, bitcast=True))
-    to = first + rank * rows.to(tl.int64) * K
     this = tl.full((1, 1), rank, tl.int32)
     kept = this if KEEP else this - RANKS  # the rank whose part stays in registers: this one, or none
-    for r in tl.static_range(RANKS):
-        peer = tl.multiple_of(tl.load(peers_ptr + r).to(slots_ptr.dtype), 16)
-        tl.store(peer + to + at, part, mask=inside & (kept != r), cache_modifier=".wt")
-    residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+    if not GIVEN:
+        part = tl.load(x_ptr + at, mask=inside, other=0.0)
+        part = cleaned(part.to(slots_ptr.dtype.element_ty, bitcast=True))
+        to = first + rank * rows.to(tl.int64) * K
+        for r in tl.static_range(RANKS):
+            peer = tl.multiple_of(tl.load(peers_ptr + r).to(slots_ptr.dtype), 16)
+            tl.store(peer + to + at, part, mask=inside & (kept != r), cache_modifier=".wt")
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
     total = tl.zeros((1, BLOCK_K), tl.float32)
     polls = 0
     for r0 in tl.static_range(0, RANKS, AT_ONCE):
@@ -185,14 +187,33 @@ def all_reduce_norm_kernel(
     store_normed(
         h, weight, m, y_ptr, scales_ptr, input_scale_ptr, M, K, eps, G=G, FMA=FMA, NATIVE_FP8=NATIVE_FP8
     )
+    if PDL and GIVEN:
+        gdc_wait()  # what waits for us may count on the product being over
 
 
-def launch_of(M: int, K: int, itemsize: int, ranks: int) -> dict[str, int]:
+@triton.jit
+def give_outputs(y, first, m, y_ptr, peers_ptr, calls_ptr, M, N, rank, rows, RANKS: tl.constexpr):
+    """A product's y float32 [columns n from `first` on, rows m] into this rank's slots of every rank, rounded to the 16 bits of y_ptr.
+
+    It is called once the norm of the call before, which counted that, is over.
+    """
+    n = first + tl.arange(0, y.shape[0])[:, None]
+    inside = (n < N) & (m < M)[None, :]
+    calls = tl.load(calls_ptr + m, mask=m < M, other=0, volatile=True)
+    row = ((calls & 1) * RANKS + rank) * rows + m
+    at = row.to(tl.int64)[None, :] * N + n
+    part = cleaned(y.to(y_ptr.dtype.element_ty).to(tl.int16, bitcast=True))
+    for r in tl.static_range(RANKS):
+        peer = tl.load(peers_ptr + r).to(tl.pointer_type(tl.int16))
+        tl.store(peer + at, part, mask=inside, cache_modifier=".wt")
+
+
+def launch_of(M: int, K: int, itemsize: int, ranks: int, given: bool = False) -> dict[str, int]:
     """Launch parameters: as `rms_norm.py` has them, of a row a program; ranks are waited for together as registers allow, and
-    the rank's own part is kept in them if that leaves room for all others at once."""
+    the rank's own part, if it is not given, is kept in them if that leaves room for all others at once."""
     chosen = config(M, K, True, itemsize)
     at_once = min(ranks, max(1, AWAITED_BYTES // (chosen["BLOCK_K"] * itemsize)))
-    together = {"AT_ONCE": at_once, "KEEP": at_once == ranks}
+    together = {"AT_ONCE": at_once, "KEEP": at_once == ranks and not given, "GIVEN": given}
     return {"BLOCK_K": chosen["BLOCK_K"], "num_warps": chosen["num_warps"], **together}
 
 
@@ -206,6 +227,7 @@ def all_reduce_norm(
     dtype: torch.dtype | None = None,
     input_scale: Tensor | None = None,
     group_size: int = 0,
+    given: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the ranks' parts x of rows, then residual and norm; all ranks call it, in the same order.
 
@@ -213,6 +235,7 @@ def all_reduce_norm(
         x: this rank's part, float [M, K], with at most `mailbox.rows` rows; left as it is.
         bias: x.dtype [K], added once, or None.
         residual: x.dtype [M, K], the same on all ranks.
+        given: x is of the product launched just before on this stream, which has given it to all ranks (`give_outputs`).
 
     The rest, and the results, as in `ops.rms_norm_quantize`.
 
@@ -233,6 +256,6 @@ def all_reduce_norm(
         x.contiguous(), bias, residual.contiguous(), weight, h, y, found, input_scale,
         mailbox.slots, mailbox.peers, mailbox.calls,
         M, K, eps, mailbox.rank, rows, min(int(mailbox.seconds * POLLS_PER_SECOND), 2**31 - 1),
-        RANKS=ranks, G=group_size, TRAP=nvidia, **launch_of(M, K, x.element_size(), ranks), **capabilities(x),
+        RANKS=ranks, G=group_size, TRAP=nvidia, **launch_of(M, K, x.element_size(), ranks, given), **capabilities(x),
     )  # fmt: skip
     return y if dtype is None else y.view(dtype), scales, h

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.all_reduce_norm import Mailbox, give_outputs
 from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
 from quantkit.kernels.dispatch import target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
@@ -177,13 +178,13 @@ def sum_last(y):
         return sum_last(a + b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rank", "rows"))
 def w4a16_decode_kernel(
-    x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr,
-    M, N, K, stride_xm,
+    x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, counter_ptr, peers_ptr, calls_ptr,
+    M, N, K, stride_xm, rank, rows,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -192,7 +193,7 @@ def w4a16_decode_kernel(
     P: tl.constexpr = 2 if G > 0 and G % 64 != 0 else 1
     S: tl.constexpr = C * 4 // P
     SLICES: tl.constexpr = WK if STAGES > 1 else W  # of x that are loaded at a time
-    if PDL:
+    if PDL and RANKS == 0:
         gdc_launch_dependents()
     pid = tl.program_id(0)
     units = tl.cdiv(K, 128) * 2 // C
@@ -251,6 +252,8 @@ def w4a16_decode_kernel(
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
         if PDL:
             gdc_wait()
+            if RANKS > 0:  # the norm that does not wait for us begins once all before us is over
+                gdc_launch_dependents()
         for _ in tl.range(s0, s1, num_stages=STAGES):
             for _d in tl.static_range(D):
                 if STAGES > 1:
@@ -305,8 +308,12 @@ def w4a16_decode_kernel(
                         y += tl.load(partial_ptr + theirs + at, mask=mask, other=0.0, cache_modifier=".cg")
                 tl.store(counter_ptr + tile, 0)
                 store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
+                if RANKS > 0:
+                    give_outputs(y, tile * BLOCK_N, m, y_ptr, peers_ptr, calls_ptr, M, N, rank, rows, RANKS)
         else:
             store_outputs(y, tile * BLOCK_N, m, y_ptr, bias_ptr, residual_ptr, M, N, BLOCK_N, SWIGLU)
+            if RANKS > 0:
+                give_outputs(y, tile * BLOCK_N, m, y_ptr, peers_ptr, calls_ptr, M, N, rank, rows, RANKS)
 
 
 def w4a16_decode(
@@ -320,10 +327,13 @@ def w4a16_decode(
     N: int,
     swiglu: bool,
     launch: Config | None = None,
+    mailbox: Mailbox | None = None,
 ) -> Tensor:
     """Equation (2) of `w4a16.py`; arguments as in `ops.w4a16_tiles`, x [M, K] with contiguous columns, M <= MAX_M.
 
     launch: as `config` returns it, and its default.
+    mailbox: y is a rank's part of a sum and is given to all ranks; the norm that adds it (`all_reduce_norm`, given) is to be
+        launched next. Then there is no bias, residual or swiglu.
 
     Returns:
         y of x.dtype [M, N], [M, N/2] with swiglu, within u |y| + (K + 8) 2^-23 (|x| @ |w|) of the reference, u the
@@ -356,10 +366,12 @@ def w4a16_decode(
     scale_words, zero_words, scale_dtype = as_words(scales, zeros)
     w4a16_decode_kernel[(programs if stream else shared,)](
         x, tiles, scale_words, zero_words, bias, residual,
-        y, partial, counters, M, N, K, x.stride(0),
+        y, partial, counters, *(None, None) if mailbox is None else (mailbox.peers, mailbox.calls),
+        M, N, K, x.stride(0), *(0, 0) if mailbox is None else (mailbox.rank, mailbox.rows),
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
-        D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream, ASM=asm, PDL=pdl,
+        D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream,
+        RANKS=0 if mailbox is None else len(mailbox.peers), ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y

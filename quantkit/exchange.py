@@ -2,7 +2,8 @@
 
 The kernel (`kernels/all_reduce_norm.py`) needs memory that all ranks see, PyTorch's symmetric memory: it is asked for once, before any
 CUDA graph, by all ranks together. Where one of them cannot have it, or a part is larger than `ONE_SHOT_BYTES`, the
-library's all-reduce comes first and `rms_norm_quantize` after it.
+library's all-reduce comes first and `rms_norm_quantize` after it. A product of a few rows and 4-bit weights gives its
+rows to the other ranks itself, as they are done (`kernels/w4a16_decode.py`).
 """
 
 import os
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quantkit.kernels.dispatch import multiprocessors_of
+from quantkit.kernels.dispatch import Problem, choose, multiprocessors_of, target_of
 from quantkit.processes import gather, timeout
 
 try:
@@ -25,6 +26,7 @@ try:
         rows_of,
         unsupported,
     )
+    from quantkit.kernels.w4a16_decode import w4a16_decode
 except ImportError:  # no Triton on this platform
     pass
 
@@ -52,6 +54,27 @@ class Exchange:
         dist.all_reduce(part, group=self.group)
         return part if bias is None else part + bias
 
+    def product(
+        self, x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int
+    ) -> Tensor | None:
+        """`ops.w4a16_tiles` of rows x [..., K], a part that the other ranks get as it is made: `norm` comes next, with `given`.
+
+        Returns:
+            None: no kernel that gives takes these rows, and nothing was done.
+        """
+        (rows, K), box = x.reshape(-1, x.shape[-1]).shape, self.mailbox
+        if box is None or not 0 < rows <= box.rows or x.element_size() != box.slots.element_size():
+            return None
+        N = box.slots.shape[-1]
+        problem = Problem(target_of(x.device), rows, N, K, x.dtype, tiles.dtype, group_size)
+        kernel, launch = choose("w4a16_tiles", problem)
+        if kernel.name != w4a16_decode.__name__:
+            return None
+        y = w4a16_decode(
+            x.reshape(-1, K), tiles, scales, zeros, None, None, group_size, N, False, launch, box
+        )
+        return y.view(*x.shape[:-1], N)
+
     def norm(
         self,
         part: Tensor,
@@ -62,8 +85,12 @@ class Exchange:
         dtype: torch.dtype | None = None,
         input_scale: Tensor | None = None,
         group_size: int = 0,
+        given: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`ops.rms_norm_quantize` of the sum of the ranks' parts [..., K] and a bias [K]; part may be overwritten."""
+        """`ops.rms_norm_quantize` of the sum of the ranks' parts [..., K] and a bias [K]; part may be overwritten.
+
+        given: it is what `product` gave.
+        """
         rest = (dtype, input_scale, group_size)
         K = part.shape[-1]
         box = self.mailbox
@@ -72,7 +99,9 @@ class Exchange:
             whole = self.add(part, bias)
             return torch.ops.quantkit.rms_norm_quantize(whole, weight, eps, residual, *rest)  # type: ignore[no-any-return]
         rows = part.reshape(-1, K)
-        codes, scales, h = all_reduce_norm(rows, box, bias, weight, eps, residual.reshape(-1, K), *rest)
+        codes, scales, h = all_reduce_norm(
+            rows, box, bias, weight, eps, residual.reshape(-1, K), *rest, given
+        )
         return codes.view(part.shape), scales, h.view(part.shape)
 
 

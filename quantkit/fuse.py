@@ -50,10 +50,14 @@ class Flow:
     Attributes:
         y: [B, T, hidden], what came last; a process's part of it where the linear that it is from leaves the sum to the norm.
         h: of the same shape, all before; None before the first norm.
+        gives: whether a part of y may be given to the other processes as it is made: only norms follow that take it.
+        given: whether it was.
     """
 
     y: Any
     h: Any = None
+    gives: bool = False
+    given: bool = False
 
 
 class FusedBlock(nn.Module):
@@ -88,7 +92,7 @@ class FusedBlock(nn.Module):
         down = self.mlp.down_proj
         flow.y = attention(after_norm(self.qkv, self.input_layernorm, flow, before))
         y = after_norm(self.gate_up, self.post_attention_layernorm, flow, self.self_attn.o_proj)
-        flow.y = down(y) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y)
+        flow.y = part_of(down, y, flow) if isinstance(self.gate_up, SwiGLULinear) else after_swiglu(down, y)
 
 
 class FusedDecoder(nn.Module):
@@ -158,12 +162,11 @@ class FusedDecoder(nn.Module):
         """Embeddings [B, T, hidden] -> what the LM head takes, of the same shape."""
         cos, sin = (part.expand(*flow.y.shape[:2], -1).flatten(0, 1) for part in rotary)
         before = None
+        flow.gives = True
         if step.starts is None:
             self.plan(flow.y, step, layers)
         for block, pages in zip(self.layers, layers, strict=True):
-            block.run(
-                flow, partial(attend, block.self_attn, cos=cos, sin=sin, step=step, pages=pages), before
-            )
+            block.run(flow, partial(attend, block.self_attn, flow, cos, sin, step, pages), before)
             before = block.mlp.down_proj
         return normed(self.norm, flow, before)[0]
 
@@ -185,15 +188,22 @@ def window_of(attention: Any) -> int:
 
 
 def attend(
-    attention: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Step, pages: KVPages
+    attention: Any,
+    flow: Flow,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    step: Step,
+    pages: KVPages,
+    qkv: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of tokens to those in the pages, their own included.
 
     Args:
         attention: the block's `self_attn`, for its norms of heads, its output projection and its figures.
-        qkv: [B, T, (heads + 2 kv_heads) * head_dim].
+        flow: that the result is for.
         cos, sin: [B T, head_dim].
         pages: of this layer, to which keys and values are written.
+        qkv: [B, T, (heads + 2 kv_heads) * head_dim].
     """
     norms: tuple[Any, ...] = ()
     if q_norm := getattr(attention, "q_norm", None):
@@ -208,7 +218,7 @@ def attend(
         y = causal_attention(q.unflatten(0, qkv.shape[:2]), pages, step.page_table, attention.scaling)
     else:
         y = torch.ops.quantkit.prefill_attention(q, *pages, *seen, step.starts, attention.scaling, window)
-    return attention.o_proj(y.view(*qkv.shape[:-1], q.shape[1] * q.shape[2]))
+    return part_of(attention.o_proj, y.view(*qkv.shape[:-1], q.shape[1] * q.shape[2]), flow)
 
 
 class Rows(nn.Module):
@@ -296,6 +306,15 @@ def cut_by_inputs(linear: Any) -> RowLinear | None:
     return base if getattr(base, "exchange", None) is not None else None
 
 
+def part_of(linear: Any, x: torch.Tensor, flow: Flow) -> torch.Tensor:
+    """linear(x), for the flow; an adapter over the linear would add to what was given."""
+    cut = cut_by_inputs(linear)
+    if not flow.gives or cut is None or cut is not linear:
+        return linear(x)  # type: ignore[no-any-return]
+    y, flow.given = cut.given(x)
+    return y
+
+
 def normed(
     norm: Any,
     flow: Flow,
@@ -311,8 +330,8 @@ def normed(
     if cut is None or cut.exchange is None:
         codes, scales, h = torch.ops.quantkit.rms_norm_quantize(y, *given)
     else:
-        codes, scales, h = cut.exchange.norm(y, cut.late_bias, *given)  # type: ignore[arg-type]
-    flow.y, flow.h = None, y if flow.h is None else h
+        codes, scales, h = cut.exchange.norm(y, cut.late_bias, *given, flow.given)  # type: ignore[arg-type]
+    flow.y, flow.h, flow.given = None, y if flow.h is None else h, False
     return codes, scales
 
 

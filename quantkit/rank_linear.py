@@ -79,18 +79,32 @@ class RowLinear(QuantLinear):
     exchange: Exchange | None = None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.first_column is not None:
-            x = x[..., self.first_column : self.first_column + self.in_features]
-        if self.channel_scales is not None:
-            x = (x * self.channel_scales).to(x.dtype)
-        if self.input_order is not None:
-            x = gathered(x, self.group).index_select(-1, self.input_order)
+        x = self.own_columns(x)
         if self.scheme.activation_scale == "token":
             codes, scales = rounded_rows(x, CODE_DTYPES[self.scheme.activation], self.group)  # type: ignore[index]
             y = super().of_rounded(codes, scales, x.dtype)
         else:
             y = self.multiply(x)
         return self.summed(y)
+
+    def own_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x, scaled and in order."""
+        if self.first_column is not None:
+            x = x[..., self.first_column : self.first_column + self.in_features]
+        if self.channel_scales is not None:
+            x = (x * self.channel_scales).to(x.dtype)
+        if self.input_order is not None:
+            x = gathered(x, self.group).index_select(-1, self.input_order)
+        return x
+
+    def given(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """`product`, and whether all ranks have its rows already, which the norm of `exchange` has to add next."""
+        if self.exchange is None or not self.tiled:
+            return self.product(x), False
+        x = self.own_columns(x)
+        weight = (self.packed, self.packed_scales, self.packed_zeros)
+        y = self.exchange.product(x, *weight, self.scheme.group_size or 0)  # type: ignore[arg-type]
+        return (self.summed(self.multiply(x)), False) if y is None else (y, True)
 
     def summed(self, y: torch.Tensor) -> torch.Tensor:
         if self.exchange is not None:

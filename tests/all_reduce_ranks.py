@@ -22,10 +22,14 @@ from quantkit.kernels.all_reduce_norm import (
     mailbox_shape,
 )
 from quantkit.kernels.cpu import FP8
+from quantkit.kernels.int4tiles import pack_tiles
+from quantkit.kernels.w4a16_decode import w4a16_decode
+from rounding import Random
 
 EPS = 1e-5
 ROWS = 4
 CALLS = (1, 4, 3, 1, 1, 4, 2, 1)  # rows of each, so that rows are at different calls
+IN = 192  # columns that a rank's part of a product has
 ROUNDING: tuple[Any, ...] = (None, torch.int8, FP8)
 
 
@@ -86,6 +90,46 @@ def in_a_file(folder: str, rank: int, ranks: int, K: int, dtype: torch.dtype) ->
     return Mailbox(slots[rank].view(shape), peers, calls, rank, 600.0, slots)
 
 
+def product_of(rank: int, call: int, M: int, N: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """What `w4a16_decode` takes on a rank: x with a NaN in the first row of one call, and the tiles of its weight.
+
+    Calls are launched by turns as whole tiles and as tiles that programs share.
+    """
+    random = Random(torch.Generator().manual_seed(100 * call + rank))
+    x = random.x(M, IN, dtype)
+    if call == 2 and rank == 1:
+        x[0, 3] = float("nan")
+    codes, scales, zeros = (
+        random.int4(N, IN),
+        random.scales(N, IN // 32, dtype=dtype),
+        random.zeros(N, IN // 32),
+    )
+    weight = pack_tiles(codes, scales, zeros, 32, IN)
+    launch = dict(rows=1, warps_n=1, warps_k=2, depth=1, stages=1, programs=5 * (call % 2), max_registers=0)
+    return *(t.to(device) for t in (x, *weight)), None, None, 32, N, False, launch
+
+
+def of_products(ranks: int, call: int, M: int, K: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """As `expected`, where the parts are the products of `product_of` and calls follow those of `CALLS`."""
+    total = torch.zeros(M, K, device=device)
+    for rank in range(ranks):
+        total += w4a16_decode(*product_of(rank, call, M, K, dtype, device)).float()
+    weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
+    x = total.to(dtype)
+    x = x if bias is None else x + bias
+    return rms_norm.rms_norm_triton(x, weight, EPS, residual, ROUNDING[call % len(ROUNDING)], None, 0)
+
+
+def call_after_product(
+    box: Mailbox, rank: int, call: int, M: int, K: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """A call whose parts the product before it gives."""
+    device = box.slots.device
+    _, _, *rest = prepared(box, rank, call, M, K, dtype)
+    part = w4a16_decode(*product_of(rank, call, M, K, dtype, str(device)), box)
+    return all_reduce_norm(part, box, *rest, given=True)
+
+
 def main(rank: int, folder: str, K: int, dtype: str) -> None:
     """In the interpreter: one rank's calls, with waits that make now one rank the slower one, now another."""
     torch.set_num_threads(1)
@@ -97,6 +141,8 @@ def main(rank: int, folder: str, K: int, dtype: str) -> None:
     for call, M in enumerate(CALLS):
         time.sleep(0.03 * ((call + rank) % ranks))
         found.append(one_call(box, rank, call, M, K, getattr(torch, dtype)))
+        if dtype == "float16":  # what the products take
+            found.append(call_after_product(box, rank, call, M, K, torch.float16))
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
@@ -114,25 +160,42 @@ def on_gpus(folder: str, K: int) -> None:
     exchange = open_exchange(group, K, dtype, device)
     assert exchange.mailbox is not None, exchange.why_not
     box = exchange.mailbox
-    found = [one_call(box, rank, call, M, K, dtype) for call, M in enumerate(CALLS)]
+    found = [
+        one(box, rank, call, M, K, dtype)
+        for call, M in enumerate(CALLS)
+        for one in (one_call, call_after_product)
+    ]
     M, rows = 4, []
-    weight, residual, _ = (t if t is None else t.to(device) for t in given(0, M, K, dtype))
+    weight_of_norm, residual, _ = (t if t is None else t.to(device) for t in given(0, M, K, dtype))
     x = torch.empty(M, K, device=device, dtype=dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        exchange.norm(x.zero_(), None, weight, EPS, residual)
+        exchange.norm(x.zero_(), None, weight_of_norm, EPS, residual)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(3):
-            results = exchange.norm(x, None, weight, EPS, residual)
+            results = exchange.norm(x, None, weight_of_norm, EPS, residual)
     for call in range(20):
         x.copy_(parts(rank, call, M, K, dtype))
         if call % 2 == rank % 2:
             torch.cuda._sleep(200_000)
         graph.replay()
-        plain = Exchange(group).norm(x.clone(), None, weight, EPS, residual)
+        plain = Exchange(group).norm(x.clone(), None, weight_of_norm, EPS, residual)
+        rows.append((*(t.clone() for t in results), *plain))
+    x, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, M, K, dtype, str(device))
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        for _ in range(3):
+            part = exchange.product(x, *weight, group_size)
+            assert part is not None
+            results = exchange.norm(part, None, weight_of_norm, EPS, residual, given=True)
+    for call in range(20):
+        x.copy_(product_of(rank, call, M, K, dtype, str(device))[0])
+        if call % 2 == rank % 2:
+            torch.cuda._sleep(200_000)
+        graph.replay()
+        plain = Exchange(group).norm(part.clone(), None, weight_of_norm, EPS, residual)
         rows.append((*(t.clone() for t in results), *plain))
     torch.cuda.synchronize()
     torch.save((found, rows), Path(folder) / f"{rank}.pt")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,24 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from all_reduce_ranks import CALLS, EPS, ROWS, empty_files, expected, in_a_file, one_call, prepared
+from all_reduce_ranks import (
+    CALLS,
+    EPS,
+    ROWS,
+    empty_files,
+    expected,
+    in_a_file,
+    of_products,
+    one_call,
+    prepared,
+    product_of,
+)
 from parallel import free_port, run_processes
 from quantkit.exchange import open_exchange
 from quantkit.kernels import all_reduce_norm as kernel
 from quantkit.kernels import cpu
 from quantkit.kernels.all_reduce_norm import EMPTY, INTEGERS, SLOTS, Mailbox, mailbox_shape
+from quantkit.kernels.w4a16_decode import w4a16_decode
 from rounding import GPU
 
 interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter, which a GPU's tests go without")
@@ -56,10 +69,14 @@ def test_processes_that_share_memory_get_the_sum(ranks, K, dtype, tmp_path):
     codes = run_processes("all_reduce_ranks", str(tmp_path), K, dtype, ranks=ranks)
     assert codes == [0] * ranks
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    makers = (
+        [expected, of_products] if dtype == "float16" else [expected]
+    )  # of what each call, by turns, should return
     for call, M in enumerate(CALLS):
-        wanted = expected(ranks, call, M, K, getattr(torch, dtype), "cpu")
-        for one in found:
-            assert_as_by_the_norms_kernel(one[call], wanted)
+        for i, maker in enumerate(makers, len(makers) * call):
+            wanted = maker(ranks, call, M, K, getattr(torch, dtype), "cpu")
+            for one in found:
+                assert_as_by_the_norms_kernel(one[i], wanted)
     boxes = [in_a_file(str(tmp_path), rank, ranks, K, getattr(torch, dtype)) for rank in range(ranks)]
     assert all((box.slots == EMPTY.value).all() for box in boxes)  # all rows have gone in and come out
 
@@ -166,15 +183,21 @@ def test_two_streams_of_a_gpu_get_the_sum(boxes):
     for stream in streams:  # what the calls allocate comes out of this
         with torch.cuda.stream(stream):
             torch.empty(2**16, dtype=torch.uint8, device="cuda")
-    for call, M in enumerate(CALLS * 4):
+    for call, (M, by_products) in enumerate(product(CALLS * 4, (False, True))):
         found = []
         given = [prepared(box, rank, call, M, K, torch.bfloat16) for rank, box in enumerate(boxes)]
+        products = [product_of(rank, call, M, K, torch.bfloat16, "cuda") for rank in range(2)]
+        maker = of_products if by_products else expected
+        wanted = maker(2, call, M, K, torch.bfloat16, "cuda")
         torch.cuda.synchronize()  # while one stream waits for the other, nothing that would wait for it may be asked for
         for rank in (0, 1) if call % 2 else (1, 0):
             with torch.cuda.stream(streams[rank]):
-                found.append(kernel.all_reduce_norm(*given[rank]))
+                if by_products:
+                    part = w4a16_decode(*products[rank], boxes[rank])
+                    found.append(kernel.all_reduce_norm(part, *given[rank][1:], given=True))
+                else:
+                    found.append(kernel.all_reduce_norm(*given[rank]))
         torch.cuda.synchronize()
-        wanted = expected(2, call, M, K, torch.bfloat16, "cuda")
         assert_same(*found)
         for one in found:
             assert_as_by_the_norms_kernel(one, wanted)
@@ -197,10 +220,10 @@ def under_torchrun(what: str, folder: Path, K: int, seconds: int) -> None:
 def test_two_gpus_get_the_sum_and_what_the_library_gets(K, tmp_path):
     under_torchrun("on_gpus", tmp_path, K, 60)
     ranks = [torch.load(tmp_path / f"{rank}.pt", map_location="cuda:0") for rank in range(2)]
-    for call, M in enumerate(CALLS):
-        wanted = expected(2, call, M, K, torch.bfloat16, "cuda")
-        assert_same(ranks[0][0][call], ranks[1][0][call])
-        assert_as_by_the_norms_kernel(ranks[0][0][call], wanted)
+    for i, ((call, M), maker) in enumerate(product(enumerate(CALLS), (expected, of_products))):
+        wanted = maker(2, call, M, K, torch.bfloat16, "cuda")
+        assert_same(ranks[0][0][i], ranks[1][0][i])
+        assert_as_by_the_norms_kernel(ranks[0][0][i], wanted)
     for (y, scales, h, *plain), other in zip(ranks[0][1], ranks[1][1], strict=True):
         assert_same((y, scales, h), other[:3])
         assert_as_by_the_norms_kernel((y, scales, h), plain)
