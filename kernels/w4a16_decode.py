@@ -168,6 +168,20 @@ def load_x_shared(x_ptr, stride_xm, k, M, K, C: tl.constexpr, MH: tl.constexpr, 
 
 
 @triton.jit
+def ask_l2(ptr, strip, last, stride, at, STRIPS: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
+    """Has L2 fetch what follows word `at` of STRIPS strips, BYTES by each of W warps, up to the strips' ends."""
+    warp = tl.arange(0, W * 32) // 32
+    WORDS: tl.constexpr = BYTES * 8 // ptr.dtype.element_ty.primitive_bitwidth
+    word = tl.minimum(at + warp // STRIPS * WORDS, stride - WORDS)
+    strip = tl.minimum(strip + warp % STRIPS, last)
+    address = (ptr + strip.to(tl.int64) * stride + word).to(tl.int64)
+    size = tl.full((W * 32,), BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def sum_last(y):
     """Sum over the last dimension, 1, 2, 4 or 8 long, in a fixed order: it is brought into one thread and added."""
     LENGTH: tl.constexpr = y.shape[-1]
@@ -184,7 +198,7 @@ def w4a16_decode_kernel(
     M, N, K, stride_xm, rank, rows,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -250,6 +264,12 @@ def w4a16_decode_kernel(
             if zeros_ptr is not None:
                 zs = zs + (load_rows(zeros_ptr + row_at + group * 8, inside),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
+        if AHEAD > 0:
+            next_unit = (s0 + 1) * (WK * D)
+            first_strip = tile * (WN * R)
+            ask_l2(tiles_ptr, first_strip, strips - 1, stride_strip, next_unit * (C * 128), WN * R, W, AHEAD)
+            if G > 0:
+                ask_l2(scales_ptr, first_strip, strips - 1, groups * 8, group_of(next_unit, 0, G, C, P) * 8, WN * R, W, AHEAD // 32)
         if PDL:
             gdc_wait()
             if RANKS > 0:  # the norm that does not wait for us begins once all before us is over
@@ -371,7 +391,7 @@ def w4a16_decode(
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream,
-        RANKS=0 if mailbox is None else len(mailbox.peers), ASM=asm, PDL=pdl,
+        RANKS=0 if mailbox is None else len(mailbox.peers), AHEAD=chosen.get("ahead", 0), ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y
