@@ -11,6 +11,7 @@ Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 
 The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
 """
 
+import os
 from functools import lru_cache
 
 import torch
@@ -168,17 +169,23 @@ def load_x_shared(x_ptr, stride_xm, k, M, K, C: tl.constexpr, MH: tl.constexpr, 
 
 
 @triton.jit
-def ask_l2(ptr, strip, last, stride, at, STRIPS: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
-    """Has L2 fetch what follows word `at` of STRIPS strips, BYTES by each of W warps, up to the strips' ends."""
-    warp = tl.arange(0, W * 32) // 32
-    WORDS: tl.constexpr = BYTES * 8 // ptr.dtype.element_ty.primitive_bitwidth
-    word = tl.minimum(at + warp // STRIPS * WORDS, stride - WORDS)
-    strip = tl.minimum(strip + warp % STRIPS, last)
-    address = (ptr + strip.to(tl.int64) * stride + word).to(tl.int64)
-    size = tl.full((W * 32,), BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size], tl.int32, is_pure=False, pack=1
-    )
+def product_of(
+    q, s, zeros, x,
+    SCALE_DTYPE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, MH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """A unit's tiles q, as `load_unit` has them, with their scales s and zeros, times x [slices, columns, MH * 8]: float32."""
+    SLICES: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = MH * 8
+    # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
+    a = fragments(q.reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)
+    a = a.permute(4, 3, 2, 6, 1, 5, 7, 0, 8).reshape(P * R * W, 16, S * 16)
+    b = x.reshape(1, SLICES, P, S * 16, COLUMNS).permute(2, 0, 1, 3, 4)
+    b = tl.broadcast_to(b, (P, R * W // SLICES, SLICES, S * 16, COLUMNS))
+    product = tl.dot(a, b.reshape(P * R * W, S * 16, COLUMNS), input_precision="ieee")
+    scale = halves(s, SCALE_DTYPE).to(tl.float32).permute(4, 3, 2, 5, 1, 0)  # P R W h g c
+    scale = scale.reshape(P * R * W, 16, 1, 4, 1)
+    scale = tl.broadcast_to(scale, (P * R * W, 16, MH, 4, 2)).reshape(P * R * W, 16, COLUMNS)
+    return product * scale
 
 
 @triton.jit
@@ -198,7 +205,7 @@ def w4a16_decode_kernel(
     M, N, K, stride_xm, rank, rows,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -206,7 +213,6 @@ def w4a16_decode_kernel(
     COLUMNS: tl.constexpr = MH * 8
     P: tl.constexpr = 2 if G > 0 and G % 64 != 0 else 1
     S: tl.constexpr = C * 4 // P
-    SLICES: tl.constexpr = WK if STAGES > 1 else W  # of x that are loaded at a time
     if PDL and RANKS == 0:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -264,47 +270,41 @@ def w4a16_decode_kernel(
             if zeros_ptr is not None:
                 zs = zs + (load_rows(zeros_ptr + row_at + group * 8, inside),)
         acc = tl.zeros((P * R * W, 16, COLUMNS), tl.float32)
-        if AHEAD > 0:
-            next_unit = (s0 + 1) * (WK * D)
-            first_strip = tile * (WN * R)
-            ask_l2(tiles_ptr, first_strip, strips - 1, stride_strip, next_unit * (C * 128), WN * R, W, AHEAD)
-            if G > 0:
-                ask_l2(scales_ptr, first_strip, strips - 1, groups * 8, group_of(next_unit, 0, G, C, P) * 8, WN * R, W, AHEAD // 32)
         if PDL:
             gdc_wait()
             if RANKS > 0:  # the norm that does not wait for us begins once all before us is over
                 gdc_launch_dependents()
-        for _ in tl.range(s0, s1, num_stages=STAGES):
-            for _d in tl.static_range(D):
-                if STAGES > 1:
-                    x = load_x_shared(x_ptr, stride_xm, shared_unit * (C * 64), M, K, C, MH, EVEN_K)
-                else:
-                    x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
-                ahead = unit + D * WK
-                group = group_of(ahead[None, None, :, None, None], part, G, C, P)
-                inside = (ahead < end)[None, None, :, None, None]
-                if not EVEN_N:
-                    inside = inside & exists
-                q = load_unit(q_ptr, inside, ahead, stride_strip, R, C)
-                s = load_rows(scales_ptr + row_at + group * 8, inside)
+        if WHOLE:
+            for d in tl.static_range(D):
+                x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
                 zeros = None
                 if zeros_ptr is not None:
-                    zeros = two_bytes(zs[0])
-                    zs = zs[1:] + (load_rows(zeros_ptr + row_at + group * 8, inside),)
-                # a[P R W, 16 rows, K of the group], b[P R W, K of the group, columns]
-                a = fragments(qs[0].reshape(4, 8, W, R, P, S), zeros, None, x.dtype, ASM)
-                a = a.permute(4, 3, 2, 6, 1, 5, 7, 0, 8).reshape(P * R * W, 16, S * 16)
-                b = x.reshape(1, SLICES, P, S * 16, COLUMNS).permute(2, 0, 1, 3, 4)
-                b = tl.broadcast_to(b, (P, R * W // SLICES, SLICES, S * 16, COLUMNS))
-                product = tl.dot(a, b.reshape(P * R * W, S * 16, COLUMNS), input_precision="ieee")
-                scale = halves(ss[0], SCALE_DTYPE).to(tl.float32).permute(4, 3, 2, 5, 1, 0)  # P R W h g c
-                scale = scale.reshape(P * R * W, 16, 1, 4, 1)
-                scale = tl.broadcast_to(scale, (P * R * W, 16, MH, 4, 2)).reshape(P * R * W, 16, COLUMNS)
-                acc += product * scale
-                qs = qs[1:] + (q,)
-                ss = ss[1:] + (s,)
+                    zeros = two_bytes(zs[d])
+                acc += product_of(qs[d], ss[d], zeros, x, SCALE_DTYPE, W, R, P, S, MH, ASM)
                 unit += WK
-                shared_unit += WK
+        else:
+            for _ in tl.range(s0, s1, num_stages=STAGES):
+                for _d in tl.static_range(D):
+                    if STAGES > 1:
+                        x = load_x_shared(x_ptr, stride_xm, shared_unit * (C * 64), M, K, C, MH, EVEN_K)
+                    else:
+                        x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
+                    ahead = unit + D * WK
+                    group = group_of(ahead[None, None, :, None, None], part, G, C, P)
+                    inside = (ahead < end)[None, None, :, None, None]
+                    if not EVEN_N:
+                        inside = inside & exists
+                    q = load_unit(q_ptr, inside, ahead, stride_strip, R, C)
+                    s = load_rows(scales_ptr + row_at + group * 8, inside)
+                    zeros = None
+                    if zeros_ptr is not None:
+                        zeros = two_bytes(zs[0])
+                        zs = zs[1:] + (load_rows(zeros_ptr + row_at + group * 8, inside),)
+                    acc += product_of(qs[0], ss[0], zeros, x, SCALE_DTYPE, W, R, P, S, MH, ASM)
+                    qs = qs[1:] + (q,)
+                    ss = ss[1:] + (s,)
+                    unit += WK
+                    shared_unit += WK
         y = acc.reshape(P, R, WN, WK, 16, COLUMNS).permute(2, 1, 4, 5, 0, 3)
         y = sum_last(y.reshape(BLOCK_N, COLUMNS, P * WK))
         m = tl.arange(0, COLUMNS)
@@ -377,6 +377,9 @@ def w4a16_decode(
     if stream:
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
         counters = next_counters(x.device)
+    whole = not stream and chosen["stages"] == 1 and steps(chosen, K, group_size) == 1
+    if os.environ.get("NOT_WHOLE"):
+        whole = False
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = ptx_level(x)
     pdl = asm >= 90
@@ -391,7 +394,7 @@ def w4a16_decode(
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream,
-        RANKS=0 if mailbox is None else len(mailbox.peers), AHEAD=chosen.get("ahead", 0), ASM=asm, PDL=pdl,
+        RANKS=0 if mailbox is None else len(mailbox.peers), WHOLE=whole, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y

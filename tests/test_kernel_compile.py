@@ -75,7 +75,7 @@ def w4a16_jobs(target: str):
                 "peers_ptr": None,
                 "calls_ptr": None,
                 "RANKS": 0,
-                "AHEAD": 0,
+                "WHOLE": False,
             }
         else:
             name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
