@@ -11,7 +11,6 @@ Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 
 The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
 """
 
-import os
 from functools import lru_cache
 
 import torch
@@ -42,6 +41,9 @@ if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Config = dict[str, int]
+LINE_MODE = True
+REGISTERS = 65536  # of a multiprocessor
+MOST_REGISTERS = 168  # of a thread of a launch without a cap
 
 
 def blocks(launch: Config, N: int) -> int:
@@ -66,14 +68,14 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     if M <= 8:
         chosen = dict(rows=4 if whole else 2, depth=1 if whole else 2, programs=0, max_registers=128)
         chosen |= dict(warps_n=1, warps_k=4, stages=1)
-        if M == 1 and strips < 1024 and K <= 8192:
-            # too few for four strips a warp: one, and all of its columns at once
-            few = dict(warps_k=8, depth=2, max_registers=80) if whole else dict(depth=8, max_registers=168)
-            chosen |= dict(rows=1) | few
-        elif M == 1 and strips < 1024:
-            chosen |= dict(rows=2, depth=2, programs=512)
+        if M == 1 and strips < 1024:
+            chosen |= of_a_row(strips, K, whole)
         elif strips < 1024:
             chosen |= dict(stages=2, programs=528)
+        elif (
+            M == 1 and whole and strips <= 8 * 264
+        ):  # four strips of two warps: one wave of half as many programs
+            chosen |= dict(warps_n=2)
     elif strips < 1600:
         programs = 384 if K > 8192 else min(384, strips)
         chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2 if whole else 1, stages=2, programs=programs)
@@ -84,6 +86,27 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     return chosen | dict(programs=min(chosen["programs"], blocks(chosen, N) * steps(chosen, K, group_size)))
 
 
+def of_a_row(strips: int, K: int, whole: bool) -> Config:
+    """For a row of x, and too few strips for four a warp. Measured in the decode step: where a norm or attention comes before,
+    the memory idles until the product's programs ask for their weights, so that more of them in flight pays (README.md)."""
+    if not whole:
+        return dict(rows=1, depth=8, max_registers=168) if K <= 8192 else dict(rows=2, depth=2, programs=512)
+    if K <= 4096 and (
+        strips <= 264 or 396 < strips <= 528
+    ):  # all columns of a strip at once: one wave or two
+        return dict(rows=1, warps_k=8, depth=4)
+    for warps_k in (
+        8,
+        16,
+    ):  # two strips a warp, and 16 warps a multiprocessor, where that is one wave and little more than enough
+        programs, places = strips // 2, 132 * 16 // warps_k
+        if 0.9 * places <= programs <= places:
+            return dict(rows=2, warps_k=warps_k, depth=16 // warps_k)
+    if K <= 8192:
+        return dict(rows=1, warps_k=8, depth=2, max_registers=80)
+    return dict(rows=2, depth=2, programs=512)
+
+
 def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> int:
     """Registers that ptxas may give a thread; 0: as many as it likes, which are fewer where it need not use them up.
 
@@ -91,6 +114,17 @@ def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> 
     """
     spilled = swiglu and zeros and group_size % TILE_K != 0 and launch["max_registers"] == 128
     return 0 if spilled else launch["max_registers"]
+
+
+def all_at_once(launch: Config, N: int, multiprocessors: int) -> bool:
+    """Whether all programs run at the same time, as far as registers say.
+
+    Only then it pays that they give their rows: the norm after them is launched when the last has begun, and a program that
+    has given is not gone until its rows have come.
+    """
+    threads = 32 * launch["warps_n"] * launch["warps_k"]
+    places = multiprocessors * (REGISTERS // (threads * (launch["max_registers"] or MOST_REGISTERS)))
+    return (launch["programs"] or blocks(launch, N)) <= places
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
@@ -109,6 +143,12 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
         found += [launch(1, 1, 8, depth, 1, 0, registers) for depth in (2, 4) for registers in (0, 80)]
         split = launch(2, 1, 8, 1, 1, 0, 128)
         found += [dict(split, programs=parts * blocks(split, N)) for parts in (2, 4)]
+        found += [
+            launch(1, 1, 8, 4, 1, 0, 128),
+            launch(2, 1, 8, 2, 1, 0, 128),
+            launch(2, 1, 16, 1, 1, 0, 128),
+        ]
+        found += [launch(4, 2, 4, 1, 1, 0, 128)]
         found += [launch(2, 1, 4, depth, 1, four, 128) for depth in (1, 2)]
         found += [launch(2, 2, 2, 2, 1, four, 128)]
     else:
@@ -155,6 +195,20 @@ def load_x(ptr, k, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K
     else:
         x = tl.load(at, mask=mask, other=0.0)
     return x.permute(1, 2, 4, 3, 0).reshape(W, C * 64, MH * 8)
+
+
+@triton.jit
+def ask_l1(x_ptr, K, LINES: tl.constexpr):
+    """Has the first cache fetch a row of x."""
+    at = tl.minimum(tl.arange(0, LINES) * 64, K - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(x_ptr + at).to(tl.int64)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -205,7 +259,7 @@ def w4a16_decode_kernel(
     M, N, K, stride_xm, rank, rows,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -274,6 +328,8 @@ def w4a16_decode_kernel(
             gdc_wait()
             if RANKS > 0:  # the norm that does not wait for us begins once all before us is over
                 gdc_launch_dependents()
+        if LINES > 0:
+            ask_l1(x_ptr, K, LINES)
         if WHOLE:
             for d in tl.static_range(D):
                 x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
@@ -378,8 +434,9 @@ def w4a16_decode(
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
         counters = next_counters(x.device)
     whole = not stream and chosen["stages"] == 1 and steps(chosen, K, group_size) == 1
-    if os.environ.get("NOT_WHOLE"):
-        whole = False
+    lines = 0
+    if LINE_MODE and M == 1 and chosen["stages"] == 1:
+        lines = triton.next_power_of_2(triton.cdiv(K, 64))
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = ptx_level(x)
     pdl = asm >= 90
@@ -394,7 +451,7 @@ def w4a16_decode(
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream,
-        RANKS=0 if mailbox is None else len(mailbox.peers), WHOLE=whole, ASM=asm, PDL=pdl,
+        RANKS=0 if mailbox is None else len(mailbox.peers), WHOLE=whole, LINES=lines, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y

@@ -17,6 +17,7 @@ from quantkit.kernels.dispatch import Problem, choose, multiprocessors_of, targe
 from quantkit.processes import gather, timeout
 
 try:
+    from quantkit.kernels import w4a16_decode
     from quantkit.kernels.all_reduce_norm import (
         EMPTY,
         INTEGERS,
@@ -26,7 +27,6 @@ try:
         rows_of,
         unsupported,
     )
-    from quantkit.kernels.w4a16_decode import w4a16_decode
 except ImportError:  # no Triton on this platform
     pass
 
@@ -68,9 +68,12 @@ class Exchange:
         N = box.slots.shape[-1]
         problem = Problem(target_of(x.device), rows, N, K, x.dtype, tiles.dtype, group_size)
         kernel, launch = choose("w4a16_tiles", problem)
-        if kernel.name != w4a16_decode.__name__:
+        if kernel.name != "w4a16_decode":
             return None
-        y = w4a16_decode(
+        launch = launch or w4a16_decode.config(rows, N, K, group_size, problem.target)
+        if not w4a16_decode.all_at_once(launch, N, multiprocessors_of(x.device)):
+            return None
+        y = w4a16_decode.w4a16_decode(
             x.reshape(-1, K), tiles, scales, zeros, None, None, group_size, N, False, launch, box
         )
         return y.view(*x.shape[:-1], N)

@@ -76,6 +76,7 @@ def w4a16_jobs(target: str):
                 "calls_ptr": None,
                 "RANKS": 0,
                 "WHOLE": False,
+                "LINES": 0,
             }
         else:
             name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
