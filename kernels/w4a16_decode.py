@@ -41,9 +41,9 @@ if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Config = dict[str, int]
-LINE_MODE = True
 REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS = 168  # of a thread of a launch without a cap
+LEAST_GIVEN = 2**25  # bytes of the weight of a product that gives: 17 MB lost 0.9 us, 59 MB gained them
 
 
 def blocks(launch: Config, N: int) -> int:
@@ -87,21 +87,20 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
 
 
 def of_a_row(strips: int, K: int, whole: bool) -> Config:
-    """For a row of x, and too few strips for four a warp. Measured in the decode step: where a norm or attention comes before,
-    the memory idles until the product's programs ask for their weights, so that more of them in flight pays (README.md)."""
+    """For one row of x and too few strips for four a warp, where places are what an H200 has for warps of 128 registers.
+
+    Measured in the decode step, where memory idles during a norm or attention: what pays is one wave of programs that ask
+    for much before they wait for the kernel before (README.md).
+    """
     if not whole:
         return dict(rows=1, depth=8, max_registers=168) if K <= 8192 else dict(rows=2, depth=2, programs=512)
-    if K <= 4096 and (
-        strips <= 264 or 396 < strips <= 528
-    ):  # all columns of a strip at once: one wave or two
-        return dict(rows=1, warps_k=8, depth=4)
-    for warps_k in (
-        8,
-        16,
-    ):  # two strips a warp, and 16 warps a multiprocessor, where that is one wave and little more than enough
-        programs, places = strips // 2, 132 * 16 // warps_k
-        if 0.9 * places <= programs <= places:
-            return dict(rows=2, warps_k=warps_k, depth=16 // warps_k)
+    places = 132 * 16  # 16 warps a multiprocessor
+    if 0.9 * places <= 8 * (strips // 2) <= places:
+        return dict(rows=2, warps_k=8, depth=2)
+    if K <= 4096 and 8 * strips <= places:
+        return dict(rows=1, warps_k=8, depth=4)  # all columns
+    if 0.9 * places <= 16 * (strips // 2) <= places:
+        return dict(rows=2, warps_k=16, depth=1)
     if K <= 8192:
         return dict(rows=1, warps_k=8, depth=2, max_registers=80)
     return dict(rows=2, depth=2, programs=512)
@@ -116,15 +115,15 @@ def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> 
     return 0 if spilled else launch["max_registers"]
 
 
-def all_at_once(launch: Config, N: int, multiprocessors: int) -> bool:
-    """Whether all programs run at the same time, as far as registers say.
+def giving_pays(launch: Config, N: int, K: int, multiprocessors: int) -> bool:
+    """Whether a product of one row is to give it to the other ranks itself, rather than the norm that follows.
 
-    Only then it pays that they give their rows: the norm after them is launched when the last has begun, and a program that
-    has given is not gone until its rows have come.
+    That norm is launched once all programs have begun and what was before them is over: they have to be there at once, as
+    far as registers say, and to take longer than that launch and the next, of which the memory is idle (README.md).
     """
     threads = 32 * launch["warps_n"] * launch["warps_k"]
     places = multiprocessors * (REGISTERS // (threads * (launch["max_registers"] or MOST_REGISTERS)))
-    return (launch["programs"] or blocks(launch, N)) <= places
+    return (launch["programs"] or blocks(launch, N)) <= places and N * K // 2 >= LEAST_GIVEN
 
 
 def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
@@ -198,20 +197,6 @@ def load_x(ptr, k, K, C: tl.constexpr, W: tl.constexpr, MH: tl.constexpr, EVEN_K
 
 
 @triton.jit
-def ask_l1(x_ptr, K, LINES: tl.constexpr):
-    """Has the first cache fetch a row of x."""
-    at = tl.minimum(tl.arange(0, LINES) * 64, K - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [(x_ptr + at).to(tl.int64)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def load_x_shared(x_ptr, stride_xm, k, M, K, C: tl.constexpr, MH: tl.constexpr, EVEN_K: tl.constexpr):
     """The same for columns that several warps share; Triton stages it in shared memory: [len(k), C * 64, MH * 8]."""
     m = tl.arange(0, MH * 8)[None, :, None]
@@ -259,7 +244,7 @@ def w4a16_decode_kernel(
     M, N, K, stride_xm, rank, rows,
     G: tl.constexpr, SCALE_DTYPE: tl.constexpr, SWIGLU: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, C: tl.constexpr, MH: tl.constexpr, R: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, STREAM: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A unit is C tiles along K and P groups (or a part of one); a step is D units of each of WK warps.
     W: tl.constexpr = WN * WK
@@ -328,8 +313,6 @@ def w4a16_decode_kernel(
             gdc_wait()
             if RANKS > 0:  # the norm that does not wait for us begins once all before us is over
                 gdc_launch_dependents()
-        if LINES > 0:
-            ask_l1(x_ptr, K, LINES)
         if WHOLE:
             for d in tl.static_range(D):
                 x = load_x(x_lane_ptr, unit * (C * 64), K, C, W, MH, EVEN_K)
@@ -434,9 +417,6 @@ def w4a16_decode(
         partial = x.new_empty(2 * programs * block_n * columns, dtype=torch.float32)
         counters = next_counters(x.device)
     whole = not stream and chosen["stages"] == 1 and steps(chosen, K, group_size) == 1
-    lines = 0
-    if LINE_MODE and M == 1 and chosen["stages"] == 1:
-        lines = triton.next_power_of_2(triton.cdiv(K, 64))
     whole_steps = K % (TILE_K * tiles_of_unit * warps_k * chosen["depth"]) == 0
     asm = ptx_level(x)
     pdl = asm >= 90
@@ -451,7 +431,7 @@ def w4a16_decode(
         G=group_size, SCALE_DTYPE=scale_dtype, SWIGLU=swiglu,
         EVEN_N=strips % (warps_n * rows) == 0, EVEN_K=whole_steps, C=tiles_of_unit, MH=columns // 8, R=rows, WN=warps_n, WK=warps_k,
         D=chosen["depth"], STAGES=chosen["stages"], STREAM=stream,
-        RANKS=0 if mailbox is None else len(mailbox.peers), WHOLE=whole, LINES=lines, ASM=asm, PDL=pdl,
+        RANKS=0 if mailbox is None else len(mailbox.peers), WHOLE=whole, ASM=asm, PDL=pdl,
         num_warps=warps_n * warps_k, num_stages=1, **options,
     )  # fmt: skip
     return y

@@ -57,13 +57,13 @@ class Exchange:
     def product(
         self, x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int
     ) -> Tensor | None:
-        """`ops.w4a16_tiles` of rows x [..., K], a part that the other ranks get as it is made: `norm` comes next, with `given`.
+        """`ops.w4a16_tiles` of one row x [..., K], a part that the other ranks get as it is made: `norm` comes next, with `given`.
 
         Returns:
-            None: no kernel that gives takes these rows, and nothing was done.
+            None: it would not pay, or no kernel that gives takes x; nothing was done.
         """
         (rows, K), box = x.reshape(-1, x.shape[-1]).shape, self.mailbox
-        if box is None or not 0 < rows <= box.rows or x.element_size() != box.slots.element_size():
+        if box is None or rows != 1 or x.element_size() != box.slots.element_size():
             return None
         N = box.slots.shape[-1]
         problem = Problem(target_of(x.device), rows, N, K, x.dtype, tiles.dtype, group_size)
@@ -71,7 +71,7 @@ class Exchange:
         if kernel.name != "w4a16_decode":
             return None
         launch = launch or w4a16_decode.config(rows, N, K, group_size, problem.target)
-        if not w4a16_decode.all_at_once(launch, N, multiprocessors_of(x.device)):
+        if not w4a16_decode.giving_pays(launch, N, K, multiprocessors_of(x.device)):
             return None
         y = w4a16_decode.w4a16_decode(
             x.reshape(-1, K), tiles, scales, zeros, None, None, group_size, N, False, launch, box

@@ -25,6 +25,8 @@ ROWS = (1, 33, 512)  # one in each launch configuration
 
 W4A16_ROWS = (1, 16, 32, 64)  # two launch configurations of the decode kernel, two of the wide one
 FEW, MANY = (4096, 4096), (28672, 4096)  # N, K: few strips, shared among programs, and many
+GIVEN = (8192, 14336)  # of which a row is given to other ranks by the product
+OF_A_ROW = (GIVEN, (4096, 14336), (5120, 8192), (9216, 9216))  # few strips, in the other launches for one row
 # x, group size, zeros or not
 PLAIN, ZEROS, HALF = ("bf16", 128, False), ("bf16", 32, True), ("fp16", 128, False)
 
@@ -33,6 +35,7 @@ def w4a16_products(target: str) -> list[tuple[tuple[str, int, bool], int, tuple[
     """What is multiplied by W4A16 kernels: scheme, M, and N and K."""
     if target == "sm_90":
         products = list(itertools.product((PLAIN, ZEROS), W4A16_ROWS, (FEW, MANY)))
+        products += [(PLAIN, 1, of_row) for of_row in OF_A_ROW]
     elif target in FIRST:
         products = [(PLAIN, 1, MANY), (PLAIN, 16, FEW), (PLAIN, 32, FEW)]
         products += [(ZEROS, 1, MANY), (ZEROS, 16, FEW), (ZEROS, 64, FEW)]
@@ -71,13 +74,10 @@ def w4a16_jobs(target: str):
                 "max_registers": w4a16_decode.register_cap(chosen, group_size, scheme[2], swiglu)
             }
             specific, options = decode_launch(chosen, M, group_size, nvidia)
-            specific |= dict.fromkeys(("rank", "rows"), "i32") | {
-                "peers_ptr": None,
-                "calls_ptr": None,
-                "RANKS": 0,
-                "WHOLE": False,
-                "LINES": 0,
-            }
+            alone = {"peers_ptr": None, "calls_ptr": None, "RANKS": 0}
+            specific |= alone | dict.fromkeys(("rank", "rows"), "i32")
+            one_step = w4a16_decode.steps(chosen, K, group_size) == 1
+            specific |= {"WHOLE": one_step and chosen["stages"] == 1 and not chosen["programs"]}
         else:
             name, fn = "w4a16_wide", w4a16_wide.w4a16_wide_kernel
             chosen = w4a16_wide.config(M, N, K, group_size, target)
@@ -88,11 +88,11 @@ def w4a16_jobs(target: str):
             options["launch_pdl"] = True
         if (fn, common | specific, options) not in seen:
             seen.append((fn, common | specific, options))
-            beside = " swiglu" * swiglu
-            yield f"{name} {x} g{group_size} M={M} N={N}{beside}", fn, common | specific, options
-            if fn is w4a16_decode.w4a16_decode_kernel and target in ("sm_80", "sm_90") and not swiglu:
+            job = f"{name} {x} g{group_size} M={M} N={N}" + f" K={K}" * (K != 4096) + " swiglu" * swiglu
+            yield job, fn, common | specific, options
+            if (N, K) == GIVEN or (target, M, x, N) == ("sm_80", 1, "bf16", MANY[0]):
                 specific = specific | {"peers_ptr": "*i64", "calls_ptr": "*i32", "RANKS": 2}
-                yield f"{name} {x} g{group_size} M={M} N={N} gives", fn, common | specific, options
+                yield f"{job} gives", fn, common | specific, options
     for scheme in (PLAIN, ZEROS) if target in FIRST else (ZEROS,):
         x, group_size, _ = scheme
         types = {"w_ptr": f"*{x}", "N": "i32", "K": "i32", "ASM": ptx["ASM"]}
@@ -631,7 +631,8 @@ def resources(kernel) -> dict[str, int]:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the loop that has the most of the tensor cores' ones, of those that hold no other such loop."""
+    """Instructions of the loop that has the most of the tensor cores' ones, of those that hold no other such loop; of none, where
+    they are in no loop."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -646,7 +647,7 @@ def main_loop(sass: str) -> list[str]:
     products = {loop: sum("MMA" in lines[i] for i in loop) for loop in loops}
     multiply = [loop for loop in loops if products[loop]]
     inner = [loop for loop in multiply if not any(o != loop and set(o) <= set(loop) for o in multiply)]
-    return [lines[i] for i in max(inner, key=lambda loop: (products[loop], -len(loop)))]
+    return [lines[i] for i in max(inner, key=lambda loop: (products[loop], -len(loop)), default=())]
 
 
 def in_the_main_loop(kernel) -> dict[str, int]:
@@ -654,8 +655,8 @@ def in_the_main_loop(kernel) -> dict[str, int]:
     sass = nvidia_tool("nvdisasm", kernel, "-c")
     if sass is None:
         return {}
+    assert "MMA" in sass
     loop = main_loop(sass)
-    assert any("MMA" in instruction for instruction in loop)
     return {
         "through_shared": sum(i.startswith(("LDS", "STS")) for i in loop),
         "waits_for_products": sum(i.startswith("WARPGROUP.DEPBAR") for i in loop),
@@ -759,7 +760,7 @@ SHARED_MEMORY = {  # KiB a program may have
 }
 
 
-KERNELS = {"sm_80": 99, "sm_89": 40, "sm_90": 207, "sm_100": 40, "sm_120": 40, "gfx942": 97, "gfx950": 40}
+KERNELS = {"sm_80": 101, "sm_89": 40, "sm_90": 214, "sm_100": 40, "sm_120": 40, "gfx942": 97, "gfx950": 40}
 # Bytes: a cap on registers may leave a few words in memory, outside the main loop (tested below for Hopper).
 SPILLS = 64
 
