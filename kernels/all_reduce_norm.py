@@ -22,6 +22,10 @@ The call of row m after k others uses slots k % 2. They are EMPTY again when the
 Call k of a rank is over, with all that it wrote in the memory of its GPU, when call k + 1 begins: kernels of one stream (with
 programmatic dependent launch, what follows the wait). The stores that cross ranks are relaxed ones of system scope (st.wt,
 STRONG.SYS in machine code) and so are the loads that wait (ld.volatile): they read and write L2 where the slots are, never L1.
+A product may write its rows into the slots itself (`give_outputs`), as its programs are done, own rank's slots included. Then the norm after it
+does not wait for its end: it begins once all before the product is over, so after the norm of the call before, takes what comes, and ends
+after the product's end, for those who wait for it. What it reads at first, the residual and the count, is of kernels before the product.
+
 k is counted in memory, a counter a row, so that a CUDA graph may be replayed: ranks must replay the same ones, and
 calls of one mailbox must not overlap.
 

@@ -1,7 +1,7 @@
 """W4A16 for a few rows of x (M <= 16): bound by the bytes of the weight, K/2 + 2 K/G a row.
 
 A warp owns R strips of 16 rows and some of the groups of K. It loads its tiles straight into registers (16 bytes a
-lane, no shared memory, no barrier), `depth` groups ahead, and multiplies with mma.m16n8k16, x padded to 8 or 16 rows;
+lane, no shared memory, no barrier), `depth` groups ahead or all that there are, and multiplies with mma.m16n8k16, x padded to 8 or 16 rows;
 each group's product is scaled and added in float32. The warps of a program are a batch of products: `warps_n` of them
 share x, `warps_k` share strips, and their sums meet in shared memory at the end.
 
@@ -9,6 +9,9 @@ With `programs` > 0 the work is cut into that many equal ranges of (strips, grou
 
 Budget on Hopper: 3.5 instructions a weight at 4.3 TB/s; the loop has 2.0 (M <= 8, R = 4) to 2.5 (M = 16, R = 2).
 The weight is requested before the wait for the kernel before (programmatic dependent launch), x after it.
+
+A rank's part of a sum may be given to the other ranks by the program that has it, `all_reduce_norm.py` has the protocol: 2 bytes an
+output and rank more.
 """
 
 from functools import lru_cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from quantkit import processes
 from quantkit.kernels import all_reduce_norm as kernel
 from quantkit.kernels import rms_norm
+from quantkit.kernels import w4a16_decode as decode_kernel
 from quantkit.kernels.all_reduce_norm import (
     EMPTY,
     INTEGERS,
@@ -184,14 +185,16 @@ def on_gpus(folder: str, K: int) -> None:
         graph.replay()
         plain = Exchange(group).norm(x.clone(), None, weight_of_norm, EPS, residual)
         rows.append((*(t.clone() for t in results), *plain))
-    x, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, M, K, dtype, str(device))
+    decode_kernel.LEAST_GIVEN = 0
+    x, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, 1, K, dtype, str(device))
+    residual = residual[:1]
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         for _ in range(3):
             part = exchange.product(x, *weight, group_size)
             assert part is not None
             results = exchange.norm(part, None, weight_of_norm, EPS, residual, given=True)
     for call in range(20):
-        x.copy_(product_of(rank, call, M, K, dtype, str(device))[0])
+        x.copy_(product_of(rank, call, 1, K, dtype, str(device))[0])
         if call % 2 == rank % 2:
             torch.cuda._sleep(200_000)
         graph.replay()
@@ -199,6 +202,46 @@ def on_gpus(folder: str, K: int) -> None:
         rows.append((*(t.clone() for t in results), *plain))
     torch.cuda.synchronize()
     torch.save((found, rows), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def answering(folder: str, K: int) -> None:
+    """Under torchrun: logits of a few steps of a wide model, whose down gives its rows itself, and then leaves it to the norm."""
+    from transformers import LlamaConfig
+
+    from quantkit import optimize
+    from quantkit.eval.decode import OptimizedDecoder
+    from quantkit.eval.random_model import random_model
+    from quantkit.exchange import Exchange
+    from quantkit.scheme import parse_scheme
+
+    processes.start("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
+    sizes = {"hidden_size": K, "intermediate_size": 28672, "num_attention_heads": K // 128}
+    config = LlamaConfig(**sizes, num_key_value_heads=8, num_hidden_layers=3, vocab_size=512)
+    scheme, group = parse_scheme("w4a16-g128"), torch.distributed.group.WORLD
+    model = optimize(random_model(config, scheme, device=device, group=group))
+    prompt = torch.arange(24, device=device).view(1, 24)
+    product, given = Exchange.product, []
+
+    def counted(self: Exchange, x: Tensor, *weight: Any) -> Tensor | None:
+        y = product(self, x, *weight)
+        if x.numel() == x.shape[-1]:  # a step, not the prompt
+            given.append(y is not None)
+        return y
+
+    found = []
+    for way in (counted, lambda *_: None):
+        Exchange.product = way
+        model.free_cache()
+        decoder = OptimizedDecoder(model, prompt, 12)
+        decoder.prefill(prompt)
+        steps = []
+        for _ in range(10):
+            steps.append(decoder.decoder.step(decoder.token[:, 0]).clone())
+            decoder.token[:, 0] = steps[-1].argmax(-1)
+        found.append(torch.stack(steps))
+    torch.save((found, given), Path(folder) / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -224,4 +267,6 @@ def deserted(folder: str, K: int) -> None:
 
 
 if __name__ == "__main__":
-    {"on_gpus": on_gpus, "deserted": deserted}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    {"on_gpus": on_gpus, "answering": answering, "deserted": deserted}[sys.argv[1]](
+        sys.argv[2], int(sys.argv[3])
+    )

@@ -27,6 +27,7 @@ from parallel import free_port, run_processes
 from quantkit.exchange import open_exchange
 from quantkit.kernels import all_reduce_norm as kernel
 from quantkit.kernels import cpu
+from quantkit.kernels import w4a16_decode as w4a16_kernel
 from quantkit.kernels.all_reduce_norm import EMPTY, INTEGERS, SLOTS, Mailbox, mailbox_shape
 from quantkit.kernels.w4a16_decode import w4a16_decode
 from rounding import GPU
@@ -227,6 +228,30 @@ def test_two_gpus_get_the_sum_and_what_the_library_gets(K, tmp_path):
     for (y, scales, h, *plain), other in zip(ranks[0][1], ranks[1][1], strict=True):
         assert_same((y, scales, h), other[:3])
         assert_as_by_the_norms_kernel((y, scales, h), plain)
+
+
+@gpu
+@two_gpus
+def test_a_model_whose_products_give_their_rows_says_the_same(tmp_path):
+    under_torchrun("answering", tmp_path, 8192, 60)
+    for rank in range(2):
+        (gives, keeps), gave = torch.load(tmp_path / f"{rank}.pt", map_location="cuda:0")
+        assert gave == [False, True] * (
+            len(gave) // 2
+        )  # of o and down: before the capture and in it, three blocks
+        assert len(gave) == 2 * 2 * 3
+        assert torch.equal(gives, keeps)
+        assert gives.isfinite().all()
+
+
+def test_a_row_is_given_by_products_that_take_long_and_run_at_once():
+    down = w4a16_kernel.config(1, 8192, 14336, 128)
+    assert w4a16_kernel.giving_pays(down, 8192, 14336, 132)
+    assert not w4a16_kernel.giving_pays(down, 8192, 14336, 114)  # two waves
+    assert not w4a16_kernel.giving_pays(
+        down | {"max_registers": 0}, 8192, 14336, 132
+    )  # it may have 168 registers
+    assert not w4a16_kernel.giving_pays(w4a16_kernel.config(1, 8192, 4096, 128), 8192, 4096, 132)
 
 
 @gpu
