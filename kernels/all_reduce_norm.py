@@ -141,7 +141,7 @@ def all_reduce_norm_kernel(
     if PDL and not GIVEN:
         gdc_wait()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    calls = tl.load(calls_ptr + row, volatile=True)
+    calls = tl.load(calls_ptr + row, cache_modifier=".cg")
     first = (calls & 1).to(tl.int64) * RANKS * rows * K  # of this call's slots
     this = tl.full((1, 1), rank, tl.int32)
     kept = this if KEEP else this - RANKS  # the rank whose part stays in registers: this one, or none
@@ -203,7 +203,7 @@ def give_outputs(y, first, m, y_ptr, peers_ptr, calls_ptr, M, N, rank, rows, RAN
     """
     n = first + tl.arange(0, y.shape[0])[:, None]
     inside = (n < N) & (m < M)[None, :]
-    calls = tl.load(calls_ptr + m, mask=m < M, other=0, volatile=True)
+    calls = tl.load(calls_ptr + m, mask=m < M, other=0, cache_modifier=".cg")
     row = ((calls & 1) * RANKS + rank) * rows + m
     at = row.to(tl.int64)[None, :] * N + n
     part = cleaned(y.to(y_ptr.dtype.element_ty).to(tl.int16, bitcast=True))
