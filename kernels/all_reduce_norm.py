@@ -23,14 +23,16 @@ Call k of a rank is over, with all that it wrote in the memory of its GPU, when 
 programmatic dependent launch, what follows the wait). The stores that cross ranks are relaxed ones of system scope (st.wt,
 STRONG.SYS in machine code) and so are the loads that wait (ld.volatile): they read and write L2 where the slots are, never L1.
 A product may write its rows into the slots itself (`give_outputs`), as its programs are done, own rank's slots included. Then the norm after it
-does not wait for its end: it begins once all before the product is over, so after the norm of the call before, takes what comes, and ends
-after the product's end, for those who wait for it. What it reads at first, the residual and the count, is of kernels before the product.
+does not wait for its end: it begins once all programs of the product have begun and all before the product is over, so after the norm of
+the call before, takes what comes, and ends after the product's end, for those who wait for it. What it reads at first, the residual and
+the count, is of kernels before the product. It may write h and y where the product's x or workspace was: a whole row in the slots says
+that all of that has been read, if all rows of x are operands of the same instructions (up to 8).
 
 k is counted in memory, a counter a row, so that a CUDA graph may be replayed: ranks must replay the same ones, and
 calls of one mailbox must not overlap.
 
-Every program gives before it waits, so a rank's programs wait for nothing but the same rows of other ranks. No deadlock if
-all of a grid's programs run at the same time: one a row, `Mailbox.rows` at most, which is no more than there are
+Every program gives before it waits, or the product before it does, all programs of which have begun, so a rank's programs wait for nothing but
+the same rows of other ranks and what runs already. No deadlock if all of a grid's programs run at the same time: one a row, `Mailbox.rows` at most, which is no more than there are
 multiprocessors (`rows_of`). What was launched before ends without us; what is launched early, by dependent launch, comes when
 all our programs are there. A program that has waited too long, because a rank died, traps: an error, no hang.
 

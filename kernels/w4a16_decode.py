@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quantkit.kernels.all_reduce_norm import Mailbox, give_outputs
 from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
-from quantkit.kernels.dispatch import target_of
+from quantkit.kernels.dispatch import multiprocessors_of, target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import (
@@ -44,6 +44,7 @@ if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Config = dict[str, int]
+H200 = 132  # multiprocessors
 REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS = 168  # of a thread of a launch without a cap
 LEAST_GIVEN = 2**25  # bytes of the weight of a product that gives: 17 MB lost 0.9 us, 59 MB gained them
@@ -62,7 +63,9 @@ def steps(launch: Config, K: int, group_size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Config:
+def config(
+    M: int, N: int, K: int, group_size: int, target: str = "sm_90", multiprocessors: int = H200
+) -> Config:
     """Launch parameters that are good for an H200 and fit the others; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
     if not target.startswith("sm_"):  # the operands pass through shared memory: little of everything
@@ -72,13 +75,11 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
         chosen = dict(rows=4 if whole else 2, depth=1 if whole else 2, programs=0, max_registers=128)
         chosen |= dict(warps_n=1, warps_k=4, stages=1)
         if M == 1 and strips < 1024:
-            chosen |= of_a_row(strips, K, whole)
+            chosen |= of_a_row(strips, K, whole, multiprocessors)
         elif strips < 1024:
             chosen |= dict(stages=2, programs=528)
-        elif (
-            M == 1 and whole and strips <= 8 * 264
-        ):  # four strips of two warps: one wave of half as many programs
-            chosen |= dict(warps_n=2)
+        elif M == 1 and whole and strips <= 8 * 2 * multiprocessors:
+            chosen |= dict(warps_n=2)  # one wave of half as many programs
     elif strips < 1600:
         programs = 384 if K > 8192 else min(384, strips)
         chosen = dict(rows=2, warps_n=2, warps_k=2, depth=2 if whole else 1, stages=2, programs=programs)
@@ -89,20 +90,20 @@ def config(M: int, N: int, K: int, group_size: int, target: str = "sm_90") -> Co
     return chosen | dict(programs=min(chosen["programs"], blocks(chosen, N) * steps(chosen, K, group_size)))
 
 
-def of_a_row(strips: int, K: int, whole: bool) -> Config:
-    """For one row of x and too few strips for four a warp, where places are what an H200 has for warps of 128 registers.
+def of_a_row(strips: int, K: int, whole: bool, multiprocessors: int) -> Config:
+    """For one row of x and too few strips for four a warp.
 
     Measured in the decode step, where memory idles during a norm or attention: what pays is one wave of programs that ask
     for much before they wait for the kernel before (README.md).
     """
     if not whole:
         return dict(rows=1, depth=8, max_registers=168) if K <= 8192 else dict(rows=2, depth=2, programs=512)
-    places = 132 * 16  # 16 warps a multiprocessor
-    if 0.9 * places <= 8 * (strips // 2) <= places:
+    pairs, places = -(-strips // 2), 16 * multiprocessors  # of warps of 128 registers
+    if 0.9 * places <= 8 * pairs <= places:
         return dict(rows=2, warps_k=8, depth=2)
-    if K <= 4096 and 8 * strips <= places:
-        return dict(rows=1, warps_k=8, depth=4)  # all columns
-    if 0.9 * places <= 16 * (strips // 2) <= places:
+    if 2048 < K <= 4096 and 8 * strips <= places:
+        return dict(rows=1, warps_k=8, depth=4)  # all columns, as the last but one up to 2048
+    if K > 4096 and 0.9 * places <= 16 * pairs <= places:
         return dict(rows=2, warps_k=16, depth=1)
     if K <= 8192:
         return dict(rows=1, warps_k=8, depth=2, max_registers=80)
@@ -118,6 +119,13 @@ def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> 
     return 0 if spilled else launch["max_registers"]
 
 
+def launch_of(x: Tensor, N: int, group_size: int) -> Config:
+    """`config` of rows x [M, K] on their device."""
+    multiprocessors = multiprocessors_of(x.device) if x.is_cuda else H200
+    M, K = x.shape
+    return config(M, N, K, group_size, target_of(x.device), multiprocessors)
+
+
 def giving_pays(launch: Config, N: int, K: int, multiprocessors: int) -> bool:
     """Whether a product of one row is to give it to the other ranks itself, rather than the norm that follows.
 
@@ -129,7 +137,7 @@ def giving_pays(launch: Config, N: int, K: int, multiprocessors: int) -> bool:
     return (launch["programs"] or blocks(launch, N)) <= places and N * K // 2 >= LEAST_GIVEN
 
 
-def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 132) -> list[Config]:
+def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = H200) -> list[Config]:
     """Launches worth timing, `config`'s first: those that were good for some shape on an H200."""
 
     def launch(rows: int, warps_n: int, warps_k: int, depth: int, stages: int, programs: int, registers: int):
@@ -145,12 +153,8 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
         found += [launch(1, 1, 8, depth, 1, 0, registers) for depth in (2, 4) for registers in (0, 80)]
         split = launch(2, 1, 8, 1, 1, 0, 128)
         found += [dict(split, programs=parts * blocks(split, N)) for parts in (2, 4)]
-        found += [
-            launch(1, 1, 8, 4, 1, 0, 128),
-            launch(2, 1, 8, 2, 1, 0, 128),
-            launch(2, 1, 16, 1, 1, 0, 128),
-        ]
-        found += [launch(4, 2, 4, 1, 1, 0, 128)]
+        found += [launch(1, 1, 8, 4, 1, 0, 128), launch(4, 2, 4, 1, 1, 0, 128)]
+        found += [launch(2, 1, warps_k, 16 // warps_k, 1, 0, 128) for warps_k in (8, 16)]
         found += [launch(2, 1, 4, depth, 1, four, 128) for depth in (1, 2)]
         found += [launch(2, 2, 2, 2, 1, four, 128)]
     else:
@@ -166,7 +170,7 @@ def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = 1
                 found += [split, dict(split, programs=8 * blocks(split, N))]
         found += [launch(1, 4, 1, 4, 2, programs, 168) for programs in (two, three)]
         found += [launch(2, 8, 1, 1, 3, two, 128), launch(4, 1, 4, 1, 3, 0, 168)]
-    distinct = [config(M, N, K, group_size)]
+    distinct = [config(M, N, K, group_size, multiprocessors=multiprocessors)]
     for one in found:
         # more programs than steps of work would leave some with nothing to do
         if one["programs"] <= blocks(one, N) * steps(one, K, group_size) and one not in distinct:
@@ -404,7 +408,11 @@ def w4a16_decode(
     (M, K), strips = x.shape, tiles.shape[0]
     if M > MAX_M:
         raise ValueError(f"w4a16_decode: x has {M} rows, expected at most {MAX_M}; use w4a16_wide")
-    chosen = launch or config(M, N, K, group_size, target_of(x.device))
+    chosen = launch or launch_of(x, N, group_size)
+    if mailbox is not None and M > 8:
+        raise ValueError(
+            f"w4a16_decode: x has {M} rows, expected at most 8 where they are given to all ranks"
+        )
     rows, warps_n, warps_k = chosen["rows"], chosen["warps_n"], chosen["warps_k"]
     while rows > strips:
         rows //= 2

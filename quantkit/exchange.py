@@ -2,8 +2,8 @@
 
 The kernel (`kernels/all_reduce_norm.py`) needs memory that all ranks see, PyTorch's symmetric memory: it is asked for once, before any
 CUDA graph, by all ranks together. Where one of them cannot have it, or a part is larger than `ONE_SHOT_BYTES`, the
-library's all-reduce comes first and `rms_norm_quantize` after it. A product of a few rows and 4-bit weights gives its
-rows to the other ranks itself, as they are done (`kernels/w4a16_decode.py`).
+library's all-reduce comes first and `rms_norm_quantize` after it. A large product of one row and 4-bit weights gives its
+row to the other ranks itself, as it is done (`kernels/w4a16_decode.py`).
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quantkit.errors import MachineError
 from quantkit.kernels.dispatch import Problem, choose, multiprocessors_of, target_of
 from quantkit.processes import gather, timeout
 
@@ -40,7 +41,10 @@ class Exchange:
         group: of the processes.
         mailbox: of the kernel; None: the library adds.
         why_not: there is none.
+        given: `product` has given a row that `norm` has not added yet.
     """
+
+    given = False
 
     def __init__(self, group: Any, mailbox: "Mailbox | None" = None, why_not: str = "") -> None:
         self.group, self.mailbox, self.why_not = group, mailbox, why_not
@@ -61,6 +65,9 @@ class Exchange:
 
         Returns:
             None: it would not pay, or no kernel that gives takes x; nothing was done.
+
+        Raises:
+            MachineError: the row of a call before was never added.
         """
         (rows, K), box = x.reshape(-1, x.shape[-1]).shape, self.mailbox
         if box is None or rows != 1 or x.element_size() != box.slots.element_size():
@@ -70,13 +77,24 @@ class Exchange:
         kernel, launch = choose("w4a16_tiles", problem)
         if kernel.name != "w4a16_decode":
             return None
-        launch = launch or w4a16_decode.config(rows, N, K, group_size, problem.target)
+        row = x.reshape(1, K)
+        launch = launch or w4a16_decode.launch_of(row, N, group_size)
         if not w4a16_decode.giving_pays(launch, N, K, multiprocessors_of(x.device)):
             return None
+        self.expect(given=False)
         y = w4a16_decode.w4a16_decode(
-            x.reshape(-1, K), tiles, scales, zeros, None, None, group_size, N, False, launch, box
+            row, tiles, scales, zeros, None, None, group_size, N, False, launch, box
         )
+        self.given = True
         return y.view(*x.shape[:-1], N)
+
+    def expect(self, given: bool) -> None:
+        """Refuses what would take one row for another: a row that was given lies in the ranks' slots until a norm takes it."""
+        if self.given is not given:
+            raise MachineError(
+                "sums over processes: a step was stopped between a linear and the norm that adds its parts; load the model "
+                "again, in all processes"
+            )
 
     def norm(
         self,
@@ -93,7 +111,11 @@ class Exchange:
         """`ops.rms_norm_quantize` of the sum of the ranks' parts [..., K] and a bias [K]; part may be overwritten.
 
         given: it is what `product` gave.
+
+        Raises:
+            MachineError: that does not hold.
         """
+        self.expect(given)
         rest = (dtype, input_scale, group_size)
         K = part.shape[-1]
         box = self.mailbox
@@ -105,6 +127,7 @@ class Exchange:
         codes, scales, h = all_reduce_norm(
             rows, box, bias, weight, eps, residual.reshape(-1, K), *rest, given
         )
+        self.given = False
         return codes.view(part.shape), scales, h.view(part.shape)
 
 

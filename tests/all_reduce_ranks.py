@@ -185,7 +185,7 @@ def on_gpus(folder: str, K: int) -> None:
         graph.replay()
         plain = Exchange(group).norm(x.clone(), None, weight_of_norm, EPS, residual)
         rows.append((*(t.clone() for t in results), *plain))
-    decode_kernel.LEAST_GIVEN = 0
+    decode_kernel.giving_pays = lambda *_: True
     x, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, 1, K, dtype, str(device))
     residual = residual[:1]
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):

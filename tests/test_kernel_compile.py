@@ -666,6 +666,10 @@ def in_the_main_loop(kernel) -> dict[str, int]:
     }
 
 
+# programmatic dependent launch and stores, in PTX
+ORDERED = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "st.global")
+
+
 def across_ranks(kernel) -> dict[str, int]:
     """Stores to the other ranks' slots and loads that wait for them, those of 16 bytes, and what would be wrong there."""
     sass = nvidia_tool("nvdisasm", kernel, "-c")
@@ -721,8 +725,9 @@ def compile_all(target: str) -> None:
         kernel = triton.compile(source, target=gpu_target(target), options=options)
         record = {"name": name, "shared": kernel.metadata.shared, **resources(kernel)}
         record |= {"chosen": is_chosen(target, name, arguments), "max_registers": options.get("maxnreg")}
-        if name.startswith("all_reduce_norm"):
+        if name.startswith("all_reduce_norm") or name.endswith("gives"):
             record |= across_ranks(kernel)
+            record["order"] = [what for what in re.findall("|".join(ORDERED), kernel.asm["ptx"])]
         if target == "sm_90" and name.startswith(
             ("w4a16_decode", "w4a16_hopper", "w8_hopper", "w4a8_hopper", "decode_attention")
         ):
@@ -855,6 +860,32 @@ def test_attention_on_hopper_has_all_its_programs_at_a_time(compiled, problem):
 
 if __name__ == "__main__":
     compile_all(sys.argv[1])
+
+
+def test_a_norm_that_does_not_wait_for_the_product_begins_and_ends_at_the_right_time(compiled):
+    """What `all_reduce_norm.py` says of products that give their rows, in the order of the instructions."""
+    kernels = {k["name"]: k["order"] for k in compiled["sm_90"][0] if "order" in k}
+    early = [order for name, order in kernels.items() if name.endswith("of a product")]
+    giving = [order for name, order in kernels.items() if name.endswith("gives")]
+    assert early
+    assert giving
+    launch, wait, store = ORDERED
+    for order in giving:  # nothing is stored before the wait, and the norm is launched after it
+        assert order[:2] == [wait, launch], order
+        assert set(order[2:]) == {store}, order
+    for order in early:  # it gives nothing; those that wait for it wait for the product, too
+        assert order.count(wait) == 1, order
+        assert order[0] == launch
+        assert order[-1] == wait
+
+
+def test_a_row_that_a_product_gives_goes_past_the_first_cache(compiled):
+    kernels = [k for k in compiled["sm_90"][0] if k["name"].endswith("gives")]
+    if "gives" not in kernels[0]:
+        pytest.skip("the Triton wheel has no disassembler")
+    for one in kernels:
+        assert one["gives"] > 0, one
+        assert one["takes"] == one["multicast"] == 0, one
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

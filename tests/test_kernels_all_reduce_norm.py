@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+import triton
+import triton.language as tl
 
 from all_reduce_ranks import (
     CALLS,
@@ -24,13 +28,14 @@ from all_reduce_ranks import (
     product_of,
 )
 from parallel import free_port, run_processes
-from quantkit.exchange import open_exchange
+from quantkit.errors import MachineError
+from quantkit.exchange import Exchange, open_exchange
 from quantkit.kernels import all_reduce_norm as kernel
 from quantkit.kernels import cpu
 from quantkit.kernels import w4a16_decode as w4a16_kernel
 from quantkit.kernels.all_reduce_norm import EMPTY, INTEGERS, SLOTS, Mailbox, mailbox_shape
 from quantkit.kernels.w4a16_decode import w4a16_decode
-from rounding import GPU
+from rounding import DEVICE, GPU
 
 interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter, which a GPU's tests go without")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -115,51 +120,104 @@ def test_a_cpu_has_no_mailbox_and_says_so(tmp_path):
     assert exchange.why_not == "process 0: no GPU, or no Triton"
 
 
-def wrong_reads(ranks: int, slots: int, calls: int) -> int:
-    """Of all interleavings of ranks that follow the kernel's steps: states in which a part is lost or taken twice, or all wait.
+def wrong_reads(given: Sequence[Sequence[bool]], slots: int) -> int:
+    """Of all interleavings of ranks that follow the kernels' steps: states in which a part is lost or taken twice, or all wait.
 
-    A rank gives its part to each rank, takes the part of each when it is there, and empties each: a step an access.
+    A rank gives its part to each rank, takes the part of each when it is there, and empties each when it has all: a step an
+    access. A call is over when all is done.
+
+    given: of each rank and call, whether the product gives, at any time, while the norm takes; else all is given first.
     """
-    steps = 3 * ranks
-    start = (
-        (0,) * ranks,
-        (None,) * (ranks * slots * ranks),
-    )  # steps done; slots[to][call % slots][from]: the call
+    ranks, calls, full = len(given), len(given[0]), (1 << len(given)) - 1
+    # of each rank: its call, and to or from whom it has given, taken and emptied; slots[to][call % slots][from]: the call
+    start = (((0, 0, 0, 0),) * ranks, (None,) * (ranks * slots * ranks))
     seen, open_states, wrong = {start}, [start], 0
     while open_states:
-        done, memory = open_states.pop()
+        states, memory = open_states.pop()
         moved = False
-        for rank in range(ranks):
-            call, step = divmod(done[rank], steps)
+        for rank, (call, gave, took, emptied) in enumerate(states):
             if call == calls:
                 continue
-            kind, other = divmod(step, ranks)
-            to, by = (other, rank) if kind == 0 else (rank, other)
-            at = (to * slots + call % slots) * ranks + by
-            if kind == 1 and memory[at] is None:
-                continue
-            if (kind == 0 and memory[at] is not None) or (kind == 1 and memory[at] != call):
-                wrong += 1
-                continue
-            after = list(memory)
-            if kind != 1:
-                after[at] = call if kind == 0 else None
-            state = (*done[:rank], done[rank] + 1, *done[rank + 1 :]), tuple(after)
-            moved = True
-            if state not in seen:
-                seen.add(state)
-                open_states.append(state)
-        wrong += not moved and any(count < calls * steps for count in done)
+            steps = [("end", 0)] if gave == took == emptied == full else []
+            for other in range(ranks):
+                if not gave >> other & 1:
+                    steps.append(("give", other))
+                if not took >> other & 1 and (given[rank][call] or gave == full):
+                    steps.append(("take", other))
+                if took == full and not emptied >> other & 1:
+                    steps.append(("empty", other))
+            for kind, other in steps:
+                to, by = (other, rank) if kind == "give" else (rank, other)
+                at = (to * slots + call % slots) * ranks + by
+                if kind == "take" and memory[at] is None:
+                    continue
+                if (kind == "give" and memory[at] is not None) or (kind == "take" and memory[at] != call):
+                    wrong += 1
+                    continue
+                after = list(memory)
+                if kind in ("give", "empty"):
+                    after[at] = call if kind == "give" else None
+                bit = 1 << other
+                done = {
+                    "give": (call, gave | bit, took, emptied),
+                    "take": (call, gave, took | bit, emptied),
+                    "empty": (call, gave, took, emptied | bit),
+                    "end": (call + 1, 0, 0, 0),
+                }
+                state = (*states[:rank], done[kind], *states[rank + 1 :]), tuple(after)
+                moved = True
+                if state not in seen:
+                    seen.add(state)
+                    open_states.append(state)
+        wrong += not moved and any(call < calls for call, *_ in states)
     return wrong
 
 
-@pytest.mark.parametrize(("ranks", "calls"), [(2, 6), (3, 3)])
-def test_no_interleaving_loses_a_part(ranks, calls):
-    assert wrong_reads(ranks, SLOTS, calls) == 0
+def test_no_interleaving_of_two_ranks_loses_a_part():
+    for given in product(product((False, True), repeat=4), repeat=2):
+        assert wrong_reads(given, SLOTS) == 0, given
 
 
-def test_one_slot_would_not_do():
-    assert wrong_reads(2, SLOTS - 1, 3) > 0
+def test_no_interleaving_of_three_ranks_loses_a_part():
+    assert wrong_reads(((True, True, True), (True, False, True), (False, True, True)), SLOTS) == 0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_one_slot_would_not_do(given):
+    assert wrong_reads(((given,) * 3,) * 2, SLOTS - 1) > 0
+
+
+@triton.jit
+def give_kernel(y_ptr, peers_ptr, calls_ptr, M, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    n, m = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    y = tl.load(y_ptr + m[None, :] * N + n[:, None], mask=(n < N)[:, None] & (m < M)[None, :])
+    kernel.give_outputs(y, 0, m, y_ptr, peers_ptr, calls_ptr, M, N, 1, 4, 2)
+
+
+def test_a_product_gives_no_empty_slot_and_nothing_past_its_rows():
+    y = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    y.view(torch.int16)[1, 5] = EMPTY.value  # a NaN of all ones
+    slots = torch.full((2, *mailbox_shape(2, 4, 12)), EMPTY.value, dtype=torch.int16, device=DEVICE)
+    peers = torch.tensor([one.data_ptr() for one in slots], device=DEVICE)
+    calls = torch.tensor([0, 3, 2, 7], dtype=torch.int32, device=DEVICE)
+    give_kernel[(1,)](y, peers, calls, 3, 12, BLOCK=16, ROWS=4)
+    for one in slots:
+        for row, call in enumerate((0, 1, 0)):
+            found = one[call, 1, row].view(torch.float16)
+            assert torch.equal(found.nan_to_num(7.0), y[row].nan_to_num(7.0))
+            assert (one[call, 1, row] != EMPTY.value).all()
+            one[call, 1, row] = EMPTY.value
+        assert (one == EMPTY.value).all()
+
+
+def test_a_row_that_was_given_is_added_next_or_never(tmp_path):
+    box = Mailbox(torch.empty(mailbox_shape(2, 4, 64), dtype=torch.int16), torch.zeros(2), torch.zeros(4), 0)
+    exchange, x = Exchange(None, box), torch.zeros(1, 64, dtype=torch.float16)
+    with pytest.raises(MachineError, match="stopped between a linear and the norm"):
+        exchange.norm(x, None, x[0], EPS, x, given=True)
+    exchange.given = True
+    with pytest.raises(MachineError, match="load the model again, in all processes"):
+        exchange.norm(x, None, x[0], EPS, x)
 
 
 @pytest.fixture
