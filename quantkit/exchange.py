@@ -44,10 +44,8 @@ class Exchange:
         given: `product` has given a row that `norm` has not added yet.
     """
 
-    given = False
-
     def __init__(self, group: Any, mailbox: "Mailbox | None" = None, why_not: str = "") -> None:
-        self.group, self.mailbox, self.why_not = group, mailbox, why_not
+        self.group, self.mailbox, self.why_not, self.given = group, mailbox, why_not, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
         """Itself: a group of processes and what they share have no copy."""
@@ -69,15 +67,14 @@ class Exchange:
         Raises:
             MachineError: the row of a call before was never added.
         """
-        (rows, K), box = x.reshape(-1, x.shape[-1]).shape, self.mailbox
-        if box is None or rows != 1 or x.element_size() != box.slots.element_size():
+        K, box = x.shape[-1], self.mailbox
+        if box is None or x.numel() != K or x.element_size() != box.slots.element_size():
             return None
-        N = box.slots.shape[-1]
-        problem = Problem(target_of(x.device), rows, N, K, x.dtype, tiles.dtype, group_size)
+        row, N = x.reshape(1, K), box.slots.shape[-1]
+        problem = Problem(target_of(x.device), 1, N, K, x.dtype, tiles.dtype, group_size)
         kernel, launch = choose("w4a16_tiles", problem)
         if kernel.name != "w4a16_decode":
             return None
-        row = x.reshape(1, K)
         launch = launch or w4a16_decode.launch_of(row, N, group_size)
         if not w4a16_decode.giving_pays(launch, N, K, multiprocessors_of(x.device)):
             return None
