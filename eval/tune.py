@@ -115,9 +115,7 @@ def plan(
     Raises:
         QuantKitError: none is left.
     """
-    target, multiprocessors = target_of(device), 132
-    if device.type == "cuda":
-        multiprocessors = multiprocessors_of(device)
+    target, multiprocessors = target_of(device), multiprocessors_of(device)
     planned = {}
     for N, K, scheme in dict.fromkeys(weights):
         codes, group_size = CODE_DTYPES[scheme.weight], scheme.group_size or 0

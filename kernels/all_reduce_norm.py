@@ -31,9 +31,9 @@ that all of that has been read, if all rows of x are operands of the same instru
 k is counted in memory, a counter a row, so that a CUDA graph may be replayed: ranks must replay the same ones, and
 calls of one mailbox must not overlap.
 
-Every program gives before it waits, or the product before it does, all programs of which have begun, so a rank's programs wait for nothing but
-the same rows of other ranks and what runs already. No deadlock if all of a grid's programs run at the same time: one a row, `Mailbox.rows` at most, which is no more than there are
-multiprocessors (`rows_of`). What was launched before ends without us; what is launched early, by dependent launch, comes when
+Every program gives before it waits, or the product before it does, all programs of which have begun, so a rank's programs wait for nothing
+but the same rows of other ranks and what runs already. No deadlock if all of a grid's programs run at the same time: one a row,
+`Mailbox.rows` at most, which is no more than there are multiprocessors (`rows_of`). What was launched before ends without us; what is launched early, by dependent launch, comes when
 all our programs are there. A program that has waited too long, because a rank died, traps: an error, no hang.
 
 Bytes of a row of bfloat16 on R ranks: 2 K read of x, 2 K (R - 1) written over the link, as many read a poll and written to

@@ -62,7 +62,6 @@ if hasattr(tl.extra, "cuda"):
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1e30)  # below every score; minus infinity less itself would be NaN
 IDLE = tl.constexpr(0xF149F2CA)  # `packed` NOTHING and 0
-MULTIPROCESSORS = 132
 LG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 FEW_TOKENS, MANY_TOKENS = 8192, 32768
@@ -465,7 +464,7 @@ def decode_attention_kernel(
 def cut(q: Tensor, pages: KVPages, max_length: int) -> tuple[dict[str, int], int]:
     """How work is cut: launch parameters, and programs of a kv head: as many as fit on the GPU at a time, no more than tiles."""
     launch = config(pages.kind, pages.head_dim, len(q), max_length, target_of(q.device))
-    sms = multiprocessors_of(q.device) if q.is_cuda else MULTIPROCESSORS
+    sms = multiprocessors_of(q.device)
     tiles = len(q) * triton.cdiv(max_length, launch["tokens"])
     return launch, max(1, min(sms * launch["per_sm"] // pages.kv_heads, tiles))
 

@@ -25,6 +25,8 @@ VENDOR_MIN_M = {torch.int8: 256, torch.float8_e4m3fn: 128}  # by the dtype of th
 SCALED_MM_MIN_M = 32  # rows of x from which on torch._scaled_mm is faster than w8a8_triton
 # columns of 16 bits that a program can keep in registers; the norm, of two inputs, half of it
 MAX_ROW = 32768
+MULTIPROCESSORS = 132  # of an H200, for which launches are chosen where there is no GPU
+ALL_REGISTERS = 65536  # of a multiprocessor
 DECODE_MAX_M = 16  # of w4a16_decode: two tiles of eight rows
 ATTENTION_MAX_GROUP = 32  # query heads a kv head: more need more registers than there are
 ATTENTION_MAX_COLUMNS_AMD = 128  # of a head
@@ -302,7 +304,9 @@ def target_of(device: torch.device) -> str:
 
 @cache
 def multiprocessors_of(device: torch.device) -> int:
-    """Of a GPU."""
+    """Of a GPU; without one, an H200's."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from quantkit.kernels.dispatch import ALL_REGISTERS
 from quantkit.kernels.interleave import STEP
 from quantkit.kernels.stream_k import COUNTERS
 
@@ -22,7 +23,6 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 BLOCKS_M = (8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = gl.constexpr(24)  # the least there is
-ALL_REGISTERS = 65536  # of a multiprocessor
 REGISTERS_OF_TWO = 80  # a thread, at launch
 REGISTERS_OF_FEW = 128  # at most, of a tile of so few rows of x: a norm's program, which takes 16384, fits beside two partitions
 FEW_ROWS = 64

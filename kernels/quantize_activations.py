@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import FP8, SCALE_FLOOR, TOP
 from quantkit.kernels.cpu import quantize_activations as reference
-from quantkit.kernels.dispatch import MAX_ROW, native_fp8, target_of
+from quantkit.kernels.dispatch import MAX_ROW, MULTIPROCESSORS, native_fp8, target_of
 from quantkit.kernels.w4a16 import LAST_FIRST, ptx_level
 
 if hasattr(tl.extra, "cuda"):
@@ -36,7 +36,6 @@ WHOLE: tl.constexpr = tl.constexpr(12582912.0)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 LANES = 32
-MULTIPROCESSORS = 132
 # The interpreter of Triton 3.6 rounds a fused multiply-add twice.
 FUSED_IN_THE_INTERPRETER = LAST_FIRST.value
 

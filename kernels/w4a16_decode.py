@@ -1,9 +1,9 @@
 """W4A16 for a few rows of x (M <= 16): bound by the bytes of the weight, K/2 + 2 K/G a row.
 
 A warp owns R strips of 16 rows and some of the groups of K. It loads its tiles straight into registers (16 bytes a
-lane, no shared memory, no barrier), `depth` groups ahead or all that there are, and multiplies with mma.m16n8k16, x padded to 8 or 16 rows;
-each group's product is scaled and added in float32. The warps of a program are a batch of products: `warps_n` of them
-share x, `warps_k` share strips, and their sums meet in shared memory at the end.
+lane, no shared memory, no barrier), `depth` groups ahead or all that there are (WHOLE), and multiplies with
+mma.m16n8k16, x padded to 8 or 16 rows; each group's product is scaled and added in float32. The warps of a program are a
+batch of products: `warps_n` of them share x, `warps_k` share strips, and their sums meet in shared memory at the end.
 
 With `programs` > 0 the work is cut into that many equal ranges of (strips, groups), whatever the tiles (`stream_k.py`).
 
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.all_reduce_norm import Mailbox, give_outputs
+from quantkit.kernels.dispatch import ALL_REGISTERS, MULTIPROCESSORS, multiprocessors_of, target_of
 from quantkit.kernels.dispatch import DECODE_MAX_M as MAX_M
-from quantkit.kernels.dispatch import multiprocessors_of, target_of
 from quantkit.kernels.int4tiles import PAD_K, STRIP, TILE_K
 from quantkit.kernels.stream_k import COUNTERS, next_counters
 from quantkit.kernels.w4a16 import (
@@ -44,8 +44,6 @@ if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Config = dict[str, int]
-H200 = 132  # multiprocessors
-REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS = 168  # of a thread of a launch without a cap
 LEAST_GIVEN = 2**25  # bytes of the weight of a product that gives: 17 MB lost 0.9 us, 59 MB gained them
 
@@ -64,7 +62,7 @@ def steps(launch: Config, K: int, group_size: int) -> int:
 
 @lru_cache(maxsize=4096)
 def config(
-    M: int, N: int, K: int, group_size: int, target: str = "sm_90", multiprocessors: int = H200
+    M: int, N: int, K: int, group_size: int, target: str = "sm_90", multiprocessors: int = MULTIPROCESSORS
 ) -> Config:
     """Launch parameters that are good for an H200 and fit the others; `quantkit tune` finds better ones for a shape."""
     strips = -(-N // STRIP)
@@ -102,7 +100,7 @@ def of_a_row(strips: int, K: int, whole: bool, multiprocessors: int) -> Config:
     if 0.9 * places <= 8 * pairs <= places:
         return dict(rows=2, warps_k=8, depth=2)
     if 2048 < K <= 4096 and 8 * strips <= places:
-        return dict(rows=1, warps_k=8, depth=4)  # all columns, as the last but one up to 2048
+        return dict(rows=1, warps_k=8, depth=4)  # all columns at once
     if K > 4096 and 0.9 * places <= 16 * pairs <= places:
         return dict(rows=2, warps_k=16, depth=1)
     if K <= 8192:
@@ -121,9 +119,8 @@ def register_cap(launch: Config, group_size: int, zeros: bool, swiglu: bool) -> 
 
 def launch_of(x: Tensor, N: int, group_size: int) -> Config:
     """`config` of rows x [M, K] on their device."""
-    multiprocessors = multiprocessors_of(x.device) if x.is_cuda else H200
     M, K = x.shape
-    return config(M, N, K, group_size, target_of(x.device), multiprocessors)
+    return config(M, N, K, group_size, target_of(x.device), multiprocessors_of(x.device))
 
 
 def giving_pays(launch: Config, N: int, K: int, multiprocessors: int) -> bool:
@@ -133,11 +130,13 @@ def giving_pays(launch: Config, N: int, K: int, multiprocessors: int) -> bool:
     far as registers say, and to take longer than that launch and the next, of which the memory is idle (README.md).
     """
     threads = 32 * launch["warps_n"] * launch["warps_k"]
-    places = multiprocessors * (REGISTERS // (threads * (launch["max_registers"] or MOST_REGISTERS)))
+    places = multiprocessors * (ALL_REGISTERS // (threads * (launch["max_registers"] or MOST_REGISTERS)))
     return (launch["programs"] or blocks(launch, N)) <= places and N * K // 2 >= LEAST_GIVEN
 
 
-def candidates(M: int, N: int, K: int, group_size: int, multiprocessors: int = H200) -> list[Config]:
+def candidates(
+    M: int, N: int, K: int, group_size: int, multiprocessors: int = MULTIPROCESSORS
+) -> list[Config]:
     """Launches worth timing, `config`'s first: those that were good for some shape on an H200."""
 
     def launch(rows: int, warps_n: int, warps_k: int, depth: int, stages: int, programs: int, registers: int):

@@ -4,6 +4,7 @@ on a GPU of its own over symmetric memory."""
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,17 @@ def given(call: int, M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def expected(ranks: int, call: int, M: int, K: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """By a float32 sum in the order of ranks, and the norm's own kernel."""
-    total = torch.zeros(M, K)
-    for rank in range(ranks):
-        total += parts(rank, call, M, K, dtype).float()
+    return normed([parts(rank, call, M, K, dtype).to(device) for rank in range(ranks)], call)
+
+
+def normed(those: Sequence[Tensor], call: int) -> tuple[Tensor, ...]:
+    """The norm's own kernel, of the ranks' parts of a call."""
+    (M, K), dtype, device = those[0].shape, those[0].dtype, those[0].device
+    total = torch.zeros(M, K, device=device)
+    for one in those:
+        total += one.float()
     weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
-    x = total.to(device, dtype)
+    x = total.to(dtype)
     x = x if bias is None else x + bias
     to = ROUNDING[call % len(ROUNDING)]
     return rms_norm.rms_norm_triton(x, weight, EPS, residual, to, None, 0)
@@ -100,25 +107,15 @@ def product_of(rank: int, call: int, M: int, N: int, dtype: torch.dtype, device:
     x = random.x(M, IN, dtype)
     if call == 2 and rank == 1:
         x[0, 3] = float("nan")
-    codes, scales, zeros = (
-        random.int4(N, IN),
-        random.scales(N, IN // 32, dtype=dtype),
-        random.zeros(N, IN // 32),
-    )
-    weight = pack_tiles(codes, scales, zeros, 32, IN)
+    codes, groups = random.int4(N, IN), IN // 32
+    weight = pack_tiles(codes, random.scales(N, groups, dtype=dtype), random.zeros(N, groups), 32, IN)
     launch = dict(rows=1, warps_n=1, warps_k=2, depth=1, stages=1, programs=5 * (call % 2), max_registers=0)
     return *(t.to(device) for t in (x, *weight)), None, None, 32, N, False, launch
 
 
 def of_products(ranks: int, call: int, M: int, K: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """As `expected`, where the parts are the products of `product_of` and calls follow those of `CALLS`."""
-    total = torch.zeros(M, K, device=device)
-    for rank in range(ranks):
-        total += w4a16_decode(*product_of(rank, call, M, K, dtype, device)).float()
-    weight, residual, bias = (t if t is None else t.to(device) for t in given(call, M, K, dtype))
-    x = total.to(dtype)
-    x = x if bias is None else x + bias
-    return rms_norm.rms_norm_triton(x, weight, EPS, residual, ROUNDING[call % len(ROUNDING)], None, 0)
+    return normed([w4a16_decode(*product_of(rank, call, M, K, dtype, device)) for rank in range(ranks)], call)
 
 
 def call_after_product(
@@ -167,39 +164,40 @@ def on_gpus(folder: str, K: int) -> None:
         for one in (one_call, call_after_product)
     ]
     M, rows = 4, []
-    weight_of_norm, residual, _ = (t if t is None else t.to(device) for t in given(0, M, K, dtype))
+    norm_weight, residual, _ = (t if t is None else t.to(device) for t in given(0, M, K, dtype))
     x = torch.empty(M, K, device=device, dtype=dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        exchange.norm(x.zero_(), None, weight_of_norm, EPS, residual)
+        exchange.norm(x.zero_(), None, norm_weight, EPS, residual)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(3):
-            results = exchange.norm(x, None, weight_of_norm, EPS, residual)
-    for call in range(20):
-        x.copy_(parts(rank, call, M, K, dtype))
-        if call % 2 == rank % 2:
-            torch.cuda._sleep(200_000)
-        graph.replay()
-        plain = Exchange(group).norm(x.clone(), None, weight_of_norm, EPS, residual)
-        rows.append((*(t.clone() for t in results), *plain))
     decode_kernel.giving_pays = lambda *_: True
-    x, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, 1, K, dtype, str(device))
-    residual = residual[:1]
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        for _ in range(3):
-            part = exchange.product(x, *weight, group_size)
-            assert part is not None
-            results = exchange.norm(part, None, weight_of_norm, EPS, residual, given=True)
-    for call in range(20):
-        x.copy_(product_of(rank, call, 1, K, dtype, str(device))[0])
-        if call % 2 == rank % 2:
-            torch.cuda._sleep(200_000)
-        graph.replay()
-        plain = Exchange(group).norm(part.clone(), None, weight_of_norm, EPS, residual)
-        rows.append((*(t.clone() for t in results), *plain))
+    x_of_product, *weight, _, _, group_size, _, _, _ = product_of(rank, 0, 1, K, dtype, str(device))
+
+    def of_norm() -> tuple[Tensor, ...]:
+        return x, *exchange.norm(x, None, norm_weight, EPS, residual)
+
+    def of_product() -> tuple[Tensor, ...]:
+        part = exchange.product(x_of_product, *weight, group_size)
+        assert part is not None
+        return part, *exchange.norm(part, None, norm_weight, EPS, residual[:1], given=True)
+
+    ways = (
+        (of_norm, x, lambda call: parts(rank, call, M, K, dtype)),
+        (of_product, x_of_product, lambda call: product_of(rank, call, 1, K, dtype, str(device))[0]),
+    )
+    for run, read, fresh in ways:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(3):
+                part, *results = run()
+        for call in range(20):
+            read.copy_(fresh(call))
+            if call % 2 == rank % 2:
+                torch.cuda._sleep(200_000)
+            graph.replay()
+            plain = Exchange(group).norm(part.clone(), None, norm_weight, EPS, residual[: len(part)])
+            rows.append((*(t.clone() for t in results), *plain))
     torch.cuda.synchronize()
     torch.save((found, rows), Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -75,9 +75,8 @@ def test_processes_that_share_memory_get_the_sum(ranks, K, dtype, tmp_path):
     codes = run_processes("all_reduce_ranks", str(tmp_path), K, dtype, ranks=ranks)
     assert codes == [0] * ranks
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
-    makers = (
-        [expected, of_products] if dtype == "float16" else [expected]
-    )  # of what each call, by turns, should return
+    # of what calls, by turns, should return
+    makers = [expected, of_products] if dtype == "float16" else [expected]
     for call, M in enumerate(CALLS):
         for i, maker in enumerate(makers, len(makers) * call):
             wanted = maker(ranks, call, M, K, getattr(torch, dtype), "cpu")
@@ -210,7 +209,7 @@ def test_a_product_gives_no_empty_slot_and_nothing_past_its_rows():
         assert (one == EMPTY.value).all()
 
 
-def test_a_row_that_was_given_is_added_next_or_never(tmp_path):
+def test_a_row_that_was_given_is_added_next_or_never():
     box = Mailbox(torch.empty(mailbox_shape(2, 4, 64), dtype=torch.int16), torch.zeros(2), torch.zeros(4), 0)
     exchange, x = Exchange(None, box), torch.zeros(1, 64, dtype=torch.float16)
     with pytest.raises(MachineError, match="stopped between a linear and the norm"):
@@ -294,10 +293,7 @@ def test_a_model_whose_products_give_their_rows_says_the_same(tmp_path):
     under_torchrun("answering", tmp_path, 8192, 60)
     for rank in range(2):
         (gives, keeps), gave = torch.load(tmp_path / f"{rank}.pt", map_location="cuda:0")
-        assert gave == [False, True] * (
-            len(gave) // 2
-        )  # of o and down: before the capture and in it, three blocks
-        assert len(gave) == 2 * 2 * 3
+        assert gave == [False, True] * (2 * 3)  # o and down of three blocks, before the capture and in it
         assert torch.equal(gives, keeps)
         assert gives.isfinite().all()
 
@@ -306,9 +302,8 @@ def test_a_row_is_given_by_products_that_take_long_and_run_at_once():
     down = w4a16_kernel.config(1, 8192, 14336, 128)
     assert w4a16_kernel.giving_pays(down, 8192, 14336, 132)
     assert not w4a16_kernel.giving_pays(down, 8192, 14336, 114)  # two waves
-    assert not w4a16_kernel.giving_pays(
-        down | {"max_registers": 0}, 8192, 14336, 132
-    )  # it may have 168 registers
+    of_168_registers = down | {"max_registers": 0}  # it may have so many
+    assert not w4a16_kernel.giving_pays(of_168_registers, 8192, 14336, 132)
     assert not w4a16_kernel.giving_pays(w4a16_kernel.config(1, 8192, 4096, 128), 8192, 4096, 132)
 
 

@@ -218,7 +218,6 @@ def test_decode_of_other_models(case, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_ends_one_sequence_and_begins_others(kind, page_size, monkeypatch):
     """15 tiles for four programs, which get parts of a sequence, whole ones, and one without tokens."""
-    monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(decode_attention, "multiprocessors_of", lambda device: 4)
     lengths = (200, 70, 0, 130, 300)
     run_decode(Case(kind, 64, 4, page_size, lengths), torch.bfloat16 if GPU else torch.float16, True)
