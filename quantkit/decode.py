@@ -181,7 +181,10 @@ class Generating:
         return PagedCache(config, batch, max_length, kv_heads, self.kv, self.dtype, self.device)
 
     def free_cache(self) -> None:
-        """Gives back the pages that the last call of `generate` left for the next one."""
+        """Gives back the pages that the last call of `generate` left for the next one, and the step recorded over them.
+
+        Of a model that is cut over processes NCCL ends only then: call it before `destroy_process_group`.
+        """
         self.kept_cache = None
 
     def empty_cache(self: Any, batch: int, max_length: int) -> PagedCache:

@@ -240,6 +240,9 @@ def answering(folder: str, K: int) -> None:
             decoder.token[:, 0] = steps[-1].argmax(-1)
         found.append(torch.stack(steps))
     torch.save((found, given), Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    del decoder  # and its graph: NCCL, which joins the tokens' logits, would wait for it
+    model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.free_cache()
     torch.distributed.destroy_process_group()
 
 
