@@ -855,10 +855,6 @@ def test_attention_on_hopper_has_all_its_programs_at_a_time(compiled, problem):
             assert -(-kernel["registers"] // 8) * 8 * 32 * launch["warps"] * launch["per_sm"] <= 65536, kernel
 
 
-if __name__ == "__main__":
-    compile_all(sys.argv[1])
-
-
 def test_a_norm_that_does_not_wait_for_the_product_begins_and_ends_at_the_right_time(compiled):
     """What `all_reduce_norm.py` says of products that give their rows, in the order of the instructions."""
     kernels = {k["name"]: k["order"] for k in compiled["sm_90"][0] if "order" in k}
@@ -895,3 +891,7 @@ def test_values_cross_ranks_in_whole_lines_past_the_first_cache(compiled, target
         assert one["gives"] == (0 if one["name"].endswith("of a product") else one["takes"]), one
         assert one["narrow"] == one["multicast"] == 0, one
         assert one["barriers"], one  # between a loop's loads and the stores that empty the slots
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])
